@@ -39,10 +39,10 @@ def annotated(roles: Mapping[str, Dataset], kind: Annotation, site: str) -> dict
         weak = weak.boxed()
     elif kind == "boxes":
         images = in_memory(weak, "boxes")
-        weak = replace(images, targets=boxes(images.targets))
+        weak = replace(images, targets=boxes(images.targets), truths=None)
     if kind == "labels":  # the class of an image says nothing about a patch of it
         images = in_memory(weak, f'annotations gives {site} "labels", which')
-        weak = replace(images, targets=images.targets.flatten(1).amax(1).long())
+        weak = replace(images, targets=images.targets.flatten(1).amax(1).long(), geometries=None, truths=None)
     return {"train": nothing, **without(roles, "train"), ROLE[kind]: weak}
 
 

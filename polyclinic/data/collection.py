@@ -1,5 +1,6 @@
 """Collections of image files with their metadata, the common basis of all file-based sources."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +22,17 @@ from polyclinic.data.files import OPTIONS, ImageOptions, content_of, picture_of,
 from polyclinic.data.formats.mask_labels import IGNORED, WHITE, black_and_white, label_problems, labels_in
 from polyclinic.data.formats.safe_reading import LIMITS, Unreadable
 from polyclinic.data.formats.value_ranges import ValueRange, scale_problems
+from polyclinic.data.geometry import Geometry
 from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
 from polyclinic.data.preprocessing.sample import Picture, Step
-from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, ZScore
+from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, Resample, Resize, ZScore
 from polyclinic.data.source import Info, Table, digest
 
 VERSION = 3
+MASKS_VERSION = 2
+"""Version of the resampling of masks: 1 by nearest neighbor, 2 by the largest share."""
+GEOMETRY_VERSION = 1
+"""Version of what is stored with masks for the evaluation on original grids."""
 PATCHED = replace(LIMITS, decoded_bytes=2 * LIMITS.decoded_bytes)
 """Limits on a file whose image remains on disk, where CT takes two bytes per voxel instead of four."""
 MOST_NOTES = 10
@@ -102,7 +108,7 @@ class Collection:
         known = [(e.id, e.label, e.patient, sorted(e.columns.items())) for e in self.entries]
         how = (fingerprint(self.steps), self.options.key, self.ignore)
         views = [("patch", self.patch)] if self.patch else []
-        return digest("files", VERSION, self.contents, known, *how, self.unreadable, *views)
+        return digest("files", VERSION, self.contents, known, *how, self.unreadable, *self._masks, *views)
 
     def table(self) -> Table:
         """Return one row per readable entry."""
@@ -128,10 +134,14 @@ class Collection:
         row = {e.id: k for k, e in enumerate(e for i, e in enumerate(self.entries) if i not in skipped)}
         entry = {e.id: e for e in self.entries}
         rows = [row[name] for name in ids]
+        geometries, truths = None, None
         targets = self._labels([entry[name] for name in ids])
         if targets is None:
             targets = decoded["masks"][rows]
-        return Examples(decoded["images"][rows], targets, tuple(entry[name].patient for name in ids), tuple(ids))
+            geometries = tuple(Geometry.of_table(decoded["geometries"][k]) for k in rows)
+            truths = tuple(_truth(decoded, k) for k in rows) if "truths" in decoded else None
+        patients = tuple(entry[name].patient for name in ids)
+        return Examples(decoded["images"][rows], targets, patients, tuple(ids), geometries=geometries, truths=truths)
 
     def _labels(self, entries: Sequence[Entry]) -> torch.Tensor | None:
         """Return the class, labels or number of each entry; None if masks are the targets."""
@@ -186,14 +196,15 @@ class Collection:
     @cached_property
     def _decoded(self) -> dict[str, Any]:
         how = (fingerprint(self.steps), self.options.key, self.ignore, self._declared)
-        key = digest("decoded", VERSION, self.contents, *how, [e.id for e in self.entries])
+        native = (GEOMETRY_VERSION,) if self.info.task == "segmentation" else ()
+        key = digest("decoded", VERSION, self.contents, *how, [e.id for e in self.entries], *self._masks, *native)
         return cached("images", key, self._decode)
 
     @cached_property
     def _stored(self) -> "list[CaseFile | _Refused]":
         """The stored case of each entry, or why it cannot be read. Built on first use."""
         how = (fingerprint(self.steps), self.options.key, self.ignore)
-        keys = [digest("case", VERSION, case_file.VERSION, content, *how) for content in self.contents]
+        keys = [digest("case", VERSION, case_file.VERSION, content, *how, *self._masks) for content in self.contents]
         on_disk = [sum(path.stat().st_size for path in entry.images if path.is_file()) for entry in self.entries]
         ids = [entry.id for entry in self.entries]
         return case_building.stored(self.info.name, keys, ids, on_disk, lambda i: self._one(self.entries[i]))
@@ -287,12 +298,25 @@ class Collection:
         if self.info.task == "segmentation":
             masks = torch.stack([f.mask for f in good if f.mask is not None])
             white = black_and_white(labels, self._declared)
+            truths = [f.truth for f in good if f.truth is not None and f.geometry is not None]
             if white:
                 masks = torch.where(masks == WHITE, 1, masks)
+                truths = [torch.where(truth == WHITE, 1, truth) for truth in truths]
             used = sorted({label for f in read for label in f.labels} - {IGNORED})
             out["labels"] = [0, 1] if white else used
             out["masks"] = masks.to(torch.uint8) if int(masks.min()) >= 0 and int(masks.max()) < 256 else masks
+            geometries = [f.geometry for f in good if f.geometry is not None]
+            out["geometries"] = [geometry.table for geometry in geometries]
+            if any(not geometry.same_grid for geometry in geometries):
+                flat = torch.cat([truth.flatten() for truth in truths])
+                out["truths"] = flat.to(torch.uint8 if int(flat.min()) >= 0 and int(flat.max()) <= 255 else torch.int16)
         return out
+
+    @property
+    def _masks(self) -> tuple[int, ...]:
+        """The version of the resampling of masks, if it affects what is read."""
+        resampled = any(isinstance(step, Resample | Resize) for step in self.steps)
+        return (MASKS_VERSION,) if resampled and self.info.task == "segmentation" else ()
 
     @property
     def _declared(self) -> tuple[int, ...] | None:
@@ -316,11 +340,19 @@ class Collection:
         try:
             case = read_case(entry.images, entry.mask, self.options, slices=entry.slices)
             picture = self._annotated(picture_of(case, as_bytes=not self.steps))
-            prepared = apply(self.steps, picture)
+            prepared = apply(self.steps, replace(picture, truth=picture.mask))
         except (Unreadable, DataError) as error:
             return _Refused(f"{entry.id}: {error}", error.reason if isinstance(error, Unreadable) else str(error))
-        labels = () if prepared.mask is None else labels_in(prepared.mask)
+        labels = () if prepared.truth is None else labels_in(prepared.truth)
         return Prepared(prepared, ValueRange.of(entry.id, case.image), labels, case.notes)
+
+
+def _truth(decoded: Mapping[str, Any], k: int) -> torch.Tensor:
+    """Return the mask of image ``k`` on the grid of its file, a view of the stored ones."""
+    shapes = [Geometry.of_table(table).original for table in decoded["geometries"][: k + 1]]
+    end = sum(math.prod(shape) for shape in shapes)
+    part: torch.Tensor = decoded["truths"][end - math.prod(shapes[-1]) : end]
+    return part.view(shapes[-1])
 
 
 @dataclass(frozen=True)

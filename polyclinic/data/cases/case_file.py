@@ -22,6 +22,7 @@ from torch import Tensor
 from polyclinic.core import atomic, serialization
 from polyclinic.core.serialization import Corrupt, Place
 from polyclinic.data.formats.value_ranges import ValueRange
+from polyclinic.data.geometry import Geometry
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.source import digest
 from polyclinic.errors import DataError
@@ -42,7 +43,7 @@ class Prepared:
     Attributes:
         picture: The image and its mask.
         values: The range of the values in its file.
-        labels: The values of the mask, in ascending order.
+        labels: The values of the mask on the original grid, in ascending order.
         notes: Observations of the reader.
     """
 
@@ -63,11 +64,13 @@ class CaseFile:
         places: Places of up to ``MOST_PLACES`` positions of each class above 0, [n, axes] int32.
         divisor: Divisor of the stored values of each channel.
         shift: What is then added to each channel.
-        labels: The values in the mask, in ascending order.
+        labels: The values in the mask on the original grid, in ascending order.
         box: The first and the last voxel of the foreground along each axis; empty without foreground.
         spacing_mm: Millimeters between neighbors along each axis, if known.
         values: The range of the values in the original file.
         notes: Observations of the reader.
+        geometry: Where the stored grid lies in that of the original file, if it comes from one.
+        truth: Place of the mask on the original grid, if that is another grid.
         hashes: Hash of the image as it is read, and of the mask.
     """
 
@@ -82,6 +85,8 @@ class CaseFile:
     spacing_mm: tuple[float, ...] | None
     values: ValueRange
     notes: tuple[str, ...]
+    geometry: Geometry | None
+    truth: Place | None
     hashes: tuple[str, str]
 
     @property
@@ -125,6 +130,16 @@ class CaseFile:
         if inside is not None:
             values[out].copy_(self._read(self.mask, inside)[0])
         return values
+
+    def original_mask(self) -> Tensor:
+        """Return the mask on the grid of the original file: int64 [*original].
+
+        Raises:
+            DataError: If there is none, or the file has changed since it was opened.
+        """
+        if self.truth is None:
+            return self.labels_at((0,) * len(self.size), self.size)
+        return self._read(self.truth, [(0, side) for side in self.truth.shape])[0].long()
 
     def place(self, label: int, number: int) -> tuple[int, ...]:
         """Return one of the stored positions of ``label``."""
@@ -233,6 +248,8 @@ def write(path: Path, prepared: Prepared) -> None:
         "spacing_mm": picture.spacing_mm,
         "values": {name: value for name, value in vars(prepared.values).items() if name != "id"},
         "notes": prepared.notes,
+        "geometry": None if picture.geometry is None else picture.geometry.table,
+        "truth": _small(picture.truth) if picture.truth is not None and _other_grid(picture) else None,
         "hashes": (digest(tuple(pixels.shape), divisor, shift, _bytes(pixels)), "" if mask is None else _hash(mask)),
     }
     head, tensors = serialization.header_of(content, {"case": str(VERSION), "checksum": _checksum(content)})
@@ -268,9 +285,11 @@ def opened(path: Path, name: str = "") -> CaseFile | None:
             content["spacing_mm"],
             ValueRange(id=name, **content["values"]),
             content["notes"],
+            None if content["geometry"] is None else Geometry.of_table(content["geometry"]),
+            content["truth"],
             content["hashes"],
         )
-    except (OSError, Corrupt, KeyError, TypeError, ValueError, AttributeError):
+    except (OSError, Corrupt, KeyError, TypeError, ValueError, AttributeError, DataError):
         return None
 
 
@@ -317,6 +336,8 @@ def places_in(mask: Tensor, labels: Sequence[int]) -> dict[str, Tensor]:
     rng, found = torch.Generator().manual_seed(0), {}
     for label in (label for label in labels if label > 0):
         where = (mask == label).flatten().nonzero().flatten()
+        if not len(where):  # a structure of the original grid that is too small for this one
+            continue
         if (count := len(where)) > MOST_PLACES:
             inside = torch.rand(MOST_PLACES, generator=rng, dtype=torch.float64)
             where = where[((torch.arange(MOST_PLACES) + inside) * (count / MOST_PLACES)).long().clamp(max=count - 1)]
@@ -337,6 +358,10 @@ def box_of(mask: Tensor) -> tuple[tuple[int, int], ...]:
             return ()
         bounds.append((int(line[0]), int(line[-1])))
     return tuple(bounds)
+
+
+def _other_grid(picture: Picture) -> bool:
+    return picture.geometry is not None and not picture.geometry.same_grid
 
 
 def _whole(channel: Tensor) -> bool:
@@ -364,7 +389,12 @@ def _hash(tensor: Tensor) -> str:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    parts = [content["pixels"], content["mask"], *(place for _, place in sorted(content["places"].items()))]
+    parts = [
+        content["pixels"],
+        content["mask"],
+        content["truth"],
+        *(place for _, place in sorted(content["places"].items())),
+    ]
     return digest(*(_hash(part) for part in parts if part is not None))
 
 

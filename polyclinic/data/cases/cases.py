@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyclinic.data.cases.case_file import CaseFile
-from polyclinic.data.examples import WITHHELD
+from polyclinic.data.examples import WITHHELD, Case
 from polyclinic.data.formats.mask_labels import WHITE
 from polyclinic.data.source import digest
 from polyclinic.errors import DataError
@@ -114,6 +114,22 @@ class Cases:
         size = self.files[i].size
         return self.image(i), self._target(i, (0,) * len(size), size)
 
+    @property
+    def measured(self) -> bool | None:
+        """Whether all files state their pixel size; None if the targets are not masks."""
+        if self.labels is not None or self.targets_as != "given":
+            return None
+        return all(file.geometry is not None and file.geometry.original_mm is not None for file in self.files)
+
+    def case(self, i: int) -> Case:
+        """Return image ``i`` with its mask on the original grid, for evaluation. Its geometry must be known."""
+        geometry = self.files[i].geometry
+        if geometry is None:
+            raise DataError(f"{self.ids[i]}: the position of the image in its file is not known")
+        image, mask = self.whole(i)
+        truth = self._classes(self.files[i].original_mask()) if self.files[i].truth else mask
+        return Case(image, truth, mask, geometry)
+
     def each(self) -> Iterator[Batch]:
         """Yield every case as it is stored, one after the other."""
         return (self.whole(i) for i in range(len(self)))
@@ -202,6 +218,10 @@ class Cases:
             return file.image(low, size), self._target(i, low, size)
         return resized(self.image(i), self.patch, size), self.labels[i]
 
+    def _classes(self, mask: Tensor) -> Tensor:
+        """Return the classes that stored labels mean."""
+        return torch.where(mask == WHITE, 1, mask) if self.white else mask
+
     def _target(self, i: int, low: Sequence[int], size: Sequence[int]) -> Tensor:
         if self.labels is not None:
             return self.labels[i]
@@ -209,8 +229,7 @@ class Cases:
             return torch.full(tuple(size), WITHHELD)
         file = self.files[i]
         if self.targets_as == "given":
-            mask = file.labels_at(low, size)
-            return torch.where(mask == WHITE, 1, mask) if self.white else mask
+            return self._classes(file.labels_at(low, size))
         box = torch.zeros(tuple(size), dtype=torch.int64)
         if file.box:
             parts = [slice(max(a - o, 0), max(b + 1 - o, 0)) for (a, b), o in zip(file.box, low, strict=True)]

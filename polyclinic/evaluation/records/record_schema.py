@@ -174,7 +174,7 @@ class MethodInfo(_Line):
 class RunInfo(_Line):
     """``run.json``. With ``folds``, each method has one run per seed and fold of patients or sites.
 
-    ``machines`` and ``attack`` describe simulated machines and attacks.
+    ``machines`` and ``attack`` describe simulated machines and attacks. ``space``: where masks were compared.
     """
 
     name: str
@@ -183,6 +183,7 @@ class RunInfo(_Line):
     created: str = ""
     task: TASKS
     classes: tuple[str, ...] = ()
+    space: Literal["", "native", "grid"] = ""
     metric: str
     higher_is_better: bool = True
     data: DataInfo = DataInfo()

@@ -17,6 +17,14 @@ from polyclinic.report.page_blocks import Cell, Folded, Pair, Picture, Row, Sect
 from polyclinic.statistics.undefined import Undefined
 
 TRAINING, EXTERNAL = "Training sites", "External"
+SPACES = {
+    "": "",
+    "native": "Predictions were brought back to the original grid of each file and compared with its mask there.",
+    "grid": (
+        "Masks were compared on the network’s grid, after resampling and cropping. On the original images, if "
+        "these are finer, the values can be lower."
+    ),
+}
 
 
 def task_section(page: ReportContext) -> Section | None:
@@ -205,8 +213,9 @@ def _values(page: ReportContext, first: MethodResult) -> Section:
         return Section("cases", "Image quality", [Table("cases", f"{title}, mean over patients.", columns, rows)])
     note = (
         "An empty prediction for a non-empty target counts as Dice 0, surface Dice 0 and a distance of the image’s "
-        "diagonal. A class that neither the prediction nor the target of a case contains is left out of the means. "
-        "“Empty predictions” is the number of the first kind, mean over seeds."
+        "diagonal. A class that neither the prediction nor the target of a case contains is left out of the means, "
+        "except in “Dice, both empty = 1”, which counts it as 1. "
+        "“Empty predictions” is the number of the first kind, mean over seeds. " + SPACES[page.run.info.space]
     )
     columns += numbers(empty="Empty predictions")
     return Section(

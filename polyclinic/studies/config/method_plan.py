@@ -24,7 +24,7 @@ def plan_of(study: Study, method: MethodSpec, data: Federated, seed: int) -> Pla
         sites=_trainers(registry.entry(method.name), data),
         rounds=study.rounds,
         seed=seed,
-        task=study.task.settings,
+        task=study.task_options,
         network_options=study.task.options,
         training=study.training_of(method),
         options=method.options,

@@ -181,6 +181,9 @@ class EvaluationSpec(Table):
     """Validate each time after this number of rounds."""
     select: Literal["best", "last"] = "best"
     """Whether the model of the best round, by validation, or of the last round is tested."""
+    space: Literal["native", "grid"] | None = None
+    """Where masks are compared: on the original grid of each file, or on the network's grid after resampling and
+    cropping (segmentation). By default the original grid wherever the data come from image files."""
 
 
 class EngineSpec(Table):

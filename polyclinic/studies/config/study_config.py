@@ -94,7 +94,16 @@ class Study(Table):
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
+        for key in ("space",):
+            if value["evaluation"][key] is None:
+                del value["evaluation"][key]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The options of the task that the study sets, with those under ``[evaluation]``."""
+        space = self.evaluation.space
+        return {**self.task.settings, **({} if space is None else {"space": space})}
 
     def training_of(self, method: MethodSpec) -> dict[str, Any]:
         """The fields of ``LocalTraining`` for one method."""
@@ -160,6 +169,8 @@ def _together(study: Study) -> list[Problem]:
             problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
+    if study.evaluation.space is not None and study.task.kind != "segmentation":
+        problems.append(Problem(("evaluation", "space"), f"is for segmentation, not for {study.task.kind}"))
     return [*problems, *_folded(study), *_searched(study), *_simulated(study)]
 
 

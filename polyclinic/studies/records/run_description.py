@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -94,6 +94,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "task": study.task.kind,
         "classes": list(data.info.classes),
+        **({"space": space_of(study, data)} if study.task.kind == "segmentation" else {}),
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,
         "data": {
@@ -117,6 +118,14 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
         "environment": environment(),
         "parameters": parameters,
     }
+
+
+def space_of(study: Study, data: Federated) -> Literal["native", "grid"]:
+    """Return where masks are compared: on the original grid of the files, if it is known, or on the network's grid."""
+    known = all(
+        getattr(e, "measured", None) is not None for roles in data.sites.values() for e in roles.values() if len(e)
+    )
+    return "native" if known and study.evaluation.space != "grid" else "grid"
 
 
 def patients_apart(data: Federated) -> bool:

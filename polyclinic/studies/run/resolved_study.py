@@ -24,7 +24,7 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.records.run_description import patients_apart
+from polyclinic.studies.records.run_description import patients_apart, space_of
 from polyclinic.studies.run.events import Job
 
 
@@ -172,6 +172,11 @@ def _require_task(study: Study, data: Federated) -> None:
     if kind != expected:
         fast = "accelerate = 4 in [data], or " if kind == "reconstruction" else ""
         raise DataError(f'{data.info.name} is data for {expected}: set {fast}task.kind = "{expected}", not "{kind}"')
+    if study.evaluation.space == "native" and space_of(study, data) != "native":
+        raise DataError(
+            f"{data.info.name} does not come from image files, so the original grid of its masks is not known: leave "
+            '[evaluation] space out, or set space = "grid"'
+        )
     if kind == "classification":
         present = [
             any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))

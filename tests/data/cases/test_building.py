@@ -229,3 +229,44 @@ def test_images_that_cannot_go_together_are_refused(tmp_path: Path, monkeypatch:
     picture(tmp_path / "data" / "b" / "2.png", (9, 8))
     with pytest.raises(DataError, match="have 1 and 3 channels"):
         Folders(str(tmp_path / "data"), patch=(8, 8)).examples(["a/1.png"])
+
+
+def test_evaluation_sees_the_original_grid(volumes: Path) -> None:
+    """After a resampling, the stored mask is coarser, and the case holds the file's own mask and the way back."""
+    source = pairs(volumes, steps=(Resample(2.0),))
+    cases = source.examples(["c0", "c3"])
+    assert isinstance(cases, Cases)
+    originals = dict(zip(source.table().ids, source.collection.pictures(), strict=True))
+    for i, name in enumerate(cases.ids):
+        case, original = cases.case(i), originals[name]
+        assert original is not None
+        assert original.mask is not None
+        assert torch.equal(case.truth, original.mask)
+        assert case.truth_on_grid.shape == case.inputs.shape[1:] != case.truth.shape
+        assert case.spacing_mm == (2.0, 1.0, 1.0)
+        assert case.grid_spacing_mm is not None
+        scores = torch.nn.functional.one_hot(case.truth_on_grid, 3).movedim(-1, 0).float()
+        assert case.labels(scores).shape == case.truth.shape
+    assert cases.measured
+    assert cases.unlabeled().measured is None
+    same = pairs(volumes).examples(["c0"])
+    assert isinstance(same, Cases)
+    assert same.files[0].truth is None
+    assert torch.equal(same.case(0).truth, same.case(0).truth_on_grid)
+
+
+def test_a_structure_that_vanishes_on_the_coarse_grid_is_never_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A label of the original mask without a stored voxel has no positions."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[2:8, 2:8, 2:8], mask[10, 10, 10] = 1, 2
+    nifti(tmp_path / "images" / "c.nii", np.random.default_rng(0).normal(size=mask.shape).astype(np.float32))
+    nifti(tmp_path / "labels" / "c.nii", mask)
+    cases = pairs(tmp_path, steps=(Resample(4.0),), classes=("background", "large", "small")).examples(["c"])
+    assert isinstance(cases, Cases)
+    assert cases.files[0].labels == (0, 1, 2)
+    assert set(cases.files[0].places) == {1}
+    for seed in range(20):
+        cases.draw(0, torch.Generator().manual_seed(seed), True, (4, 4, 4))

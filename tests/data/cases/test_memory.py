@@ -59,6 +59,8 @@ def sparse(path: Path) -> None:
         "spacing_mm": (1.0, 1.0, 1.0),
         "values": {"picture": False, "full_scale": None, "low": 0.0, "high": 0.0},
         "notes": (),
+        "geometry": None,
+        "truth": None,
         "hashes": ("", ""),
     }
     head, tensors = serialization.header_of(content, {"case": str(case_file.VERSION)})

@@ -48,6 +48,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "spacing_mm": (1.0, 1.0),
     "tolerance_mm": 1.0,
     "window": (8, 8),
+    "space": "grid",
     "residual": True,
     "chunk": 4,
     "steps": 7,

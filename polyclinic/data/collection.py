@@ -35,6 +35,8 @@ GEOMETRY_VERSION = 1
 """Version of what is stored with masks for the evaluation on original grids."""
 PATCHED = replace(LIMITS, decoded_bytes=2 * LIMITS.decoded_bytes)
 """Limits on a file whose image remains on disk, where CT takes two bytes per voxel instead of four."""
+LARGEST_PATCH = 2**27
+"""Largest number of pixels of a patch, 512 MiB per channel: a study between hospitals sets the patch at each site."""
 MOST_NOTES = 10
 SINGLE_LINES = 3
 UNKNOWN_PATIENTS = (
@@ -419,6 +421,8 @@ class FromFiles:
         self.options  # noqa: B018 - checks the fields
         if self.patch and (len(self.patch) not in (2, 3) or not all(1 <= n <= LIMITS.side for n in self.patch)):
             raise DataError(f"patch = {list(self.patch)}: give 2 or 3 whole numbers of pixels, such as [96, 96, 96]")
+        if math.prod(self.patch) > LARGEST_PATCH:
+            raise DataError(f"patch = {list(self.patch)}: has more than {LARGEST_PATCH:,} pixels; choose a smaller one")
 
     @property
     def options(self) -> ImageOptions:

@@ -69,7 +69,7 @@ class CaseFile:
         spacing_mm: Millimeters between neighbors along each axis, if known.
         values: The range of the values in the original file.
         notes: Observations of the reader.
-        geometry: Where the stored grid lies in that of the original file, if it comes from one.
+        geometry: Position of the stored grid in that of the original file, if it comes from one.
         truth: Place of the mask on the original grid, if that is another grid.
         hashes: Hash of the image as it is read, and of the mask.
     """

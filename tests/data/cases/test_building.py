@@ -18,6 +18,8 @@ from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.paired_folders import Pairs
 from polyclinic.data.preprocessing.transforms import Resample, ZScore
 from polyclinic.data.sources.folders import Folders
+from polyclinic.engines.flare.client import site_data
+from polyclinic.engines.site_description import describe
 from tests.data.sources.test_folders import nifti, picture
 
 SIZES = [(6, 7, 8), (9, 5, 6), (7, 7, 7), (12, 6, 5)]
@@ -68,6 +70,8 @@ def test_a_patch_needs_one_number_per_axis(volumes: Path) -> None:
         pairs(volumes, patch=(4, 4)).examples(["c0"])
     with pytest.raises(ValueError, match="give 2 or 3 whole numbers"):
         DataSpec.model_validate({"kind": "pairs", "path": str(volumes), "patch": [0, 4, 4]})
+    with pytest.raises(ValueError, match=r"has more than 134,217,728 pixels"):
+        DataSpec.model_validate({"kind": "pairs", "path": str(volumes), "patch": [32768, 32768, 32768]})
     with pytest.raises(ValueError, match="patch"):
         DataSpec.model_validate({"kind": "table", "path": "x.csv", "label": "y", "patch": [4]})
 
@@ -270,3 +274,14 @@ def test_a_structure_that_vanishes_on_the_coarse_grid_is_never_drawn(
     assert set(cases.files[0].places) == {1}
     for seed in range(20):
         cases.draw(0, torch.Generator().manual_seed(seed), True, (4, 4, 4))
+
+
+def test_a_study_sets_the_patch_at_a_hospital(volumes: Path) -> None:
+    """The hospital names its files, the study the steps and the patch; only a patch of that shape can be used."""
+    (volumes / "data.toml").write_text('kind = "pairs"\npath = "."\nmin_patients = 1\nsplit = [0.5, 0.25, 0.25]\n')
+    found = site_data.read(volumes, {"patch": [4, 4, 4], "steps": [{"step": "zscore"}]})
+    assert found.classes == ("background", "label 1", "label 2")
+    assert {examples.shape for examples in found.roles.values()} == {(1, 4, 4, 4)}
+    assert sum(len(examples) for examples in found.roles.values()) == 4
+    description = describe(found.roles, "segmentation", found.classes)
+    assert (description["inputs"], description["outputs"]) == ([1, 4, 4, 4], 3)

@@ -128,6 +128,15 @@ class Method(ABC, Generic[State]):
         """
         return self.site_model(request, memory)
 
+    def kept_at_sites(self, name: str) -> bool:
+        """Return whether leaf ``name`` of ``site_model`` is each site's own, so that the server has no trained one."""
+        return False
+
+    def shared_model(self, state: State) -> Tree:
+        """Return the trained leaves that the server has of the model with which sites predict, for a file."""
+        model = self.site_model(self.evaluation_request(state), {})
+        return tree.select(model, lambda name: not self.kept_at_sites(name))
+
     @property
     def prediction_task(self) -> Any:
         """The task whose model ``site_model`` returns, if it differs from the study's; else None."""
@@ -192,6 +201,10 @@ class MethodWrapper(Method[State]):
     def site_model(self, request: Request, memory: Trees) -> Tree:
         """Return the inner method's site model."""
         return self.inner.site_model(request, memory)
+
+    def kept_at_sites(self, name: str) -> bool:
+        """Return whether the inner method's sites have their own leaf ``name``."""
+        return self.inner.kept_at_sites(name)
 
     def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
         """Return the inner method's adapted model; ``site_model`` if the wrapper has another model for a site."""

@@ -284,7 +284,17 @@ def decode_with_meta(buffer: Any, *, share: bool = False) -> tuple[Any, dict[str
     if not share:
         buffer = bytearray(buffer)
     tensors = {name: _view(buffer, place) for name, place in _places(head, start, len(buffer)).items()}
-    return _value(meta, tensors), meta
+    return _value(meta, tensors), _texts(meta)
+
+
+def decode_tensors(buffer: Any) -> dict[str, Tensor]:
+    """Decode the tensors of a safetensors file that any tool wrote, as views of the writable ``buffer``.
+
+    Raises:
+        Corrupt: If ``buffer`` is not exactly one valid file.
+    """
+    head, _, start = _header(buffer)
+    return {name: _view(buffer, place) for name, place in _places(head, start, len(buffer)).items()}
 
 
 def layout(path: Path) -> tuple[Any, dict[str, str]]:
@@ -299,18 +309,25 @@ def layout(path: Path) -> tuple[Any, dict[str, str]]:
         begin += file.read(min(int.from_bytes(begin, "little"), MAX_HEADER + 1))
         size = file.seek(0, 2)
     head, meta, start = _header(begin)
-    return _value(meta, _places(head, start, size)), meta
+    return _value(meta, _places(head, start, size)), _texts(meta)
 
 
-def _value(meta: dict[str, str], tensors: Mapping[str, Tensor | Place]) -> Any:
-    """Return the value that the metadata describe, and remove it from them."""
+def _value(meta: Any, tensors: Mapping[str, Tensor | Place]) -> Any:
+    """Return the value that the metadata describe."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("value"), str):
+        raise Corrupt("the header does not describe the tensors")
     try:
-        return unpack(_json(meta.pop("value")), tensors)
+        return unpack(_json(meta["value"]), tensors)
     except (RecursionError, TypeError) as error:
         raise Corrupt(f"not a value: {error}") from None
 
 
-def _header(buffer: Any) -> tuple[dict[str, Any], dict[str, str], int]:
+def _texts(meta: dict[str, str]) -> dict[str, str]:
+    """Return the metadata without the description of the value."""
+    return {key: text for key, text in meta.items() if key != "value"}
+
+
+def _header(buffer: Any) -> tuple[dict[str, Any], Any, int]:
     """Return the description of the tensors, the metadata, and where the tensors begin."""
     if len(buffer) < 8:
         raise Corrupt(f"{len(buffer)} bytes are too few for a header")
@@ -322,10 +339,7 @@ def _header(buffer: Any) -> tuple[dict[str, Any], dict[str, str], int]:
     header = _json(bytes(buffer[8 : 8 + length]))
     if not isinstance(header, dict):
         raise Corrupt("the header is not a JSON object")
-    meta = header.pop("__metadata__", None)
-    if not isinstance(meta, dict) or not isinstance(meta.get("value"), str):
-        raise Corrupt("the header does not describe the tensors")
-    return header, meta, 8 + length
+    return header, header.pop("__metadata__", None), 8 + length
 
 
 def _json(text: str | bytes) -> Any:

@@ -224,14 +224,17 @@ IMAGE_QUALITY = ("psnr", "ssim", "nmse")
 
 
 def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
-    """Return the metrics of a task by name, the most common first. Slope and intercept are for two classes only.
+    """Return the metrics of a task by name, the most common first.
+
+    Observed/expected, slope and intercept are for two classes.
 
     Raises:
         ValueError: If the task is unknown.
     """
+    error = {"calibration_error": CALIBRATION["calibration_error"]}
     tables: dict[str, Mapping[str, Metric]] = {
-        "classification": {**CLASSIFICATION, **(CALIBRATION if classes == 2 else {"ece": CALIBRATION["ece"]})},
-        "multilabel": {**CLASSIFICATION, "ece": CALIBRATION["ece"]},
+        "classification": {**CLASSIFICATION, **(CALIBRATION if classes == 2 else error)},
+        "multilabel": {**CLASSIFICATION, **error},
         "regression": REGRESSION,
         "segmentation": {k: m for k, m in PER_CASE.items() if k not in IMAGE_QUALITY},
         "reconstruction": {k: PER_CASE[k] for k in IMAGE_QUALITY},

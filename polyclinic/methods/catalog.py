@@ -298,7 +298,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("gaussian",),
             exposes=OWN_STEPS,
-            fidelity="departs: the step of the local model is not the paper's 0.005 by default",
+            fidelity=EXACT,
         ),
         Entry(
             "apfl",
@@ -347,7 +347,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Liu et al. 2021 (CVPR)",
             "low-frequency amplitude spectra of some images, once, separate by site and shown to the other sites; then the change of the model",
             exposes="it sends amplitude spectra of single images",
-            fidelity="departs: second order, without the published clamp",
+            fidelity="departs: the window is a share of the spectrum; the boundary contrast compares rims alone",
         ),
         Entry(
             "fedsm",
@@ -389,7 +389,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=BOTH,
             unseen=NOTHING,
-            fidelity="departs: the frequency-space branch is missing, and β is 0.1 where the published configuration has 100",
+            fidelity="departs: the second U-Net, on k-space, is missing; compares with the own last encoder unless others = true",
         ),
         Entry(
             "site-graph",
@@ -414,6 +414,42 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes=NOT_BY_EXAMPLE,
             fidelity="departs: the network is not the published one (multi_lcnet.py)",
+        ),
+    ),
+    "Client end: adapters of pretrained networks": (
+        Entry(
+            "rolora",
+            "adapters.alternating:rolora",
+            "one factor of every adapter moves in a round, so that means are exact",
+            "Chen et al. 2025 (NeurIPS)",
+            "the change of one factor of each adapter, and of the head",
+            private=BOTH,
+        ),
+        Entry(
+            "ffa-lora",
+            "adapters.alternating:ffa_lora",
+            "adapters with a constant random factor, for private training",
+            "Sun et al. 2024 (ICLR)",
+            "the change of one factor of each adapter, and of the head",
+            private=BOTH,
+        ),
+        Entry(
+            "fedsa-lora",
+            "adapters.alternating:fedsa_lora",
+            "one factor of every adapter is shared, the other stays at the sites",
+            "Guo et al. 2025 (ICLR)",
+            "the change of one factor of each adapter, and of the head",
+            stateful=True,
+            private=BOTH,
+            unseen=NOTHING,
+        ),
+        Entry(
+            "flexlora",
+            "adapters.flexlora:FlexLoRA",
+            "the mean of the adapters' products, factorized anew",
+            "Bai et al. 2024 (NeurIPS)",
+            "the change of the head; the adapters, which the server sees site by site",
+            private=("dp-sgd",),
         ),
     ),
     "Client end: domain adaptation": (
@@ -443,7 +479,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Dinsdale et al. 2022",
             "the change of the model and of a domain classifier; mean and deviation of features, separate by site",
             exposes=OWN_STEPS,
-            fidelity="departs: Gaussians describe the sites' trained encoders, not the aggregated one",
+            fidelity="departs: no Gaussians in the first round, where the published code has zeros; as many features of others as of its own",
         ),
         Entry(
             "fl-mrcm",
@@ -453,7 +489,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model; from the target, latent features of some examples, separate by site",
             stateful=True,
             exposes="it takes individual training steps, and sends latent features of single examples",
-            fidelity="departs: two steps for the two losses, and one learning rate",
+            fidelity="departs: features are averaged over space before the discriminator",
         ),
     ),
     "Client end: image harmonization": (
@@ -588,7 +624,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             unlabeled=True,
             private=("gaussian",),
             exposes=NOT_BY_EXAMPLE,
-            fidelity="departs: needs a network with dropout; counts missing classes otherwise; running statistics see every pass",
+            fidelity="departs: missing classes do not count as uniform rows; entropy limit is a share of ln C",
         ),
         Entry(
             "fedsemi",
@@ -610,7 +646,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification", "segmentation"),
             unlabeled=True,
             exposes=NOT_BY_EXAMPLE,
-            fidelity="departs: cosines are scaled over clients, not every feature; has a warm-up",
+            fidelity="departs: descriptors without accuracy on images of the server; pseudo-labels averaged over all images",
         ),
         Entry(
             "fedmix",
@@ -622,7 +658,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unlabeled=True,
             exposes=NOT_BY_EXAMPLE,
-            fidelity="departs: pseudo-masks come from the networks in training",
+            fidelity="departs: empty masks are used only of images known to be empty; sites predict with the first network",
         ),
         Entry(
             "histofl",

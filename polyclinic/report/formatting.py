@@ -15,6 +15,7 @@ SIGNIFICANCE = {
     WORSE: "significantly worse",
     UNDECIDED: "not significant",
 }
+"""Verdicts on differences in words; those with a margin are shown as they are."""
 
 
 def outcome(d: Difference) -> str:

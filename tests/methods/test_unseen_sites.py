@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from polyclinic.compression.downlink import received_through
+from polyclinic.compression.quantization import BFloat16
+from polyclinic.compression.topk import TopK
 from polyclinic.core.method import Method
+from polyclinic.core.pipeline import send_through
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
@@ -117,3 +121,27 @@ def test_methods_with_private_layers_have_no_model_for_an_unseen_site() -> None:
     for name in PRIVATE:
         assert METHODS[name].unseen == "nothing"
         assert not METHODS[name].newcomers
+
+
+@pytest.mark.parametrize("name", [*PRIVATE, "silobn", "local", "cross"])
+def test_the_model_in_a_file_has_no_untrained_leaf(name: str) -> None:
+    """Of the leaves that each site keeps, the server has only initial values: they are in no file."""
+    method, task, sites = case(name)
+    state, engine = trained(method, sites, task.first())
+    first = method.site_model(method.evaluation_request(method.init(task.first())), {})
+    shared, own = (
+        method.shared_model(state),
+        method.site_model(method.evaluation_request(state), engine.memory["site-0"]),
+    )
+    assert [n for n in shared if torch.equal(shared[n], first[n])] == []
+    assert {n for n in own if method.kept_at_sites(n)} == own.keys() - shared.keys() != set()
+
+
+def test_wrappers_pass_on_what_stays_at_the_sites() -> None:
+    method, task, sites = case("fedbn")
+    state, _ = trained(method, sites, task.first())
+    layers = Evaluated(received_through(send_through(method, TopK(0.5)), task.first(), BFloat16()), task)
+    assert layers.shared_model(layers.init(task.first())).keys() == method.shared_model(state).keys()
+    plain, task, sites = case("fedavg")
+    state, _ = trained(plain, sites, task.first())
+    assert equal(plain.shared_model(state), state.params)

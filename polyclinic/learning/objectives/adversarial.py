@@ -7,7 +7,6 @@ https://arxiv.org/abs/1510.02192.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,6 +54,5 @@ def confusion(logits: Tensor) -> Tensor:
 
 
 def moments(features: Tensor) -> dict[str, Tensor]:
-    """Return mean and standard deviation over the n rows of [n, F]; the deviation is 0 if n is 1."""
-    std = features.std(0) if len(features) > 1 else torch.zeros_like(features[0])
-    return {"mean": features.mean(0), "std": std}
+    """Return mean and standard deviation over the n rows of [n, F], with divisor n."""
+    return {"mean": features.mean(0), "std": features.std(0, correction=0)}

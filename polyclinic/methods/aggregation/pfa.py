@@ -81,6 +81,9 @@ class PFA(Method[State]):
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return memory.get("personal") or request.trees["params"]
 
+    def kept_at_sites(self, name: str) -> bool:
+        return InNormalization(self.task)(name)
+
 
 def progressive(models: Mapping[str, Tree], share: float) -> Trees:
     """Return for each site its own weights with the low-frequency amplitudes averaged over sites (PFA).

@@ -4,6 +4,9 @@ Dinsdale, Jenkinson and Namburete, "FedHarmony: Unlearning Scanner Bias with Dis
 updates for each minibatch, others' features drawn from Gaussians, FedProx's penalty with a norm that is not squared,
 and equal weights ("FedEqual"). https://arxiv.org/abs/2205.15970.
 
+As in the published code, the Gaussians describe the features of the aggregated encoder in evaluation mode: from the
+second round on, sites are first asked for them, and then train.
+
 Departures: in the first round no Gaussians are available, and only the main task is trained. A site draws as many
 features of others as it has of its own, evenly. The paper's factors of 10 and 100 on the second and third loss have no
 effect under Adam, which it uses, and are 1 here; the third learning rate is half the others', as in the paper.
@@ -18,26 +21,27 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import encode_all, encoded, encoded_width
-from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.objectives.adversarial import Discriminator, confusion, moments
 from polyclinic.learning.tasks.task import InEncoder, Task
 from polyclinic.learning.training.local import LocalTraining, seeded
 
 
-@savable("fedharmony.State", 1)
+@savable("fedharmony.State", 2)
 class State(NamedTuple):
-    """The model, the domain classifier, and each site's Gaussian of features."""
+    """The model, the domain classifier, each site's Gaussian of features, and whether these are of this model."""
 
     round: int
     params: Tree
     judge: Tree
     gaussians: Trees
+    described: bool
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,24 @@ class FedHarmony(Method[State]):
         return Discriminator(encoded_width(self.task.network), len(self.sites), 32)
 
     def init(self, params: Tree) -> State:
-        return State(0, params, self.judge.first(), {})
+        return State(0, params, self.judge.first(), {}, True)  # the first round needs no Gaussians
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return Job("describe", first=1), Job("train")
 
     def request(self, state: State) -> Request:
+        if not state.described:
+            return Request(state.round, {"params": state.params}, "describe")
         known = {f"gaussian.{name}": leaves for name, leaves in state.gaussians.items()}
         return Request(state.round, {"params": state.params, "judge": state.judge, **known})
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, here = request.trees["params"], self.sites.index(site.name)
         model = cached_model(self.task, start, site.device)
+        if request.job == "describe":
+            features = encode_all(self.task.network, model, site.data["train"], site.device)
+            return Reply({"gaussian": PerSite({site.name: moments(features)})}), memory
         judge = cached_model(self.judge, request.trees["judge"], site.device)
         origin = {name: leaf.to(site.device) for name, leaf in start.items()}
         learn, guess = self.local.stepper(model, request.round), self.local.stepper(judge, request.round)
@@ -99,18 +112,13 @@ class FedHarmony(Method[State]):
             "update": tree.sub(params_of(model), start),
             "judge": tree.sub(params_of(judge), request.trees["judge"]),
         }
-        gaussian = PerSite({site.name: moments(encode_all(self.task.network, model, site.data["train"], site.device))})
-        return Reply(
-            {**{part: WeightedMean.of(leaves) for part, leaves in reply.items()}, "gaussian": gaussian}
-        ), memory
+        return Reply({part: WeightedMean.of(leaves) for part, leaves in reply.items()}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        return State(
-            state.round + 1,
-            reply.mean("update").apply_to(state.params),
-            reply.mean("judge").apply_to(state.judge),
-            {**state.gaussians, **reply.gather("gaussian")},
-        )
+        if not state.described:
+            return state._replace(gaussians={**state.gaussians, **reply.gather("gaussian")}, described=True)
+        params, judge = reply.mean("update").apply_to(state.params), reply.mean("judge").apply_to(state.judge)
+        return State(state.round + 1, params, judge, state.gaussians, False)
 
     def _draw(self, request: Request, others: list[int], count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return about ``count`` features ``f ~ N(μ_k, diag σ_k²)`` of the other sites k, and those k."""
@@ -124,6 +132,6 @@ class FedHarmony(Method[State]):
 def _distance(model: nn.Module, origin: Tree) -> Tensor:
     """Return ``‖θ − θ_g‖``, not squared."""
     distance: Tensor = torch.linalg.vector_norm(
-        torch.cat([(p - origin[n]).flatten() for n, p in model.named_parameters()])
+        torch.cat([(p - origin[n]).flatten() for n, p in trainable(model).items()])
     )
     return distance

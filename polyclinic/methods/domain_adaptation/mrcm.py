@@ -4,10 +4,11 @@ Guo, Wang, Zhou, Jiang and Patel, "Multi-institutional Collaborations for Improv
 Resonance Image Reconstruction Using Federated Learning", CVPR 2021, section 3.3 and Algorithm 2 (cross-site modeling).
 https://arxiv.org/abs/2103.02148. A round takes two requests: the target sends latent features of its inputs, then each
 source trains, with its own discriminator between its features and the target's. All sources have equal weight, as in
-the paper. Features are averaged over spatial axes.
+the paper. As in the published code, one step follows the sum of both losses, and the discriminator's learning rate is
+10 times the network's. Features are averaged over spatial axes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import encode_all, encoded, encoded_width
 from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, pass_for_real, tell_apart
-from polyclinic.learning.tasks.task import InEncoder, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, seeded
 
 
@@ -97,18 +98,19 @@ class MRCM(Method[State]):
             return Reply({"latent": PerSite({site.name: {"z": latent}})}), memory
         judge = cached_model(self.judge, memory.get("judge", self.judge.first()), site.device)
         foreign = request.trees["latent"]["z"].to(site.device)
-        learn, guess = self.local.stepper(model, request.round), self.local.stepper(judge, request.round)
-        align = self.local.stepper(model, request.round, trainable=InEncoder(self.task))
+        learn = self.local.stepper(model, request.round)
+        guess = replace(self.local, lr=10 * self.local.lr).stepper(judge, request.round)
         rng = site.rng(request.round, "train", "train", "")
         with seeded(rng, site.device):
             for batch in self.local.batches(data, rng, site.device):
-                learn(self.task.loss(model, batch))
+                loss = self.task.loss(model, batch)
                 if not self.adversarial:
+                    learn(loss)
                     continue
                 with still(model):
                     z = encoded(self.task.network, model, batch[0])
+                learn(loss + self.adversarial * pass_for_real(judge(z)))
                 guess(tell_apart(judge(foreign), judge(z.detach())))
-                align(self.adversarial * pass_for_real(judge(z)))
         update = WeightedMean.of(tree.sub(params_of(model), start))
         return Reply({"update": update}), {**memory, "judge": params_of(judge)}
 

@@ -25,6 +25,7 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at, still
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, spectrum
 from polyclinic.learning.training.local import LocalTraining
@@ -94,7 +95,7 @@ class HarmoFL(SizeWeighted[State]):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return ``L(θ + δ)`` with ``δ = α ∇L(θ) / ‖∇L(θ)‖``, whose gradient at θ is that of L at θ + δ."""
-        named = dict(model.named_parameters())
+        named = trainable(model)
         with still(model):
             slopes = torch.autograd.grad(self.task.loss(model, batch), list(named.values()), allow_unused=True)
         found = {name: g for name, g in zip(named, slopes, strict=True) if g is not None}

@@ -40,6 +40,9 @@ class LocalOnly(Method[State]):
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return memory.get("params", request.trees["params"])
 
+    def kept_at_sites(self, name: str) -> bool:
+        return True  # of every leaf there are as many values as sites
+
 
 @savable("cross.State", 1)
 class Exchanged(NamedTuple):
@@ -77,3 +80,6 @@ class Cross(Method[Exchanged]):
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return request.trees.get("other", request.trees["params"])
+
+    def kept_at_sites(self, name: str) -> bool:
+        return True  # of every leaf there are as many values as sites

@@ -12,7 +12,7 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.batch import chunks
-from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.training.local import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -38,5 +38,5 @@ class FedSGD(FedAvg):
                 (self.task.loss(model, (x.to(site.device), y.to(site.device))) * share).backward()
         statistics = tree.sub(params_of(model), start)  # 0 for everything that a gradient moves
         # w ← w − η g
-        steps = {name: -self.local.lr * p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        steps = {name: -self.local.lr * p.grad.cpu() for name, p in trainable(model).items() if p.grad is not None}
         return Reply({"update": WeightedMean.of({**statistics, **steps}, self.site_weight(site))}), memory

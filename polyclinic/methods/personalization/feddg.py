@@ -3,6 +3,8 @@
 Liu, Chen, Qin, Dou and Heng, "FedDG: Federated Domain Generalization on Medical Image Segmentation via Episodic
 Learning in Continuous Frequency Space", CVPR 2021, equations 2 to 7. https://arxiv.org/abs/2103.06030.
 
+As in the published code, the trial step is of first order and its gradient is clamped to ±100.
+
 Departures: only the low-frequency window of the amplitudes leaves a site, not the whole spectrum. The window is a share
 of the spectrum (2L), whereas in the published code it covers one frequency. As in that code, λ interpolates amplitudes
 within the window only. For tasks without masks the boundary term is omitted.
@@ -24,11 +26,15 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at, still
 from polyclinic.learning.networks.latent import represent
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, restyle, spectrum
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.personalization.boundary_features import boundary_contrast
+
+CLAMP = 100.0
+"""The largest entry of the gradient in the trial step."""
 
 
 @savable("feddg.State", 1)
@@ -106,17 +112,21 @@ class FedDG(SizeWeighted[State]):
         return State(state.round + 1, reply.mean("update").apply_to(state.params), state.bank)
 
     def _episode(self, model: nn.Module, batch: Batch, styles: Tensor | None, rng: torch.Generator) -> Tensor:
-        """Return ``L(x; θ) + L(x'; θ') + γ L_boundary(x, x'; θ')``, ``θ' = θ − β ∇L(x; θ)`` and x' in another style."""
+        """Return ``L(x; θ) + L(x'; θ') + γ L_boundary(x, x'; θ')``, ``θ' = θ − β ∇L(x; θ)`` and x' in another style.
+
+        ``∇L(x; θ)`` in θ' is a constant.
+        """
         x, y = batch
         if styles is None:
             return self.task.loss(model, batch)
         low = styles[torch.randint(len(styles), (len(x),), generator=rng)].to(x)
         shares = torch.rand(len(x), generator=rng).to(x).view(-1, *[1] * (x.ndim - 1))  # λ ~ U(0, 1)
         other = restyle(x, low, self.window, shares)
-        named = dict(model.named_parameters())
+        named = trainable(model)
         inner = self.task.loss(model, batch)
-        slopes = torch.autograd.grad(inner, list(named.values()), create_graph=True, allow_unused=True)
-        fast = {name: p - self.step * g for (name, p), g in zip(named.items(), slopes, strict=True) if g is not None}
+        slopes = torch.autograd.grad(inner, list(named.values()), retain_graph=True, allow_unused=True)
+        pairs = [(name, p, g) for (name, p), g in zip(named.items(), slopes, strict=True) if g is not None]
+        fast = {name: p - self.step * g.clamp(-CLAMP, CLAMP) for name, p, g in pairs}
         with still(model):
             outer = at(model, fast, self.task.loss, (other, y))
             if self.boundary and y.ndim > 2 and not y.is_floating_point():

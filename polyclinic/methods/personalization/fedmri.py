@@ -5,8 +5,9 @@ Transactions on Medical Imaging 2022, equations 4 to 7. https://arxiv.org/abs/21
 contrast is the ratio of L1 distances over all shared parameters, has no effect in the first step, in which the model is
 the server's, and all sites have equal weight.
 
-Departure: the paper compares with the last encoders of the other sites, which discloses every site's encoder to all. By
-default a site is compared with its own last encoder only.
+Departures: the published network for reconstruction has a second U-Net, which works on k-space; it is missing, so that
+the contrast covers one encoder. The paper compares with the last encoders of all sites, which discloses every site's
+encoder to all. By default a site is compared with its own last encoder only.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import InEncoder, Not, Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.site_weights import SizeWeighted
@@ -43,15 +45,15 @@ class Contrasted(SizeWeighted[State]):
     """FedAvg with ``β · ‖θ − θ_server‖₁ / Σ ‖θ − θ_old‖₁`` added to the loss, over the encoder's parameters.
 
     Attributes:
-        beta: β, the weight of the contrast.
+        beta: β, the weight of the contrast; 100 in the published configuration.
         weight: λ, the weight of the task's loss.
-        others: Whether θ_old are the other sites' last encoders, as in the paper, or the site's own.
+        others: Whether θ_old are the last encoders of all sites, as in the paper, or the site's own.
         uniform: Whether all sites have equal weight, as in the published code.
     """
 
     task: Task
     local: LocalTraining = LocalTraining()
-    beta: float = 0.1
+    beta: float = 100.0
     weight: float = 1.0
     others: bool = False
     uniform: bool = True
@@ -64,8 +66,8 @@ class Contrasted(SizeWeighted[State]):
         return Request(state.round, {"params": state.params, **last})
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        start, mine = request.trees["params"], f"encoder.{site.name}"
-        old = [leaves for name, leaves in request.trees.items() if name.startswith("encoder.") and name != mine]
+        start = request.trees["params"]
+        old = [leaves for name, leaves in request.trees.items() if name.startswith("encoder.")]
         old = old if self.others else [memory["encoder"]] if "encoder" in memory else []
         server, *past = ({n: x.to(site.device) for n, x in leaves.items()} for leaves in (start, *old))
 
@@ -88,7 +90,7 @@ class Contrasted(SizeWeighted[State]):
     def _contrast(self, model: nn.Module, server: Tree, old: Sequence[Tree]) -> Tensor:
         """Return ``‖θ − θ_server‖₁ / Σ_k ‖θ − θ_k‖₁``."""
         inside = InEncoder(self.task)
-        shared = {name: p for name, p in model.named_parameters() if inside(name)}
+        shared = {name: p for name, p in trainable(model).items() if inside(name)}
 
         def distance(other: Tree) -> Tensor:
             return torch.stack([(p - other[name]).abs().sum() for name, p in shared.items()]).sum()
@@ -100,7 +102,7 @@ def fedmri(
     task: Task,
     local: LocalTraining,
     *,
-    beta: float = 0.1,
+    beta: float = 100.0,
     weight: float = 1.0,
     others: bool = False,
     uniform: bool = True,

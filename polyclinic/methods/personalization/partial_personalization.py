@@ -76,6 +76,9 @@ class Personal(MethodWrapper[State]):
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return {**self.inner.site_model(request, memory), **memory.get("own", request.trees["own"])}
 
+    def kept_at_sites(self, name: str) -> bool:
+        return self.keep(name) or self.inner.kept_at_sites(name)
+
     def _share(self, name: str) -> bool:
         return not self.keep(name)
 

@@ -12,7 +12,7 @@ from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.training.local import Proximal, seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -23,24 +23,24 @@ class PFedMe(FedAvg):
 
     Attributes:
         lam: λ, the weight of the proximal term. The paper uses 15 to 30.
-        eta: η, the step size of w along ``λ · (w − θ)``. With η = 1/λ and K = 1 this is FedAvg.
+        eta: η, the step size of w along ``λ · (w − θ)``; 0.005 in the paper. With η = 1/λ and K = 1 this is FedAvg.
         steps: K, the number of steps of θ on a minibatch. The paper uses 5.
     """
 
     lam: float = 15.0
-    eta: float = 0.05
+    eta: float = 0.005
     steps: int = 5
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, towards = request.trees["params"], Proximal(self.lam)
         model = cached_model(self.task, start, site.device)
-        w = {name: p.detach().clone() for name, p in model.named_parameters()}
+        w = {name: p.detach().clone() for name, p in trainable(model).items()}
         step, rng = self.local.stepper(model, request.round), site.rng(request.round, "train", "train", "")
         with seeded(rng, site.device):
             for batch in self.local.batches(site.data["train"], rng, site.device):
                 for _ in range(self.steps):
                     step(self.task.loss(model, batch) + towards(model, w))
-                theta = dict(model.named_parameters())
+                theta = trainable(model)
                 w = {name: leaf - self.eta * self.lam * (leaf - theta[name].detach()) for name, leaf in w.items()}
         own = params_of(model)
         shared = {**own, **{name: leaf.to(own[name].device) for name, leaf in w.items()}}

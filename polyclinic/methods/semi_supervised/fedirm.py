@@ -2,18 +2,23 @@
 
 Liu, Yang, Dou and Heng, "Federated Semi-supervised Medical Image Classification via Inter-client Relation Matching",
 MICCAI 2021, https://arxiv.org/abs/2106.08600, equations 2 to 6, with the official settings
-(https://github.com/liuquande/FedIRM). Departures: rows of the relation matrix are averaged over the sites that have the
-class, whereas the official code counts a missing class as a uniform row; a labeled site's matrix comes from one pass
-with the trained model instead of from its minibatches; a site with both kinds of data learns from both; the largest
-entropy is a share of ln C, because the paper's 2.0 exceeds ln 5 and therefore excluded nothing.
+(https://github.com/liuquande/FedIRM). The passes for the entropy need dropout: a network without any drops features in
+front of its head. Running statistics are updated by the first pass of a step alone. Departures: rows of the relation
+matrix are averaged over the sites that have the class, whereas the official code counts a missing class as a uniform
+row; a labeled site's matrix comes from one pass with the trained model instead of from its minibatches; a site with
+both kinds of data learns from both; the largest entropy is a share of ln C, because the paper's 2.0 exceeds ln 5 and
+therefore excluded nothing.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
@@ -21,7 +26,9 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.model_momentum import follow_, ramp
 from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.class_relations import matrix, mismatch, relation_of, reliable
@@ -57,6 +64,8 @@ class FedIRM(Method[State]):
         confidence: Least probability of a pseudo-label; 0.3.
         entropy: Largest entropy of a pseudo-label, as a share of ln C, in the mean of several forward passes.
         passes: Number of these forward passes, with dropout; 10.
+        dropout: Probability with which features in front of the head are dropped in these passes if the network has no
+            dropout of its own; 0.2 in the published network.
         temperature: T of the relation matrix; 2.
     """
 
@@ -70,7 +79,17 @@ class FedIRM(Method[State]):
     confidence: float = 0.3
     entropy: float = 0.9
     passes: int = 10
+    dropout: float = 0.2
     temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"fedirm: dropout must be a probability from 0 to less than 1, not {self.dropout:g}")
+        if not self.dropout and not drops(self.task):
+            raise ConfigError(
+                "fedirm: without dropout all passes are equal and the entropy says nothing of a model's uncertainty: "
+                "set dropout above 0, or the network's option dropout"
+            )
 
     def init(self, params: Tree) -> State:
         classes = self.task.network.outputs
@@ -116,6 +135,24 @@ class FedIRM(Method[State]):
         logits = model(one)
         with torch.no_grad():
             target = teacher(other).softmax(1)
-            of = reliable(logits, torch.stack([model(one) for _ in range(self.passes)]), self.confidence, self.entropy)
+            of = reliable(logits, self._passes(model, one), self.confidence, self.entropy)
         inconsistency: Tensor = (logits.softmax(1) - target).square().sum(1).mean()
         return inconsistency + mismatch(matrix(logits, of, self.temperature), shared, (of.sum(0) > 0).float())
+
+    def _passes(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Return the logits [passes, b, C] of forward passes with dropout, which do not change running statistics."""
+        head = next(m for name, m in model.named_modules() if self.task.network.in_head(f"{name}."))
+        hook = head.register_forward_pre_hook(lambda _, given: (F.dropout(given[0], self.dropout), *given[1:]))
+        try:
+            if drops(self.task):
+                hook.remove()
+            with still(model):
+                return torch.stack([model(x) for _ in range(self.passes)])
+        finally:
+            hook.remove()
+
+
+@lru_cache(maxsize=64)
+def drops(task: Task) -> bool:
+    """Return whether the network of ``task`` has dropout."""
+    return any(isinstance(m, _DropoutNd) and m.p > 0 for m in task.model().modules())

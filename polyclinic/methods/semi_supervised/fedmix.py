@@ -4,12 +4,12 @@ Wicaksana, Yan, Zhang, Huang, Wu, Yang and Cheng, "FedMix: Mixed Supervised Fede
 Segmentation", IEEE TMI 42(7):1955, 2023, https://arxiv.org/abs/2205.01840, with the official settings
 (https://github.com/Jwicaksana/FedMix). A round takes two requests, so that the server receives sums alone: sites first
 send the number of examples used and the loss, then their change with the weight that follows from the sums. Departures:
-pseudo-masks are not refined further; empty ones are used only if an image is labeled as empty; sites predict with the
+masks are not refined further; empty ones are used only if an image is labeled as empty; sites predict with the
 first network.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,9 +110,15 @@ class FedMix(Method[State]):
         return tree.under("first", request.trees["twins"])
 
     def _trained(self, start: Tree, site: Site, round: int, tally: Tally) -> Tree:
-        """Return both networks after training on all of the site's roles, for an epoch of the largest."""
-        roles = sorted((role for role in ROLES if size(site.data, role)), key=lambda role: -size(site.data, role))
-        held = {role: unlabeled(site.data) if role == "unlabeled" else site.data[role] for role in roles}
+        """Return both networks after training on all of the site's roles, for an epoch of the largest.
+
+        Of weak annotations, the received networks' masks are used.
+        """
+        mixed, held = self.mixed, dict[str, Any]()
+        for role in (role for role in ROLES if size(site.data, role)):
+            data = unlabeled(site.data) if role == "unlabeled" else site.data[role]
+            held[role] = data if role == "train" else mixed.masked(role, start, data, site.device)
+        roles = sorted((role for role in held if len(held[role])), key=lambda role: -len(held[role]))
         streams = {role: endless(self.local, held[role], site.rng(round, role), site.device) for role in roles[1:]}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -121,5 +127,4 @@ class FedMix(Method[State]):
                 value = value + mixed.loss_of(role, model, next(stream), tally)
             return value
 
-        data, mixed = held[roles[0]] if roles else (), self.mixed
-        return self.local.fit(mixed, start, site, round, data=data, loss=loss)
+        return self.local.fit(mixed, start, site, round, data=held[roles[0]] if roles else (), loss=loss)

@@ -2,8 +2,11 @@
 
 Bdair, Navab and Albarqouni, "FedPerl: Semi-Supervised Peer Learning for Skin Lesion Classification", MICCAI 2021,
 https://arxiv.org/abs/2103.03703, equations 2 to 6, with the official settings (https://github.com/tbdair/FedPerlV1.0):
-a site's descriptor is the mean and standard deviation of each weight tensor; its T peers are those most similar by
-cosine; it receives the average of their models, never one of them (peer anonymization). Sites are weighted by images.
+a site's descriptor is the mean and standard deviation of each tensor of its model, running statistics included; each
+entry is scaled to 0...1 over the sites; its T peers are those most similar by cosine; it receives the average of their
+models, never one of them (peer anonymization). Sites are weighted by images. Departures: the published descriptor ends
+with the accuracy and loss on images of the server, which a server does not have here; pseudo-labels are averaged over
+all images instead of the confident ones, and the agreement with the peer has a gradient.
 """
 
 import math
@@ -40,18 +43,20 @@ class State(NamedTuple):
 
 
 def descriptor(params: Tree) -> Tensor:
-    """Return the mean and standard deviation of each tensor, [2 · tensors], without running statistics."""
-    leaves = [leaf.double() for name, leaf in params.items() if not name.endswith(("running_mean", "running_var"))]
+    """Return the mean and standard deviation of each tensor: [2 · tensors]."""
+    leaves = [leaf.double() for leaf in params.values()]
     return torch.stack([x for leaf in leaves for x in (leaf.mean(), leaf.std(correction=0))])
 
 
 def similarities(models: Trees) -> Tensor:
-    """Return the cosine of each pair of descriptors [K, K], scaled to 0...1 off the diagonal, which is -1."""
-    d = F.normalize(torch.stack([descriptor(model) for model in models.values()]), dim=1)
-    apart = ~torch.eye(len(d), dtype=torch.bool)
-    cosine = d @ d.T
-    low, high = cosine[apart].min(), cosine[apart].max()
-    return torch.where(apart, (cosine - low) / (high - low).clamp_min(1e-12), -1.0)
+    """Return the cosine of each pair of descriptors [K, K], each entry of which is scaled to 0...1; -1 on the diagonal.
+
+    An entry that is the same at all sites becomes 1.
+    """
+    d = torch.stack([descriptor(model) for model in models.values()])
+    low, high = d.amin(0), d.amax(0)
+    scaled = F.normalize(torch.where(high > low, (d - low) / (high - low), 1.0), dim=1)
+    return (scaled @ scaled.T).fill_diagonal_(-1.0)
 
 
 def anonymous_peers(models: Trees, count: int) -> dict[str, Tree]:
@@ -78,7 +83,7 @@ class FedPerl(Method[State]):
     Attributes:
         rounds: Number of planned rounds.
         peers: T, the number of models that are averaged into one peer; 2.
-        warmup: Share of the rounds before unlabeled images and peers are used; 0.05 in the paper.
+        warmup: Share of the rounds before unlabeled images and peers are used; none in the published code.
         threshold: Least probability of a pseudo-label; 0.6.
         trust: β, the weight of the loss on pseudo-labels; 0.5.
         agreement: Weight of the distance to the peer's predictions; 0.01.
@@ -88,7 +93,7 @@ class FedPerl(Method[State]):
     rounds: int
     local: LocalTraining = LocalTraining()
     peers: int = 2
-    warmup: float = 0.05
+    warmup: float = 0.0
     threshold: float = 0.6
     trust: float = 0.5
     agreement: float = 0.01

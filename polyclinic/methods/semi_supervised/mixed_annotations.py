@@ -1,17 +1,20 @@
 """Segmentation from masks, boxes, image labels or no annotation, by two networks.
 
 The parts of FedMix: Wicaksana et al., IEEE TMI 2023. https://arxiv.org/abs/2205.01840. Two networks with different
-initial weights see every image; where their masks agree, each learns the other's.
+initial weights see every image; where their masks agree, each learns the other's. As in the published code, the masks
+are those of the received networks in evaluation mode, once in a round.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
-from polyclinic.learning.objectives.distillation_loss import Said
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.segmentation import agreement
 from polyclinic.learning.tasks.task import Task
 
@@ -34,6 +37,26 @@ class Tally:
 
     used: int = 0
     loss: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """Some examples of ``data``, with given masks.
+
+    Attributes:
+        chosen: Their positions [n].
+        masks: [n, 2, *spatial], the masks of both networks.
+    """
+
+    data: Any
+    chosen: Tensor
+    masks: Tensor
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        return self.data[self.chosen[index]][0], self.masks[index]
 
 
 @dataclass(frozen=True)
@@ -59,23 +82,33 @@ class MixedSegmentation:
         return self.loss_of("train", model, batch, Tally())
 
     def loss_of(self, role: str, model: nn.Module, batch: Batch, tally: Tally) -> Tensor:
-        """Return the loss over the usable examples of a minibatch of the given ``role``; 0 if there are none."""
+        """Return the loss of a minibatch of the given ``role``: with masks, or with those of ``masked``."""
         assert isinstance(model, Twins)
         x, y = batch
-        z1, z2 = model.first(x), model.second(x)
-        y1, y2, kept = y, y, torch.ones(len(x), dtype=torch.bool, device=x.device)
-        if role != "train":
-            y1, y2, kept = self.masks(role, z1.detach(), z2.detach(), y)
-        if not bool(kept.any()):
-            nothing: Tensor = (z1.sum() + z2.sum()) * 0.0
-            return nothing
+        y1, y2 = (y, y) if role == "train" else (y[:, 0], y[:, 1])
         # L = ℓ(f₁(x), ŷ₂) + ℓ(f₂(x), ŷ₁)
-        first = self.task.loss(Said(z1[kept]), (x[kept], y2[kept]))
-        second = self.task.loss(Said(z2[kept]), (x[kept], y1[kept]))
-        value: Tensor = first + second
-        tally.used += int(kept.sum())
-        tally.loss += value.item() * int(kept.sum())
+        value = self.task.loss(model.first, (x, y2)) + self.task.loss(model.second, (x, y1))
+        tally.used += len(x)
+        tally.loss += value.item() * len(x)
         return value
+
+    def masked(self, role: str, twins: Tree, data: Any, device: str = "cpu") -> "Masked":
+        """Return the examples of ``data`` that can be used, with the masks of both networks in place of their targets.
+
+        Args:
+            role: The role of ``data``.
+            twins: The parameters of both networks, which are used in evaluation mode.
+        """
+        model = cached_model(self, twins, device, "masks").eval()
+        assert isinstance(model, Twins)
+        chosen, masks = [], []
+        with torch.no_grad():
+            for chunk in torch.arange(len(data)).split(64):
+                x, y = (part.to(device) for part in data[chunk])
+                y1, y2, kept = self.masks(role, model.first(x), model.second(x), y)
+                chosen.append(chunk[kept.cpu()])
+                masks.append(torch.stack([y1, y2], 1)[kept].cpu())
+        return Masked(data, torch.cat(chosen), torch.cat(masks))
 
     def masks(self, role: str, z1: Tensor, z2: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return both networks' masks [b, *spatial], corrected by the annotation, and which examples [b] to use.

@@ -96,8 +96,14 @@ def _target(run: Run, label: str, seed: int) -> Target:
     plan = read_plan(file)
     with safe_open(file, "pt") as opened:
         taken = int((opened.metadata() or {}).get("round", study.rounds))
-    task = plan.build_method().prediction_task or plan.build_task()
-    return Target(file.parent, study, plan, data, seed, task, read_tensors(file), taken)
+    method, params = plan.build_method(), read_tensors(file)
+    task = method.prediction_task or plan.build_task()
+    if any(method.kept_at_sites(name) for name in task.first()):
+        raise NotAudited(
+            f"{run.path}: with {label} each site keeps layers of its own, so that no model can be attacked as a whole. "
+            "Audit another method"
+        )
+    return Target(file.parent, study, plan, data, seed, task, params, taken)
 
 
 def _sites(run: Run, target: Target, site: str) -> list[str]:

@@ -26,6 +26,7 @@ def plan_of(study: Study, method: MethodSpec, data: Federated, seed: int) -> Pla
         seed=seed,
         task=study.task_options,
         network_options=study.task.options,
+        tuning=study.task.tuning,
         training=study.training_of(method),
         options=method.options,
         uplink=method.uplink,

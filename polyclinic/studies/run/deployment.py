@@ -21,7 +21,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.methods import registry
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.records.run_description import environment, method_facts
+from polyclinic.studies.records.run_description import declared, environment, method_facts, start_facts
 from polyclinic.studies.run.run_directory import write_tensors
 
 WHERE = ("use", "path", "kind", "sites", "external", "min_patients", "max_patients", "annotations", "public")
@@ -81,6 +81,7 @@ def method_runs(
                 "options": method.options,
                 "uplink": [dict(item) for item in method.uplink],
                 **({"downlink": [dict(item) for item in method.downlink]} if method.downlink else {}),
+                **({"tuning": study.task.tuning} if study.task.tuning else {}),
                 **(shape or {}),
             }
             external = [name for name in study.data.external if entry.newcomers]
@@ -231,8 +232,10 @@ def _info(
         "rounds": study.rounds,
         "seeds": list(study.seeds),
         "engine": {"kind": "flare"},
+        **declared(study),
         "environment": environment(),
         "parameters": sum(leaf.numel() for leaf in plan.build_task().first(0).values()),
+        **start_facts(plan.build_task()),
     }
 
 

@@ -17,25 +17,29 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.domain_adaptation.fedharmony import FedHarmony
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import equal
-from tests.conftest import Rows
+from tests.conftest import Rows, little_sites
+from tests.methods.test_features_of_networks import NETWORKS
 
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def test_the_gaussians_are_those_of_the_features(
-    task: Classification, local: LocalTraining, sites: dict[str, Site]
-) -> None:
-    """Mean and standard deviation by feature, of the trained encoder over all training examples, in numpy."""
-    method = FedHarmony(task, NAMES, local)
-    request = method.request(method.init(task.first()))
-    reply, _ = method.site_update(request, {}, sites["site-1"])
-    end = {n: leaf + request.trees["params"][n] for n, leaf in reply.mean("update").value.items()}
-    with torch.no_grad():
-        x = sites["site-1"].data["train"].x
-        features = encoded(task.network, cached_model(task, end).eval(), x).numpy()
-    found = reply.gather("gaussian")["site-1"]
-    np.testing.assert_allclose(found["mean"].numpy(), features.mean(0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found["std"].numpy(), features.std(0, ddof=1), rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("name", ["cnn, batch", "cnn, group, 3-D", "vit"])
+def test_the_gaussians_are_those_of_the_aggregated_encoder(name: str, local: LocalTraining) -> None:
+    """Mean and standard deviation by feature over all training examples, as `get_gaussians.py` has them, in numpy."""
+    task = Classification(NETWORKS[name][0])
+    sites = little_sites(task.network.inputs)
+    method, steps = FedHarmony(task, NAMES, local), []
+    for step in train(method, InProcess(method, sites), method.init(task.first()), rounds=2):
+        steps.append(step)
+    assert [(s.request.round, s.request.job) for s in steps] == [(0, "train"), (1, "describe"), (1, "train")]
+    aggregated = cached_model(task, steps[0].state.params).eval()
+    for site in NAMES:
+        with torch.no_grad():
+            features = encoded(task.network, aggregated, sites[site].data["train"].x).double().numpy()
+        found, known = steps[1].state.gaussians[site], steps[2].request.trees[f"gaussian.{site}"]
+        np.testing.assert_allclose(found["mean"].numpy(), features.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["std"].numpy(), np.std(features, axis=0), rtol=1e-3, atol=1e-5)
+        assert equal(found, known)
 
 
 def test_others_are_drawn_from_their_gaussians(task: Classification, sites: dict[str, Site]) -> None:

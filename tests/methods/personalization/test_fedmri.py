@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
@@ -14,9 +15,10 @@ from polyclinic.learning.tasks.mr_reconstruction import Accelerated, Reconstruct
 from polyclinic.learning.tasks.task import InEncoder
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.personalization.fedmri import Contrasted, fedmri
+from polyclinic.methods.personalization.fedmri import Contrasted, State, fedmri
 from polyclinic.testing import check_method, close, equal
 from tests.conftest import segmentation_sites
+from tests.support.agreement import agree
 
 TASK = Reconstruction(Network("unet", (1, 16, 16), 1, (("width", 2), ("norm", "batch"))))
 
@@ -74,6 +76,25 @@ def test_the_contrast_starts_when_there_is_an_old_encoder(
     assert equal(a, plain.site_update(request, {}, sites["site-0"])[0])
     again = ours.site_update(request, memory, sites["site-0"])[0]
     assert not equal(again, plain.site_update(request, memory, sites["site-0"])[0])
+
+
+def test_with_others_the_contrast_covers_every_site_and_its_own(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
+    """As in the published loop over `prev_models`; the step is that of the same loss written out."""
+    method = Contrasted(task, local, beta=2.0, weight=0.5, others=True)
+    encoders = {f"site-{k}": tree.select(task.first(k + 1), InEncoder(task)) for k in range(3)}
+    request = method.request(State(1, task.first(), encoders))
+    found = method.site_update(request, {}, sites["site-1"])[0].mean("update").value
+
+    def loss(model, batch):
+        shared = [(n, p) for n, p in model.named_parameters() if InEncoder(task)(n)]
+        near = sum((p - task.first()[n]).abs().sum() for n, p in shared)
+        far = sum((p - old[n]).abs().sum() for old in encoders.values() for n, p in shared)
+        return 0.5 * torch.nn.functional.cross_entropy(model(batch[0]), batch[1]) + 2.0 * near / far
+
+    end = local.fit(task, task.first(), sites["site-1"], 1, loss=loss)
+    agree(found, tree.sub(end, task.first()))
 
 
 @pytest.mark.parametrize("others", [False, True])

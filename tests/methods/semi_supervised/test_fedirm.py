@@ -1,14 +1,21 @@
 """FedIRM: without unlabeled images it is training on two views; unlabeled sites wait, then learn; no target leaks."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.augmentation import STILL
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.semi_supervised.fedirm import FedIRM
+from polyclinic.methods.semi_supervised.fedirm import FedIRM, drops
+from polyclinic.testing import close
 from tests.conftest import little_sites
+from tests.methods.test_features_of_networks import NETWORKS
 from tests.support.few_labels import half_labeled, near, only_labels, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
@@ -51,3 +58,40 @@ def test_it_learns_and_its_matrix_knows_the_classes(task: Classification) -> Non
     assert matrix[0, 0] > 0.5 < matrix[1, 1]
     assert "teacher" in engine.memory["site-2"]
     assert "teacher" not in engine.memory["site-0"]
+
+
+@pytest.mark.parametrize("name", ["cnn, batch", "cnn, group, 3-D", "vit"])
+def test_the_passes_differ_and_leave_running_statistics_as_they_are(name: str) -> None:
+    task = Classification(NETWORKS[name][0])
+    method = FedIRM(task, 10, LocalTraining(), passes=6)
+    model, x = load(task.model(), task.first()).train(), torch.randn(4, *task.network.inputs)
+    with torch.no_grad():
+        found = method._passes(model, x)
+        plain = model(x)
+    assert found.shape == (6, 4, 2)
+    assert len({z.numpy().tobytes() for z in found}) == 6
+    torch.testing.assert_close(load(task.model(), task.first()).train()(x), plain)
+    counted = params_of(model)
+    model = load(task.model(), task.first()).train()
+    with torch.no_grad():
+        model(x)
+    assert close(counted, params_of(model))  # one pass, and not seven
+
+
+def test_a_networks_own_dropout_is_used_alone(task: Classification) -> None:
+    own = task.with_network(replace(task.network, options=(*task.network.options, ("dropout", 0.5))))
+    assert drops(own)
+    assert not drops(task)
+    share, x = [], torch.randn(3, 1, 8, 8)
+    for each in (own, task):
+        model = load(each.model(), task.first()).train()
+        with torch.no_grad():
+            passes = FedIRM(each, 10, LocalTraining(), passes=200, dropout=0.9)._passes(model, x)
+            share.append(float((passes == model.head.bias).all(2).float().mean()))  # all eight features dropped
+    assert share[0] < 0.05
+    assert share[1] > 0.3
+    assert FedIRM(own, 10, LocalTraining(), dropout=0.0).dropout == 0
+    with pytest.raises(ConfigError, match="set dropout above 0"):
+        FedIRM(task, 10, LocalTraining(), dropout=0.0)
+    with pytest.raises(ConfigError, match="probability"):
+        FedIRM(task, 10, LocalTraining(), dropout=1.0)

@@ -8,7 +8,9 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import merge
+from polyclinic.learning.networks.model_tree import load
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.example_pool import unlabeled
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
@@ -123,6 +125,33 @@ def mixed_sites():
         "site-1": replace(b, data={"boxed": boxes(b.data["train"]), "val": b.data["val"], "test": b.data["test"]}),
         "site-2": without_labels(c),
     }
+
+
+def test_masks_are_those_of_the_received_networks_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in a round: written again from both networks, and what training sees is that and nothing else."""
+    method, site = FedMix(TASK, replace(LOCAL, epochs=2), agree=0.2), mixed_sites()["site-2"]
+    request = method.request(method.init(TASK.first(0)))
+    twins, x = request.trees["twins"], site.data["unlabeled"].x
+    with torch.no_grad():
+        one, two = (load(TASK.model(), tree.under(part, twins)).eval()(x).argmax(1) for part in ("first", "second"))
+    wanted = [i for i in range(len(x)) if dice(one[i], two[i]) >= 0.2 and one[i].any() and two[i].any()]
+    assert len(wanted) > 0
+    found = method.mixed.masked("unlabeled", twins, unlabeled(site.data))
+    assert found.chosen.tolist() == wanted
+    assert torch.equal(found.masks, torch.stack([one, two], 1)[wanted])
+    seen, loss = [], Segmentation.loss
+
+    def record(task, model, batch):
+        seen.append(batch[1].clone())
+        return loss(task, model, batch)
+
+    monkeypatch.setattr(Segmentation, "loss", record)
+    method.site_update(request, {}, site)
+    first, second = ({m.numpy().tobytes() for m in masks} for masks in (one[wanted], two[wanted]))
+    assert {
+        m.numpy().tobytes() for masks in seen[1::2] for m in masks
+    } == first  # the second network learns the first's
+    assert {m.numpy().tobytes() for masks in seen[::2] for m in masks} == second
 
 
 def test_hidden_masks_are_never_used() -> None:

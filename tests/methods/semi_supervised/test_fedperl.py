@@ -11,6 +11,7 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.fedperl import FedPerl, anonymous_peers, descriptor, similarities
 from tests.conftest import little_sites
+from tests.methods.test_features_of_networks import NETWORKS
 from tests.support.few_labels import half_labeled, near, only_labels, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
@@ -21,35 +22,32 @@ def models(task, count=5):
 
 
 def numpy_similarities(found):
-    """Equation 2: cosine of (μ, σ) of every weight tensor, min-max normalized."""
-    d = []
+    """The published steps: (μ, σ) of every tensor, each column scaled to 0...1 over the sites, then the cosine."""
+    d = np.array([[f(leaf.double().numpy()) for leaf in model.values() for f in (np.mean, np.std)] for model in found])
+    for column in d.T:
+        spread = column.max() - column.min()
+        column[:] = (column - column.min()) / spread if spread else 1
+    return np.array([[a @ b / np.sqrt(a @ a) / np.sqrt(b @ b) for b in d] for a in d])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_descriptors_and_similarities_are_the_published_ones(name: str) -> None:
+    """With batch and group normalization and a transformer, in two and three dimensions; all models share a tensor."""
+    found = {site: dict(model) for site, model in models(Classification(NETWORKS[name][0])).items()}
     for model in found.values():
-        row = []
-        for name, leaf in model.items():
-            if "running" not in name:
-                row += [leaf.double().numpy().mean(), leaf.double().numpy().std()]
-        d.append(np.array(row))
-    cos = np.array([[a @ b / np.sqrt(a @ a) / np.sqrt(b @ b) for b in d] for a in d])
-    off = cos[~np.eye(len(d), dtype=bool)]
-    return (cos - off.min()) / (off.max() - off.min())
-
-
-def test_descriptors_and_similarities_are_the_papers(task: Classification) -> None:
-    found = models(task)
-    trained = [name for name in found["site-0"] if "running" not in name]
-    assert descriptor(found["site-0"]).shape == (2 * len(trained),)
-    wanted, got = numpy_similarities(found), similarities(found).numpy()
+        model["constant"] = found["site-0"][next(iter(found["site-0"]))]
+    assert descriptor(found["site-0"]).shape == (2 * len(found["site-0"]),)
+    wanted, got = numpy_similarities(list(found.values())), similarities(found).numpy()
     off = ~np.eye(5, dtype=bool)
-    assert np.allclose(got[off], wanted[off], atol=1e-9)
-    assert got[off].min() == 0
-    assert got[off].max() == pytest.approx(1)
+    np.testing.assert_allclose(got[off], wanted[off], atol=1e-9)
+    assert (got[~off] == -1).all()
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_peer_is_the_average_of_the_most_similar_others(task: Classification, count: int) -> None:
     """Equation 6: one anonymous peer, the mean of the T most similar models."""
     found = models(task)
-    wanted = numpy_similarities(found)
+    wanted = numpy_similarities(list(found.values()))
     np.fill_diagonal(wanted, -np.inf)
     got = anonymous_peers(found, count)
     for i, name in enumerate(found):

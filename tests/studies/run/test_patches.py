@@ -11,7 +11,8 @@ import torch
 from polyclinic.data.cases.cases import Cases
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.run.run_directory import Stopped, ask_to_stop
+from polyclinic.studies.run.run_directory import Stopped
+from polyclinic.studies.run.run_lock import ask_to_stop
 from polyclinic.studies.run.scheduler import run
 from tests.data.sources.test_folders import nifti, picture
 from tests.studies.run.test_scheduler import facts, same, tensors
@@ -38,6 +39,10 @@ options = { init_filters = 8 }
 batch_size = 2
 steps = 1
 lr = 0.01
+foreground = 0.5
+
+[augmentation]
+recipe = "nnunet"
 
 [engine]
 kind = "in-process"
@@ -73,18 +78,16 @@ def of(engine: str, **changes: str) -> str:
     return text
 
 
-def test_the_same_bits_with_one_and_three_workers_and_in_process(here: Path) -> None:
-    """Workers inherit the places of the files, and read them by themselves."""
-    engines = {
-        "one": 'kind = "workers"\nworkers = 1',
-        "three": 'kind = "workers"\nworkers = 3',
-        "none": 'kind = "in-process"',
-    }
+def test_the_same_bits_with_workers_threads_and_in_process(here: Path) -> None:
+    """Workers inherit the places of the files; they and their threads read them by themselves."""
+    engines = {"none": 'kind = "in-process"'}
+    for workers, threads in ((1, 0), (3, 2)):
+        engines[f"{workers}-{threads}"] = f'kind = "workers"\nworkers = {workers}\nthreads = {threads}'
     for name, engine in engines.items():
         list(run(parse(of(engine)), of(engine), here / name))
     assert tensors(here / "none")
-    assert same(here / "one", here / "none")
-    assert same(here / "three", here / "none")
+    assert same(here / "1-0", here / "none")
+    assert same(here / "3-2", here / "none")
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(here: Path) -> None:

@@ -288,8 +288,7 @@ class RunCoordinator:
         tested: RunCheckpoint = states.load(self._best(end.best)) if end.best else end
         if end.best:
             federation.look_back()
-        model = self.method.site_model(self.method.evaluation_request(tested.state), {})
-        tensor_file.write(self.folder / "model.safetensors", dict(model))
+        tensor_file.write(self.folder / "model.safetensors", dict(self.method.shared_model(tested.state)))
         if self.order.test:
             self.journal.write("test opened", {"round": tested.round})
             self._test(federation, tested)

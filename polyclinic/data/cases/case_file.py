@@ -110,11 +110,7 @@ class CaseFile:
         if inside is not None:
             part = values[(slice(None), *out)]
             part.copy_(self._read(self.pixels, inside))
-            for channel, divisor, shift in zip(part, self.divisor, self.shift, strict=True):
-                if divisor != 1:
-                    channel.div_(divisor)
-                if shift != 0:
-                    channel.add_(shift)
+            _restore(part, self.divisor, self.shift)
         return values
 
     def labels_at(self, low: Sequence[int], size: Sequence[int], outside: int = 0) -> Tensor:
@@ -326,6 +322,23 @@ def stored_as(pixels: Tensor) -> tuple[Tensor, tuple[float, ...], tuple[float, .
             steps = (values.double() * divisor).round() - middle if high > low else torch.zeros_like(values)
             part.copy_(steps.clamp(-(2**15), 2**15 - 1))
     return stored, divisors, tuple(shifts)
+
+
+def as_stored(pixels: Tensor) -> Tensor:
+    """Return an image [C, *spatial] with the values that it has after it was stored and read, float32."""
+    stored, divisors, shifts = stored_as(pixels)
+    values = stored.float()
+    _restore(values, divisors, shifts)
+    return values
+
+
+def _restore(values: Tensor, divisors: Sequence[float], shifts: Sequence[float]) -> None:
+    """Convert stored values [C, ...] in place."""
+    for channel, divisor, shift in zip(values, divisors, shifts, strict=True):
+        if divisor != 1:
+            channel.div_(divisor)
+        if shift != 0:
+            channel.add_(shift)
 
 
 def places_in(mask: Tensor, labels: Sequence[int]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from polyclinic.data.cases.case_file import CaseFile
+from polyclinic.data.cases.case_file import CaseFile, as_stored
 from polyclinic.data.examples import WITHHELD, Case
 from polyclinic.data.formats.mask_labels import WHITE
 from polyclinic.data.source import digest
@@ -235,6 +235,18 @@ class Cases:
             parts = [slice(max(a - o, 0), max(b + 1 - o, 0)) for (a, b), o in zip(file.box, low, strict=True)]
             box[tuple(parts)] = 1 if self.white else max(file.labels)
         return box
+
+
+def seen(pixels: Tensor, patch: Sequence[int], masks: bool) -> Tensor:
+    """Return a prepared image [C, *spatial] as a network that was trained on cases sees it, float32.
+
+    Args:
+        pixels: The image after the steps.
+        patch: Shape of a view.
+        masks: Whether masks are predicted, for the complete image; if not, the result has the shape of a view.
+    """
+    values = as_stored(pixels)
+    return values if masks else resized(values, patch)
 
 
 def resized(picture: Tensor, view: Sequence[int], size: Sequence[int] | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polyclinic.data.cases.cases import Cases, resized
+from polyclinic.data.cases.cases import Cases, resized, seen
 from polyclinic.data.examples import DataError, concat
 from tests.data.cases.conftest import Store, cases_of, volume
 
@@ -215,6 +215,15 @@ def test_a_picture_with_a_class_is_resized_to_cover_the_view_and_cropped(store: 
     assert bool(wider[:, 2:12, :3].any())
     assert int(y) == 1
     assert torch.equal(one.draw(0, rng(0), False, (4, 4))[0], x[0, :, 3:7, 3:7])
+
+
+def test_a_new_picture_is_seen_as_those_of_training(store: Store) -> None:
+    """The values of a stored image, complete for masks, as a view for classes."""
+    pixels = torch.randn(1, 30, 20)
+    of_masks = cases_of([store(pixels, torch.zeros(30, 20, dtype=torch.int64))], (8, 8))
+    assert torch.equal(seen(pixels, (8, 8), True), of_masks.image(0))
+    of_classes = cases_of([store(pixels)], (8, 8), torch.tensor([1]))
+    assert torch.equal(seen(pixels, (8, 8), False), of_classes[torch.tensor([0])][0][0])
 
 
 @pytest.mark.parametrize("size", [(3, 3), (7, 30), (64, 64), (1, 1)])

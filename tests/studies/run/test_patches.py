@@ -140,6 +140,10 @@ sites = { partition = "iid", count = 2 }
 min_patients = 1
 [task]
 options = { width = 4, depth = 2 }
+[training]
+balance = 1.0
+[augmentation]
+recipe = "picture"
 [engine]
 kind = "in-process"
 [[methods]]

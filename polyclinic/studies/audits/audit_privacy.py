@@ -76,7 +76,8 @@ def audit_training(
         raise NotAudited(f"{site} does not train under {plan.method}")
     if hasattr(roles["train"], "patch"):
         raise NotAudited(
-            "the canary audit adds examples to those in memory, and patch in [data] leaves the images of this study on disk"
+            "the canary audit adds examples to those in memory, and patch in [data] leaves the images of this study on "
+            "disk"
         )
     claimed, delta, unit = _claimed(local, roles["train"], claim, rounds)
     wanted = min(max(FEWEST, canary.needed(claimed, delta) or 0), MOST) if canaries is None else canaries

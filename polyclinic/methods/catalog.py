@@ -43,6 +43,8 @@ class Entry:
             "gaussian" if replies pass a clip and noise (or the sparse vector technique).
             ``tests/attacks/test_release_audit.py`` verifies this for every method by the release audit.
         exposes: What DP-SGD does not cover, or why it cannot be used; empty if it covers everything.
+        stacks: Whether it takes all images of a site at once, so that these must be in memory (no ``patch`` in
+            ``[data]``).
         fixed: Arguments that distinguish this name from others of the same class. They are not options.
         defaults: Defaults of options that differ from those of the class.
     """
@@ -62,6 +64,7 @@ class Entry:
     uplink: tuple[str, ...] = ()
     private: tuple[Way, ...] = ()
     exposes: str = ""
+    stacks: bool = False
     fixed: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
 
@@ -704,6 +707,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("gaussian",),
             exposes="it sends exact sums of features, and they enter every gradient",
+            stacks=True,
         ),
         Entry(
             "vafl",
@@ -714,6 +718,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes="it sends the exact variation of the images, and generated images",
             fidelity=ABSTRACT,
+            stacks=True,
         ),
         Entry(
             "stain-norm",

@@ -88,14 +88,20 @@ class Segmentation(Task):
         """
         return supervised(model(batch[0]), batch[1], IGNORED, self.batch_dice)
 
-    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Return class scores [b, C, *spatial], by sliding windows if ``window`` is set."""
-        if self.window is None:
+    def predict(self, model: nn.Module, inputs: Tensor, patch: tuple[int, ...] | None = None) -> Tensor:
+        """Return class scores [b, C, *spatial], by sliding windows if ``window`` or ``patch`` is set.
+
+        Args:
+            model: The network.
+            inputs: Images [b, C, *spatial] of any size.
+            patch: Shape of the patches that the network was trained on; ``window`` takes precedence.
+        """
+        if (window := self.window or patch) is None:
             scores = model(inputs)
         else:
             from monai.inferers import sliding_window_inference
 
-            scores = sliding_window_inference(inputs, self.window, 2, model, overlap=0.5, mode="gaussian")
+            scores = sliding_window_inference(inputs, window, 2, model, overlap=0.5, mode="gaussian")
         return scores if isinstance(scores, Tensor) else scores[0]
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
@@ -113,19 +119,27 @@ class Segmentation(Task):
     ) -> dict[str, Tensor]:
         """Return the same for the examples of ``data`` at ``index``, compared on the original grids if known.
 
-        Images are predicted together if they have one shape, and compared one by one. If the data are slices with known
+        Images are predicted together if they have one shape, and compared one by one. Images of data with a ``patch``
+        are on disk: they are read and predicted one by one, by sliding windows. If the data are slices with known
         positions, the numbers of pixels are added and ``sliced`` marks them, so that the slices of a patient are scored
         as one volume.
         """
         measured, sliced = getattr(data, "measured", None), getattr(data, "positions", None) is not None
+        patch = getattr(data, "patch", None)
         if measured is None:
             x, y = data[index]
             scores = self.predict(model, x.to(device))
             return self._compared(
                 scores.argmax(1), y.to(device), scores.shape[1], self.spacing_mm, full_metrics, sliced
             )
-        known: list[ScoredCase] = [data.case(i) for i in index.tolist()]
         parts = []
+        if patch is not None:
+            for i in index.tolist():
+                case: ScoredCase = data.case(i)
+                scores = self.predict(model, case.inputs[None].to(device), patch)[0].cpu()
+                parts.append(self._scored(case, scores, measured, full_metrics, sliced))
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        known: list[ScoredCase] = [data.case(i) for i in index.tolist()]
         one_shape = len({case.inputs.shape for case in known}) == 1
         for group in [known] if one_shape else [[case] for case in known]:
             scores = self.predict(model, torch.stack([case.inputs for case in group]).to(device)).cpu()

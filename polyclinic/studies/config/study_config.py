@@ -106,8 +106,6 @@ class Study(Table):
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
-            if method["augmentation"] is None:
-                del method["augmentation"]
         for key in ("weights", "lora", "train", *(["loss"] if self.task.loss is None else [])):
             del value["task"][key]
         value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
@@ -210,6 +208,9 @@ def _together(study: Study) -> list[Problem]:
         entry = methods.entry(method.name)
         if entry.tasks and study.task.kind not in entry.tasks:
             says = f"{method.name} is for {' and '.join(entry.tasks)}, not for {study.task.kind}"
+            problems.append(Problem(("methods", i, "name"), says))
+        if entry.stacks and study.data.options.get("patch"):
+            says = f"{method.name} takes all images of a site at once, and patch in [data] leaves them on disk"
             problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.data.examples import DataError, Examples
-from polyclinic.data.quality.exact_duplicates import contents, duplicates
+from polyclinic.data.quality.exact_duplicates import duplicates
 from polyclinic.data.source import Table
 from polyclinic.data.splits import official, rng_for, split_patients, strata
 
@@ -81,5 +81,5 @@ def test_duplicates_are_found_wherever_they_are() -> None:
     assert found.places == (("x", "train"), ("y", "test"))
     assert found.across_roles
     assert found.across_sites
-    assert len(set(contents(one))) == 2
+    assert len(set(one.input_hashes())) == 2
     assert duplicates({"x": {"train": one}}) == ()

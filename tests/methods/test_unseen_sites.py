@@ -27,7 +27,7 @@ CONSTANT = {"front", "routed", "use", "site", "gate", "calibrate"}
 """Leaves that are not trained: switches, settings, Fed-MoE's gate between two equal models, and LC-Fed's calibration,
 which an unseen site does not use."""
 PRIVATE = ("fedbn", "fedper", "lg-fedavg", "fedrep", "fedmri", "private-heads", "site-graph", "fmtl", "pfa", "prr-fl")
-HAVE = [name for name, entry in METHODS.items() if entry.newcomers and name not in ("pooled", "histofl")]
+HAVE = [name for name, entry in METHODS.items() if entry.newcomers and name not in ("pooled", "histofl", "frozen")]
 
 
 def trained(method: Method, sites: dict[str, Site], params: dict, rounds: int = 2):

@@ -121,6 +121,14 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             fixed={"lr": 1.0, "uniform": False},
             fidelity=EXACT,
         ),
+        Entry(
+            "frozen",
+            "optimization.baselines:Frozen",
+            "the start weights, evaluated without training",
+            "Guan et al. 2024",
+            "nothing",
+            baseline=True,
+        ),
     ),
     "Federated optimization": (
         Entry(

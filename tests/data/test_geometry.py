@@ -325,3 +325,14 @@ def test_a_perfect_model_at_2_mm_scores_090_on_hippocampus(real_data: Path, tmp_
     anterior, posterior = perfect(path, {"step": "resample", "mm": 2.0}, {"step": "crop_pad", "size": 40})
     assert anterior == pytest.approx(0.906, abs=0.002)
     assert posterior == pytest.approx(0.889, abs=0.002)
+
+
+@pytest.mark.parametrize("size", [(13, 9), (8, 16), (7, 11)])
+def test_cropping_and_padding_by_odd_numbers_are_undone(size: tuple[int, int]) -> None:
+    pixels = torch.arange(1.0, 121.0).reshape(1, 10, 12)
+    geometry = Geometry.of_file(torch.eye(4, dtype=torch.float64), (1, 10, 12), (1, 2), (False, False), None)
+    cut = CropPad(size)(Picture(pixels, None, None, geometry))
+    assert cut.geometry is not None
+    back = cut.geometry.to_original(cut.pixels, torch.zeros(1))
+    assert torch.equal(back[back > 0], pixels[back > 0])
+    assert int((back > 0).sum()) == min(size[0], 10) * min(size[1], 12)

@@ -41,7 +41,7 @@ PRIVATE = (
     "prr-fl",
     "fedproto",
 )
-HAVE = [name for name, entry in METHODS.items() if entry.newcomers and name not in ("pooled", "histofl")]
+HAVE = [name for name, entry in METHODS.items() if entry.newcomers and name not in ("pooled", "histofl", "frozen")]
 
 
 def trained(method: Method, sites: dict[str, Site], params: dict, rounds: int = 2):

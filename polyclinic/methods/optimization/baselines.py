@@ -1,4 +1,4 @@
-"""Baselines: local training at each site, and each site's model tested at another site.
+"""Baselines: local training at each site, each site's model tested at another site, and no training at all.
 
 The survey (Guan, Yap, Bozoki and Liu, 2024, section 6, after Li et al., Medical Image Analysis 2020) calls them Single
 and Cross. Its third baseline, Mix, is FedAvg over one site that holds all data; the study arranges the data.
@@ -42,6 +42,29 @@ class LocalOnly(Method[State]):
 
     def kept_at_sites(self, name: str) -> bool:
         return True  # of every leaf there are as many values as sites
+
+
+@dataclass(frozen=True)
+class Frozen(Method[State]):
+    """The start weights, evaluated as they are. No site trains, and nothing but scores leaves a site.
+
+    With ``[task.weights]`` this is the external validation of a finished model. It takes one round, in which sites do
+    nothing, so that it passes through the same requests and approvals as other methods.
+    """
+
+    task: Task
+
+    def init(self, params: Tree) -> State:
+        return State(0, params)
+
+    def request(self, state: State) -> Request | None:
+        return None if state.round else Request(0, {"params": state.params})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        return Reply(), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        return state._replace(round=state.round + 1)
 
 
 @savable("cross.State", 1)

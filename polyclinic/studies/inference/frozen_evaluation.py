@@ -31,9 +31,9 @@ from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.evaluation.run_evaluation import Evaluation, Options
 from polyclinic.evaluation.run_evaluation import evaluate as evaluate_run
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
+from polyclinic.methods.optimization.baselines import Frozen
 from polyclinic.studies.config.loader import table_of
 from polyclinic.studies.config.study_config import Study, parse
-from polyclinic.studies.inference.frozen_method import Frozen
 from polyclinic.studies.inference.models import Member, TrainedModel
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.run.run_directory import write_tensors

@@ -1,5 +1,6 @@
 """Start weights between hospitals: each site has its own copy, and nothing but trained tensors travels."""
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from polyclinic.cli import weights as weight_commands
 from polyclinic.engines.flare.client import training_process
 from polyclinic.engines.flare.client.reviews import Reviews
 from polyclinic.engines.flare.protocol.paths import WEIGHTS, SiteFolder
+from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.policy.site_policy import parse
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.task_evaluation import evaluate
 from polyclinic.learning.weights import store
 from polyclinic.testing import equal
+from tests.conftest import little_sites
 from tests.engines.flare.test_exchange import reference, run, state_of
 from tests.support.local_deployment import approve, hospital, order
 from tests.support.start_weights import weights_of
@@ -108,3 +112,23 @@ def test_training_processes_use_the_store_of_their_site(tmp_path: Path, monkeypa
         training_process.TrainingProcess(tmp_path / "site", "run-1", tmp_path / "log", lambda: False)._start()
     assert seen[WEIGHTS] == str(SiteFolder(tmp_path / "site").weights)
     assert store.VARIABLE == WEIGHTS
+
+
+def test_a_frozen_model_scores_at_hospitals_as_on_one_machine(tmp_path: Path) -> None:
+    """External validation without training: the start weights with their head are evaluated as they are, bit for bit."""
+    start = {"sha256": weights_of(NET).sha256, "head": True}
+    an = order("frozen", rounds=1, test="score/test", score_every=1, plan={"tuning": {"weights": start}})
+    homes = hospital(tmp_path)
+    for home in homes.values():
+        approve(home, an)
+    run(tmp_path, an, homes)
+    state = state_of(tmp_path, an)
+    method = an.build_plan().build_method()
+    params = method.task.first(an.build_plan().seed)
+    assert equal(state.params, params)
+    engine = InProcess(method, little_sites())
+    here = evaluate(method, engine, method.init(params), sorted(homes), "score/test")
+    lines = next(tmp_path.rglob("records.jsonl")).read_text().splitlines()
+    there = {fact["site"]: fact["metrics"] for fact in map(json.loads, lines) if fact["kind"] == "test"}
+    assert there == {s: {k: float(v) for k, v in leaves.items() if k != "n"} for s, leaves in here.items()}
+    assert len(there) == 3

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from polyclinic.data.cases.cases import Cases
+from polyclinic.methods.catalog import METHODS
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.run_directory import Stopped
@@ -191,3 +192,15 @@ def test_hippocampus_without_a_resize(tmp_path: Path, monkeypatch: pytest.Monkey
     list(run(study, text, tmp_path / "run"))
     dice = {name: leaf for name, leaf in tensors(tmp_path / "run").items() if name.endswith("dice")}
     assert sum(len(leaf) for name, leaf in dice.items() if name.startswith("fedavg")) == 65
+
+
+def test_a_patch_of_a_plan_is_no_way_around_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan brings the patch when the data are read; the methods are then compared with the data."""
+    text = of('kind = "in-process"').replace('name = "fedavg"', 'name = "vafl"')
+    monkeypatch.setattr("polyclinic.studies.config.study_config.methods.entry", lambda _: METHODS["fedavg"])
+    study = parse(text)
+    monkeypatch.undo()
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(here / "cache"))
+    monkeypatch.chdir(here)
+    with pytest.raises(BadStudy, match="vafl takes all images of a site at once, and the patch of the plan"):
+        next(run(study, text, here / "run"))

@@ -24,6 +24,17 @@ AXES = ("z", "y", "x")
 MOST = 2**20
 """Largest number of evenly spaced pixels from which the quantiles of an image are computed."""
 
+PLAIN: dict[str, Any] = {
+    "annotations": {},
+    "accelerate": 0.0,
+    "position": None,
+    "video": None,
+    "scanners": 0.0,
+    "duplicates": "report",
+    "near_duplicates": "ignore",
+}
+"""Settings that are removed from a federation whose examples are row numbers."""
+
 
 @dataclass(frozen=True, eq=False)
 class Measured:
@@ -122,7 +133,7 @@ def _measure(source: Source, table: Table) -> dict[str, Any]:
         rows = in_memory(source.examples(table.ids), "a table").inputs.double()
         names = [f"input {i + 1}" for i in range(rows.shape[1])]
         return {"names": names, "rows": rows, "labels": torch.zeros(len(rows), 1, dtype=torch.float64)}
-    measured_rows = [None if picture is None else of(picture) for picture in _pictures(source, table)]
+    measured_rows = [None if picture is None else of(picture) for picture in pictures(source, table)]
     names = sorted({name for row in measured_rows if row for name in row if not isinstance(name, int)}, key=_order)
     if not names:
         raise DataError(f"{table.ids[0]} and all others cannot be read: there is nothing to measure")
@@ -145,7 +156,8 @@ def _measure(source: Source, table: Table) -> dict[str, Any]:
     }
 
 
-def _pictures(source: Source, table: Table) -> Iterator[Picture | None]:
+def pictures(source: Source, table: Table) -> Iterator[Picture | None]:
+    """Yield every image of ``source`` in the order of its ``table``; None if it cannot be read."""
     if isinstance(source, FromFiles):
         yield from source.collection.pictures()
         return

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polyclinic.core.serialization import savable
 from polyclinic.core.tree import Tree
-from polyclinic.learning.batch import chunks
+from polyclinic.learning.batch import chunks, targets_of
 
 
 @savable("statistics.Summary", 1)
@@ -85,6 +85,12 @@ def count_up(data: Any, classes: int) -> dict[str, Tensor]:
         }
         sums |= {name: sums[name] + leaf if name in sums else leaf for name, leaf in part.items()}
     return sums
+
+
+def class_counts(data: Any, classes: int) -> Tensor:
+    """Return the number of examples of each class in ``data``, whose targets are classes: [classes], float64."""
+    labels = targets_of(data) if len(data) else torch.zeros(0, dtype=torch.int64)
+    return torch.bincount(labels, minlength=classes).double()
 
 
 def spread_out(data: Any, edges: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
+from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.training.local import seeded
@@ -27,6 +28,13 @@ class FedSGD(FedAvg):
     """
 
     chunk: int = 256
+
+    def __post_init__(self) -> None:
+        if self.local.augmentation is not None or self.local.balance or self.local.balance_patients:
+            raise ConfigError(
+                "fedsgd takes the gradient of all examples as they are: remove augmentation, balance and "
+                "balance_patients, or choose fedavg"
+            )
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, data = request.trees["params"], site.data["train"]

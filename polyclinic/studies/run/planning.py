@@ -1,7 +1,6 @@
 """Planning of preprocessing from the federated fingerprint of a study's data."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from polyclinic.core.site import Site
 from polyclinic.data.examples import DataError, Dataset, in_memory
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.fingerprint import preprocessing_planner
-from polyclinic.data.fingerprint.dataset_fingerprint import Measured, Numbered, measured
+from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Measured, Numbered, measured
 from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
 from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.quality.drift import FEWEST, SiteDrift, drift
@@ -20,17 +19,6 @@ from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.methods.statistics.pooled_statistics import Fingerprint
-
-PLAIN: dict[str, Any] = {
-    "annotations": {},
-    "accelerate": 0.0,
-    "position": None,
-    "video": None,
-    "scanners": 0.0,
-    "duplicates": "report",
-    "near_duplicates": "ignore",
-}
-"""Settings that are removed from a federation whose examples are row numbers."""
 
 
 def sites_of(spec: DataSpec, seed: int) -> dict[str, Measured]:

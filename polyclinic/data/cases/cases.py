@@ -181,8 +181,10 @@ class Cases:
         )
 
     @property
-    def targets(self) -> Tensor | None:
-        """The labels, under the name that data in memory have for them."""
+    def targets(self) -> Tensor:
+        """The labels, under the name that data in memory have for them. Cases with masks have no such attribute."""
+        if self.labels is None:
+            raise AttributeError("the targets are masks on disk")
         return self.labels
 
     @property

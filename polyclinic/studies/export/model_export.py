@@ -218,7 +218,7 @@ def _reading(run: Run, plan: Plan) -> dict[str, Any] | None:
     """Return how the run's images are read, for ``polyclinic predict``; None if they are not read from image files."""
     try:
         study = parse(run.study, run.path / "study.toml")
-        reading = Reading.of(study.data.source(), plan.inputs).table
+        reading = Reading.of(study.data.source(), plan.inputs, plan.kind == "segmentation").table
     except PolyclinicError as error:
         log.warning("%s: the bundle cannot be used with polyclinic predict: %s", run.path, error)
         return None

@@ -128,7 +128,7 @@ def trained_model(
         )
     found = [_member(run, run.path / "arms" / name, site) for name in names]
     plan, classes = found[0][0], run.info.classes
-    reading = Reading.of(study.data.source(), plan.inputs)
+    reading = Reading.of(study.data.source(), plan.inputs, plan.kind == "segmentation")
     return TrainedModel(
         origin, tuple(member for _, member in found), plan, reading, classes, run.info.hash, label, site, study
     )

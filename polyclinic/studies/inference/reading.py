@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyclinic.core.config_problems import nearest
 from polyclinic.data.archives import ENDINGS
+from polyclinic.data.cases.cases import seen
 from polyclinic.data.collection import FromFiles
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import ImageOptions, content_of, is_image, kind_of, read_image, stem_of
@@ -38,6 +39,9 @@ class Reading:
         axes: Number of spatial axes of an example.
         grouped: Whether an example may be several files, one for each channel, named ``CASE_0000``, ``CASE_0001``, ...
         array: Name of the array of images in ``.npz`` archives.
+        patch: Shape of the views of images that training read from disk (``polyclinic.data.cases``); empty for images
+            in memory.
+        masks: Whether masks are predicted.
     """
 
     steps: tuple[Step, ...]
@@ -46,9 +50,11 @@ class Reading:
     axes: int
     grouped: bool = False
     array: str = "images"
+    patch: tuple[int, ...] = ()
+    masks: bool = False
 
     @classmethod
-    def of(cls, source: Source, inputs: Sequence[int]) -> "Reading":
+    def of(cls, source: Source, inputs: Sequence[int], masks: bool) -> "Reading":
         """Return how ``source`` reads images, of which an example has the shape ``inputs``.
 
         Raises:
@@ -60,7 +66,7 @@ class Reading:
         if isinstance(source, FromFiles):
             grouped = isinstance(source, Pairs) or (isinstance(source, Manifest) and len(source.images) > 1)
             steps: tuple[Step, ...] = getattr(source, "steps", ())
-            return cls(_for_images(steps), source.options, channels, axes, grouped)
+            return cls(_for_images(steps), source.options, channels, axes, grouped, patch=source.patch, masks=masks)
         raise ConfigError(
             f"the run was trained on data of the kind {type(source).__name__}, which are not image files: predictions "
             "of new data are made from image files and .npz archives only"
@@ -79,6 +85,8 @@ class Reading:
             "axes": self.axes,
             "grouped": self.grouped,
             "array": self.array,
+            "patch": list(self.patch),
+            "masks": self.masks,
         }
 
     @classmethod
@@ -94,13 +102,13 @@ class Reading:
                 fields = {key: tuple(v) if isinstance(v, list) else v for key, v in item.items() if key != "step"}
                 steps.append(STEPS[item["step"]](**fields))
             options = {key: table[key] for key in ("fill", "geometry_tolerance_mm", "bits", "series")}
-            how = {key: table[key] for key in ("channels", "axes", "grouped", "array")}
-            return cls(tuple(steps), ImageOptions(**options), **how)
+            how = {key: table[key] for key in ("channels", "axes", "grouped", "array", "masks")}
+            return cls(tuple(steps), ImageOptions(**options), **how, patch=tuple(table["patch"]))
         except (KeyError, TypeError, AttributeError, DataError) as error:
             raise ConfigError(f"the bundle does not say how images are read ({error}): export it again") from None
 
     def prepared(self, picture: Picture) -> Picture:
-        """Return the picture after the steps.
+        """Return the picture after the steps, with the values that it has in training.
 
         Raises:
             DataError: If a step cannot be applied, or the number of channels or axes differs from the model's.
@@ -116,6 +124,8 @@ class Reading:
                 f"has {found} channel{'s' * (found != 1)}, and the model takes {self.channels}"
                 + (": give one file for each, named CASE_0000, CASE_0001, ..." if self.grouped else "")
             )
+        if self.patch:
+            prepared = replace(prepared, pixels=seen(prepared.pixels, self.patch, self.masks))
         return prepared
 
 

@@ -20,6 +20,7 @@ from polyclinic.evaluation.subgroup_results import MANY, groups_of
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.methods import registry
 from polyclinic.methods.frozen_networks import frozen_problem
 from polyclinic.studies.config import simulation_schema
 from polyclinic.studies.config.diagnostics import BadStudy
@@ -172,7 +173,8 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
             plan = methods[first.name].plan
             if reason := _no_patches(plan, data):
                 problems.append(Problem(("training",), reason))
-            if reason := frozen_problem(plan.method, methods[first.name].method.task) or uncovered(plan):
+            task = methods[first.name].method.task
+            if reason := _stacked(plan.method, data) or frozen_problem(plan.method, task) or uncovered(plan):
                 problems.append(Problem(("methods", i, "name"), reason))
             elif isinstance(local := plan.build_local(), DPSGD):
                 labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]
@@ -202,6 +204,13 @@ def _no_patches(plan: Plan, data: Federated) -> str | None:
 def _place(key: str) -> tuple[str, ...]:
     """Return the key of a study that a message on the fine-tuned network begins with."""
     return {"task.weights": ("task", "weights"), "lora": ("task", "lora")}.get(key, ("task", "train"))
+
+
+def _stacked(method: str, data: Federated) -> str:
+    """Return why a method that takes all images at once cannot be used, if the data's plan leaves them on disk."""
+    if registry.entry(method).stacks and hasattr(next(iter(data.sites[data.training[0]].values())), "patch"):
+        return f"{method} takes all images of a site at once, and the patch of the plan in [data] leaves them on disk"
+    return ""
 
 
 def _build(study: Study, job: Job, data: Federated) -> ResolvedMethod:

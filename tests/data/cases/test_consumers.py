@@ -95,6 +95,8 @@ def test_classes_are_known_without_reading_images(store: Store, monkeypatch: pyt
     masks = cases_of([store(*volume((9, 9), 1))], (8, 8))
     monkeypatch.undo()
     assert targets_of(masks).shape == (1, 8, 8)
+    assert pictures.targets.tolist() == [0, 1, 1, 0]
+    assert not hasattr(masks, "targets")  # they would have to be read
 
 
 def test_an_audit_with_canaries_needs_examples_in_memory(store: Store) -> None:

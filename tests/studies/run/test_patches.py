@@ -4,14 +4,20 @@ import os
 import re
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
 from polyclinic.data.cases.cases import Cases
+from polyclinic.data.federation import federate
+from polyclinic.methods.catalog import METHODS
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.run.run_directory import Stopped
+from polyclinic.studies.inference.models import trained_model
+from polyclinic.studies.inference.predict import Work
+from polyclinic.studies.inference.predictor import Predictor
+from polyclinic.studies.run.run_directory import Stopped, read_tensors
 from polyclinic.studies.run.run_lock import ask_to_stop
 from polyclinic.studies.run.scheduler import run
 from tests.data.sources.test_folders import nifti, picture
@@ -109,18 +115,24 @@ def test_a_stopped_run_goes_on_to_the_same_bits(here: Path) -> None:
     assert facts(here / "whole") == facts(here / "cut")
 
 
-def test_the_test_is_of_complete_images(here: Path) -> None:
-    """Every test case has one row of scores, and its Dice counts voxels outside of the central patch too."""
+def test_the_test_is_of_complete_images_as_predict_sees_them(here: Path) -> None:
+    """Every test case has one row of scores, and the mask that predict writes for its file has the same Dice."""
     text = of('kind = "in-process"')
     list(run(parse(text), text, here / "run"))
-    data = parse(text).data
-    from polyclinic.data.federation import federate
-
-    cases = federate(data, 0).sites["site-1"]["test"]
-    assert isinstance(cases, Cases)
-    found = {name: leaf for name, leaf in tensors(here / "run").items() if "fedavg" in name and name.endswith("dice")}
-    assert found
-    assert len(next(iter(found.values()))) == len(cases)
+    sites = federate(parse(text).data, 0).sites
+    stored = read_tensors(here / "run" / "arms" / "fedavg-seed0" / "predictions.safetensors")
+    predictor = Predictor(trained_model(here / "run"))
+    images = here / "volumes" / "images"
+    assert not any(done.problem for done in Work(predictor, images, here / "out").run())
+    for site, roles in sites.items():
+        cases = roles["test"]
+        found = []
+        for name in cases.ids:
+            p, t = (np.asarray(nib.load(here / at / f"{name}.nii.gz").dataobj) for at in ("out", "volumes/labels"))
+            assert p.shape == t.shape != cases.shape[1:]
+            found.append(2.0 * (p & t).sum() / max(p.sum() + t.sum(), 1))
+        assert stored[f"{site}/dice"].flatten().tolist() == pytest.approx(found, abs=1e-6)
+        assert max(found) > 0
 
 
 def test_pictures_of_many_sizes_with_a_method_for_each_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +193,6 @@ def test_hippocampus_without_a_resize(tmp_path: Path, monkeypatch: pytest.Monkey
         rounds="rounds = 1",
     )
     study = parse(text)
-    from polyclinic.data.federation import federate
-
     data = federate(study.data, 0)
     cases = [examples for roles in data.sites.values() for examples in roles.values()]
     sizes = [file.size for part in cases if isinstance(part, Cases) for file in part.files]
@@ -191,3 +201,15 @@ def test_hippocampus_without_a_resize(tmp_path: Path, monkeypatch: pytest.Monkey
     list(run(study, text, tmp_path / "run"))
     dice = {name: leaf for name, leaf in tensors(tmp_path / "run").items() if name.endswith("dice")}
     assert sum(len(leaf) for name, leaf in dice.items() if name.startswith("fedavg")) == 65
+
+
+def test_a_patch_of_a_plan_is_no_way_around_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan brings the patch when the data are read; the methods are then compared with the data."""
+    text = of('kind = "in-process"').replace('name = "fedavg"', 'name = "vafl"')
+    monkeypatch.setattr("polyclinic.studies.config.study_config.methods.entry", lambda _: METHODS["fedavg"])
+    study = parse(text)
+    monkeypatch.undo()
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(here / "cache"))
+    monkeypatch.chdir(here)
+    with pytest.raises(BadStudy, match="vafl takes all images of a site at once, and the patch of the plan"):
+        next(run(study, text, here / "run"))

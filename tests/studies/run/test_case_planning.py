@@ -1,5 +1,6 @@
 """Plans from federated sums equal plans from the raw values of all cases, and tell no single case."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,6 @@ def test_what_a_plan_needs_is_asked_for() -> None:
 
 def write_pairs(root: Path, count: int = 44, spacing_mm: tuple[float, ...] = (0.8, 0.8, 2.4)) -> Path:
     """nnU-Net's layout with small CT-like volumes."""
-    import json
-
     import nibabel as nib
 
     (root / "imagesTr").mkdir(parents=True)
@@ -218,6 +217,10 @@ def test_the_command_writes_a_plan_to_edit(tmp_path: Path, monkeypatch: pytest.M
     assert "case0" not in text
     with pytest.raises(Exception, match="exists already; --force replaces it"):
         data.case_plan(study)
+    data.case_plan(study, force=True, json_=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["used"]["patch"] == list(plan.patch)
+    assert printed["configuration"] == "3d_fullres"
     study.write_text(study.read_text().replace("count = 3", "count = 11"))
     with pytest.raises(DataError, match="no site has 10 training patients"):
         data.case_plan(study, force=True, set_=["data.min_patients=2"])

@@ -147,7 +147,7 @@ def _counted(bins: Tensor, count: int) -> Tensor:
 
 
 def spacing_bin(spacing_mm: Tensor) -> Tensor:
-    """Return the number of the bin of each spacing; the first for 0, which stands for an axis that does not exist."""
+    """Return the number of the bin of each spacing; the first for 0, the spacing of an axis that does not exist."""
     exponent = (spacing_mm.clamp_min(1e-6).log() / math.log(RATIO)).round()
     return exponent.clamp(FINEST, COARSEST) - FINEST
 

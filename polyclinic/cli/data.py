@@ -242,6 +242,51 @@ def case_plan(
 
 
 @app.command
+def look(
+    study: Path,
+    *,
+    out: Path | None = None,
+    method: str = "",
+    seed: int | None = None,
+    images: int = 4,
+    samples: int = 6,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Draw training samples as a study would, with its patches and augmentation, and write them as a picture.
+
+    The picture shows patients' images: keep it at this site.
+
+    Args:
+        study: The study file.
+        out: The PNG file to write; by default NAME.samples.png in this folder.
+        method: The label of the method whose settings are used; the first by default.
+        seed: The seed of the split and the samples; the study's first seed by default.
+        images: The number of training images, taken from the sites in turn.
+        samples: The number of samples of each image.
+        set_: Change one value of the study, such as `--set augmentation.recipe=light`. May be given several times.
+    """
+    from polyclinic.studies.config import study_config
+    from polyclinic.studies.run.sample_pictures import picture, sample_rows
+
+    require_file(study)
+    for name, number in (("--images", images), ("--samples", samples)):
+        if not 1 <= number <= 50:
+            raise ConfigError(f"{name} {number}: give a number from 1 to 50")
+    with document(json_) as emit:
+        config = study_config.read(study, changes(set_ or []))
+        to = out or Path(f"{config.name}.samples.png")
+        if to.is_dir() or not to.resolve().parent.is_dir():
+            raise ConfigError(f"--out {to}: name a file in a folder that exists")
+        rows, notes = sample_rows(config, method, seed, images, samples)
+        atomic.write_private(to, picture(rows))
+        done(f"{to} (patients' images: keep it at this site)")
+        for note in notes:
+            line(f"    {note}")
+        emit({"picture": to, "images": [row.caption for row in rows], "samples": samples, "notes": notes})
+
+
+@app.command
 def drift(plan: Path, study: Path, *, set_: Set = None, json_: Json = False) -> None:
     """Compare new data with the training data, site by site, from sums alone. Exit code 1 means an alarm.
 

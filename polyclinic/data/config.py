@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from pydantic import ModelWrapValidatorHandler as Handler
 from pydantic_core import InitErrorDetails
 
+from polyclinic.core import extensions
 from polyclinic.data import config_parsing
 from polyclinic.data.annotations import Annotation
 from polyclinic.data.catalog import dataset_catalog
@@ -200,6 +201,10 @@ def source_of(use: str | None, path: str | None, kind: str | None, own: Mapping[
             raise config_parsing.problems(
                 [config_parsing.problem(("use",), says, use) for says in error.problems]
             ) from None
+    if kind not in KINDS and kind in extensions.names("sources"):
+        part = extensions.load("sources", str(kind))
+        own_source: Source = config_parsing.build(part, given, f'"{kind}"') if isinstance(part, type) else part
+        return own_source
     if kind not in KINDS:
         says = f'no kind of data is called "{kind}".{config_parsing.choices(str(kind), KINDS, "There are")}'
         raise config_parsing.problems([config_parsing.problem(("kind",), says, kind)])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from polyclinic.data.config import DataSpec
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Dataset
 from polyclinic.data.formats.column_roles import missing_at, named_column, no_column
 from polyclinic.data.partition import Divided
 from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
@@ -47,7 +47,7 @@ class Federated:
         public: Public images without targets, identical at all sites and the server.
     """
 
-    sites: Mapping[str, Mapping[str, Examples]]
+    sites: Mapping[str, Mapping[str, Dataset]]
     external: tuple[str, ...]
     info: Info
     simulated: str | None
@@ -55,7 +55,7 @@ class Federated:
     rows: tuple[SiteSummary, ...]
     duplicates: tuple[Duplicate, ...] = ()
     notes: tuple[str, ...] = ()
-    public: Examples | None = None
+    public: Dataset | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         named = _without(named, fold, titles)
     outside = named.external + named.public
     roles = _roles(table, spec, seed, outside, named.weak, fold)
-    sites: dict[str, dict[str, Examples]] = {}
+    sites: dict[str, dict[str, Dataset]] = {}
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, site, patient in zip(table.ids, table.columns["site"], table.patients, strict=True):
         places[site, roles[patient]].append(name)
@@ -305,7 +305,7 @@ def _roles(
     return roles
 
 
-def _complete(sites: Mapping[str, Mapping[str, Examples]], external: tuple[str, ...], held_out: bool = False) -> None:
+def _complete(sites: Mapping[str, Mapping[str, Dataset]], external: tuple[str, ...], held_out: bool = False) -> None:
     problems = [
         f"site {site} has no {'training' if role == 'train' else 'test'} data: leave it out with a larger "
         "min_patients, change the split, or name it external"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polyclinic.data.cache import cached
 from polyclinic.data.collection import FromFiles
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Examples, in_memory
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.source import Info, Source, Table, digest
 from polyclinic.data.sources.feature_tables import FeatureTable
@@ -129,8 +129,8 @@ def _targets(table: Table) -> Tensor:
 
 
 def _measure(source: Source, table: Table) -> dict[str, Any]:
-    if not isinstance(source, FromFiles) and source.examples(table.ids[:1]).inputs.ndim == 2:
-        rows = source.examples(table.ids).inputs.double()
+    if not isinstance(source, FromFiles) and len(source.examples(table.ids[:1]).shape) == 1:
+        rows = in_memory(source.examples(table.ids), "a table").inputs.double()
         names = [f"input {i + 1}" for i in range(rows.shape[1])]
         return {"names": names, "rows": rows, "labels": torch.zeros(len(rows), 1, dtype=torch.float64)}
     measured_rows = [None if picture is None else of(picture) for picture in pictures(source, table)]

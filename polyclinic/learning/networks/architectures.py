@@ -4,10 +4,15 @@ A new network is one function, ``make``, that builds a module from (inputs, outp
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module, resources
 from typing import Any, Literal
+
+from polyclinic.core import extensions
+from polyclinic.core.config_problems import nearest
+from polyclinic.errors import ConfigError
 
 Purpose = Literal["tables", "classification", "segmentation"]
 
@@ -17,7 +22,8 @@ class Architecture:
     """How to build a network, and what is known of it.
 
     Attributes:
-        make: ``module:function`` under ``polyclinic.learning.networks``.
+        make: A function that builds a module from (inputs, outputs, **options), or ``module:function`` under
+            ``polyclinic.learning.networks``.
         purpose: What it is for. Networks for classification also do regression, those for segmentation reconstruction.
         summary: A one-line description.
         paper: The publication to cite.
@@ -29,9 +35,9 @@ class Architecture:
             without spatial outputs gives all but the head.
     """
 
-    make: str
-    purpose: Purpose
-    summary: str
+    make: str | Callable[..., Any]
+    purpose: Purpose = "classification"
+    summary: str = ""
     paper: str = ""
     dims: tuple[int, ...] = (2, 3)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -41,10 +47,11 @@ class Architecture:
 
     def build(self, inputs: tuple[int, ...], outputs: int, **options: Any) -> Any:
         """Build the module, with random parameters."""
-        module, _, name = self.make.partition(":")
-        return getattr(import_module(f"polyclinic.learning.networks.{module}"), name)(
-            inputs, outputs, **self.fixed, **options
-        )
+        make = self.make
+        if isinstance(make, str):
+            module, _, name = make.partition(":")
+            make = getattr(import_module(f"polyclinic.learning.networks.{module}"), name)
+        return make(inputs, outputs, **self.fixed, **options)
 
 
 @dataclass(frozen=True)
@@ -297,3 +304,27 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         encoder=("swinViT.", "encoder"),
     ),
 }
+
+
+def network_names() -> tuple[str, ...]:
+    """Return the names of all networks: those of ``ARCHITECTURES``, of installed packages and of this program."""
+    return (*ARCHITECTURES, *(name for name in extensions.names("networks") if name not in ARCHITECTURES))
+
+
+def architecture(name: str) -> Architecture:
+    """Return how the network called ``name`` is built.
+
+    Raises:
+        ConfigError: If there is none, or a package provides something else under this name.
+    """
+    return ARCHITECTURES[name] if name in ARCHITECTURES else _foreign(name)
+
+
+@lru_cache(maxsize=64)
+def _foreign(name: str) -> Architecture:
+    if name not in network_names():
+        raise ConfigError(f'no network is called "{name}".{nearest(name, network_names())}')
+    found = extensions.load("networks", name)
+    if not isinstance(found, Architecture):
+        raise ConfigError(f"the network {name!r} of a package is a {type(found).__name__}, not an Architecture")
+    return found

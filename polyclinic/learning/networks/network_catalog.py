@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from polyclinic.core.config_problems import nearest
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.architectures import ARCHITECTURES, Architecture
+from polyclinic.learning.networks.architectures import Architecture, architecture
 from polyclinic.learning.networks.network_parts import Parts, find_parts, takes_outputs
 
 CUSTOM = "custom"
@@ -23,7 +22,7 @@ class Network:
     """Specification of a network: its name and the options that determine its shape. Calling it builds the module.
 
     Attributes:
-        name: One of ``ARCHITECTURES``; of a module of one's own, ``CUSTOM`` (see ``of``).
+        name: One of ``ARCHITECTURES``, or of an installed package; of a module of one's own, ``CUSTOM`` (see ``of``).
         inputs: Shape of one input: (C, *spatial), or (F,) for tables.
         outputs: Number of predicted classes, labels or values.
         options: Further options of the architecture, as pairs such as ``(("width", 32),)``.
@@ -87,12 +86,8 @@ class Network:
 
     @property
     def architecture(self) -> Architecture:
-        """The entry in ``ARCHITECTURES``."""
-        if self.name == CUSTOM:
-            return _CUSTOM
-        if self.name not in ARCHITECTURES:
-            raise ConfigError(f"no network is called {self.name!r}.{nearest(self.name, ARCHITECTURES)}")
-        return ARCHITECTURES[self.name]
+        """The entry in ``ARCHITECTURES``, or of an installed package."""
+        return _CUSTOM if self.name == CUSTOM else architecture(self.name)
 
     @property
     def parts(self) -> Parts:

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.tasks.lesions import Lesions, lesion_scores
+from polyclinic.learning.tasks.segmentation_loss import supervised
 from polyclinic.learning.tasks.surface_distances import surfaces
 from polyclinic.learning.tasks.task import Task
 
@@ -67,6 +67,7 @@ class Segmentation(Task):
         lesion_dilation: Times the true lesions are dilated before they are separated.
         lesion_smallest: Volume in mm³ (pixels if spacings are unknown) up to which true lesions are left out.
         space: ``"native"``: scores are on the grid of the files where it is known; ``"grid"``: on that of the network.
+        batch_dice: Whether the loss takes the Dice of all images of a minibatch together.
     """
 
     spacing_mm: tuple[float, ...] | None = None
@@ -76,34 +77,31 @@ class Segmentation(Task):
     lesions: bool = False
     lesion_dilation: int = 3
     lesion_smallest: float = 50.0
+    batch_dice: bool = False
 
     kind: ClassVar[str] = "segmentation"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021).
 
-        Pixels without annotation count in neither.
+        Pixels without annotation count in neither. The losses of a network with deep supervision are weighted.
         """
-        from monai.losses import DiceLoss
+        return supervised(model(batch[0]), batch[1], IGNORED, self.batch_dice)
 
-        prediction = model(batch[0])
-        scores: Tensor = prediction if isinstance(prediction, Tensor) else prediction[0]
-        target = batch[1].unsqueeze(1)
-        known = target != IGNORED
-        classes = torch.arange(scores.shape[1], device=scores.device).view(-1, *[1] * (scores.ndim - 2))
-        one_hot = (target == classes).to(scores.dtype)  # not by scatter_, which DP-SGD cannot batch
-        dice: Tensor = DiceLoss(include_background=False)(scores.softmax(1) * known, one_hot)
-        total = F.cross_entropy(scores, batch[1], ignore_index=IGNORED, reduction="sum")
-        return dice + total / known.sum().clamp_min(1)
+    def predict(self, model: nn.Module, inputs: Tensor, patch: tuple[int, ...] | None = None) -> Tensor:
+        """Return class scores [b, C, *spatial], by sliding windows if ``window`` or ``patch`` is set.
 
-    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Return class scores [b, C, *spatial], by sliding windows if ``window`` is set."""
-        if self.window is None:
+        Args:
+            model: The network.
+            inputs: Images [b, C, *spatial] of any size.
+            patch: Shape of the patches that the network was trained on; ``window`` takes precedence.
+        """
+        if (window := self.window or patch) is None:
             scores = model(inputs)
         else:
             from monai.inferers import sliding_window_inference
 
-            scores = sliding_window_inference(inputs, self.window, 2, model, overlap=0.25, mode="gaussian")
+            scores = sliding_window_inference(inputs, window, 2, model, overlap=0.5, mode="gaussian")
         return scores if isinstance(scores, Tensor) else scores[0]
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
@@ -121,19 +119,27 @@ class Segmentation(Task):
     ) -> dict[str, Tensor]:
         """Return the same for the examples of ``data`` at ``index``, compared on the original grids if known.
 
-        Images are predicted together if they have one shape, and compared one by one. If the data are slices with known
+        Images are predicted together if they have one shape, and compared one by one. Images of data with a ``patch``
+        are on disk: they are read and predicted one by one, by sliding windows. If the data are slices with known
         positions, the numbers of pixels are added and ``sliced`` marks them, so that the slices of a patient are scored
         as one volume.
         """
         measured, sliced = getattr(data, "measured", None), getattr(data, "positions", None) is not None
+        patch = getattr(data, "patch", None)
         if measured is None:
             x, y = data[index]
             scores = self.predict(model, x.to(device))
             return self._compared(
                 scores.argmax(1), y.to(device), scores.shape[1], self.spacing_mm, full_metrics, sliced
             )
-        known: list[ScoredCase] = [data.case(i) for i in index.tolist()]
         parts = []
+        if patch is not None:
+            for i in index.tolist():
+                case: ScoredCase = data.case(i)
+                scores = self.predict(model, case.inputs[None].to(device), patch)[0].cpu()
+                parts.append(self._scored(case, scores, measured, full_metrics, sliced))
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        known: list[ScoredCase] = [data.case(i) for i in index.tolist()]
         one_shape = len({case.inputs.shape for case in known}) == 1
         for group in [known] if one_shape else [[case] for case in known]:
             scores = self.predict(model, torch.stack([case.inputs for case in group]).to(device)).cpu()

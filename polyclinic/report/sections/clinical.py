@@ -15,6 +15,7 @@ from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import amount, cell, digits_of, listed, number, whole, with_interval
 from polyclinic.report.page_blocks import Cell, Folded, Pair, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.report.sections.local_adjustment import prediction_sets_blocks, recalibration_blocks
 from polyclinic.statistics.undefined import Undefined
 
 TRAINING, EXTERNAL = "Training sites", "External"
@@ -70,8 +71,9 @@ def _calibration(page: ReportContext, first: MethodResult) -> Section:
     blocks: list[Any] = [_summary(page, first)]
     binary = next(iter(groups.values())).score.shape[1] == 2 and page.run.info.task == "classification"
     if binary:
-        away = [s for s in external_sites(page.run) if s in first.sites]
-        sites = away or [s for s in training_sites(page.run) if s in first.sites]
+        shown = [s for s in first.sites if page.result.patients[s] >= page.result.options.min_cell]
+        away = [s for s in external_sites(page.run) if s in shown]
+        sites = away or [s for s in training_sites(page.run) if s in shown]
         curve = decision_curve(page.data, first.label, sites)
         place = "external sites" if away else "training sites"
         alt = f"Decision curve: net benefit over threshold probabilities, mean over {place}; values in the table."
@@ -81,8 +83,10 @@ def _calibration(page: ReportContext, first: MethodResult) -> Section:
             "question; at the prevalence of other patients the curve is another."
         )
         pictures.append(Picture(figures.decision_plot("decision", alt, curve), text))
-        blocks += [_by_site(page, first), *_operating(page, first), _curve_table(page, curve, place)]
+        blocks += [_by_site(page, first), *recalibration_blocks(page, first)]
+        blocks += [*_operating(page, first), _curve_table(page, curve, place)]
         blocks.append(_gains_by_site(page, first))
+    blocks += prediction_sets_blocks(page, first)
     title = "Calibration and clinical use" if binary else "Calibration"
     return Section("calibration", title, [Pair(pictures), *blocks, _bins_table(bins)])
 

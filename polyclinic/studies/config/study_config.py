@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
@@ -83,6 +83,8 @@ class Study(Table):
     attack: AttackSpec | None = None
     engine: EngineSpec = EngineSpec()
 
+    UNSET: ClassVar[frozenset[str]] = frozenset({"augmentation"})
+
     @property
     def metric(self) -> str:
         """The score that decides, and that the report shows first."""
@@ -97,17 +99,14 @@ class Study(Table):
     @property
     def hash(self) -> str:
         """SHA-256 of everything that a result depends on."""
-        optional = ("folds", "search", "machines", "attack", "augmentation")
-        unset = {key for key in optional if getattr(self, key) is None}
+        unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
         for key in self.evaluation.unset:
             del value["evaluation"][key]
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
-            if method["augmentation"] is None:
-                del method["augmentation"]
-        for key in ("weights", "lora", "train"):
+        for key in ("weights", "lora", "train", *(["loss"] if self.task.loss is None else [])):
             del value["task"][key]
         value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -210,6 +209,9 @@ def _together(study: Study) -> list[Problem]:
         if entry.tasks and study.task.kind not in entry.tasks:
             says = f"{method.name} is for {' and '.join(entry.tasks)}, not for {study.task.kind}"
             problems.append(Problem(("methods", i, "name"), says))
+        if entry.stacks and study.data.options.get("patch"):
+            says = f"{method.name} takes all images of a site at once, and patch in [data] leaves them on disk"
+            problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
     for key in study.evaluation.task_options if study.task.kind != "segmentation" else ():
@@ -251,6 +253,12 @@ def _uncovered(study: Study) -> Iterator[Problem]:
 
 def _trained(study: Study) -> Iterator[Problem]:
     """Yield the training settings that do not go together, once for each set of methods that has them."""
+    if study.evaluation.patience is not None:
+        if study.evaluation.select == "last":
+            says = 'patience counts rounds since the best one: set select = "best", or leave patience out'
+            yield Problem(("evaluation", "patience"), says)
+        elif not any(method.name in ("local", "pooled") for method in study.methods):
+            yield Problem(("evaluation", "patience"), "is for the methods local and pooled, and neither is here")
     told = set[str]()
     for i, method in enumerate(study.methods):
         table = study.training_of(method)

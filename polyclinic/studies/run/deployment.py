@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyclinic.core import atomic
+from polyclinic.core import atomic, extensions
 from polyclinic.core import serialization as states
 from polyclinic.core.audit_log import Journal, verify
 from polyclinic.engines.flare.protocol.data_restrictions import FROM_STUDY
@@ -61,6 +61,14 @@ def method_runs(
     for key, what in ONE_MACHINE.items():
         if getattr(study, key, None) is not None:
             raise NotElsewhere(f"the study {what} ({key}), which it can on one machine only: take [{key}] out")
+    if study.evaluation.patience is not None:
+        raise NotElsewhere("the study ends baselines early (evaluation.patience), which it can on one machine only")
+    own = [study.task.network, study.task.loss or ""]
+    if here := [name for name in own if name.startswith(extensions.LOCAL)]:
+        raise NotElsewhere(
+            f"{here[0]} is known to the program that runs the study only: publish it as a package, which every site "
+            "installs and allows (polyclinic new --plugin)"
+        )
     if study.data.public:
         raise NotElsewhere("the study gives the server public images (data.public), which it can on one machine only")
     if away := [name for name in study.data.external if name not in sites]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from polyclinic.data.examples import DataError, Examples, concat
+from polyclinic.data.examples import DataError, Dataset, Examples, concat
 from polyclinic.engines.flare.protocol import data_restrictions
 from polyclinic.engines.flare.protocol.paths import SetupError
 from polyclinic.engines.flare.protocol.run_request import RunRequest
@@ -44,7 +44,7 @@ class UnsuitableData(DataError):
 class SiteData(NamedTuple):
     """Data of a site: examples by role, and the names of the classes if the data name them."""
 
-    roles: dict[str, Examples]
+    roles: dict[str, Dataset]
     classes: tuple[str, ...] = ()
 
 
@@ -98,7 +98,10 @@ def read(folder: Path, table: Mapping[str, Any], seed: int = 0) -> SiteData:
         raise DataError(f"{folder} does not exist: is the disk mounted? `data` in site.toml names the folder")
     if wrong := data_restrictions.refused(table):
         raise UnsuitableData(wrong, "; ".join(wrong))
-    if roles := {role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()}:
+    roles: dict[str, Dataset] = {
+        role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()
+    }
+    if roles:
         return SiteData(roles)
     try:
         own = data_restrictions.of_hospital(folder)
@@ -118,7 +121,7 @@ def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _differs(data: Examples, plan: Plan) -> bool:
+def _differs(data: Dataset, plan: Plan) -> bool:
     return tuple(data.shape) != tuple(plan.inputs)
 
 
@@ -181,10 +184,10 @@ def _measured(folder: Path, table: Mapping[str, Any], seed: int) -> Any:
     return next(iter(sites.values()))
 
 
-def _imaginary(plan: Plan) -> dict[str, Examples]:
+def _imaginary(plan: Plan) -> dict[str, Dataset]:
     """Return synthetic examples for a rehearsal: two clouds of points."""
     rng = torch.Generator().manual_seed(plan.seed)
-    roles = {}
+    roles: dict[str, Dataset] = {}
     for role, count in (("train", 64), ("val", 32)):
         targets = torch.arange(count) % max(plan.outputs, 2)
         inputs = torch.randn(count, *plan.inputs, generator=rng) + targets.view(-1, *[1] * len(plan.inputs))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyclinic.data.cache import cached
 from polyclinic.data.config import DataSpec
-from polyclinic.data.examples import DataError
+from polyclinic.data.examples import DataError, in_memory
 from polyclinic.data.federation import federate
 from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Numbered, pictures, plain
 from polyclinic.data.source import Source, digest
@@ -83,6 +83,6 @@ def rows_by_site(spec: DataSpec, seed: int, source: Source) -> dict[str, CaseRow
     data = federate(spec.model_copy(update=PLAIN), seed, source=Numbered(source))
     for name in data.training:
         roles = data.sites[name]
-        where = [roles[role].inputs[:, 0].long() for role in ("train", "unlabeled") if role in roles]
-        found[name] = rows.subset(torch.cat(where))
+        numbers = [in_memory(roles[role], "a plan") for role in ("train", "unlabeled") if role in roles]
+        found[name] = rows.subset(torch.cat([one.inputs[:, 0].long() for one in numbers]))
     return found

@@ -5,8 +5,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from polyclinic.data.config import DataSpec
-from polyclinic.data.examples import DataError, Dataset
+from polyclinic.data.examples import DataError, Dataset, in_memory
+from polyclinic.data.fingerprint.case_rows import CaseRows, case_rows
+from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Numbered
 from polyclinic.data.formats.column_roles import missing_at, named_column, no_column
 from polyclinic.data.partition import Divided
 from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
@@ -135,6 +139,19 @@ def fingerprint_of(spec: DataSpec, seed: int, fold: Fold | None, source: Source)
     """Return the ``fingerprint`` of what ``federate`` returns for these arguments, without decoding data."""
     common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind", "plan"})
     return digest("federated", 1, source.fingerprint, sorted(common.items()), seed, *([vars(fold)] if fold else []))
+
+
+def rows_by_site(spec: DataSpec, seed: int, source: Source) -> dict[str, CaseRows]:
+    """Return the rows of each training site's training images, in the split of ``seed``."""
+    rows, found = case_rows(source), {}
+    data = federate(spec.model_copy(update=PLAIN), seed, source=Numbered(source))
+    for name in data.training:
+        roles = data.sites[name]
+        where = [
+            in_memory(roles[role], "a plan").inputs[:, 0].long() for role in ("train", "unlabeled") if role in roles
+        ]
+        found[name] = rows.subset(torch.cat(where))
+    return found
 
 
 def _require_site_column(spec: DataSpec, table: Table, source: Source) -> None:

@@ -1,4 +1,4 @@
-"""Notifications: to whom notify.toml says and nobody else, once for each condition, and at most so many an hour."""
+"""Notifications: to the recipients in notify.toml only, once for each condition, within the limit for an hour."""
 
 import http.server
 import json

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from polyclinic.data.cache import cached
-from polyclinic.data.config import DataSpec
-from polyclinic.data.examples import DataError, in_memory
-from polyclinic.data.federation import federate
-from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Numbered, pictures, plain
+from polyclinic.data.examples import DataError
+from polyclinic.data.fingerprint.dataset_fingerprint import pictures, plain
 from polyclinic.data.source import Source, digest
 from polyclinic.learning.tasks.case_sums import CHANNEL, HEAD, row_of
 
@@ -75,14 +73,3 @@ def case_rows(source: Source) -> CaseRows:
 
     stored = cached("cases-measured", digest("case rows", VERSION, HEAD, CHANNEL, source.fingerprint), build)
     return CaseRows(stored["rows"], table.patients)
-
-
-def rows_by_site(spec: DataSpec, seed: int, source: Source) -> dict[str, CaseRows]:
-    """Return the rows of each training site's training images, in the split of ``seed``."""
-    rows, found = case_rows(source), {}
-    data = federate(spec.model_copy(update=PLAIN), seed, source=Numbered(source))
-    for name in data.training:
-        roles = data.sites[name]
-        numbers = [in_memory(roles[role], "a plan") for role in ("train", "unlabeled") if role in roles]
-        found[name] = rows.subset(torch.cat([one.inputs[:, 0].long() for one in numbers]))
-    return found

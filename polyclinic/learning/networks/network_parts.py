@@ -203,7 +203,7 @@ def _lifted(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
             lifted.append(f"{place}.")
     single = tuple(name for name in names if name in chosen and not _among(tuple(lifted), name))
     if mixed := [name for name in names if name not in chosen and _among(single, name)]:
-        raise ConfigError(f"the parts of the network cannot be separated by name: {mixed[0]} begins as another tensor")
+        raise ConfigError(f"the names of the network do not distinguish its parts: {mixed[0]} begins as another tensor")
     return (*lifted, *single)
 
 

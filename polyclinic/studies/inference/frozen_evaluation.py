@@ -19,7 +19,7 @@ from polyclinic.core import serialization as states
 from polyclinic.core.method import Method
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.data.examples import Examples, concat
+from polyclinic.data.examples import Dataset, concat
 from polyclinic.data.federation import Federated, federate
 from polyclinic.data.source import FittedSource, Source
 from polyclinic.data.splits import Fold
@@ -236,7 +236,7 @@ def _method(model: TrainedModel, member: Member) -> tuple[Method[Any], Any, Mapp
     return method, checkpoint.state, checkpoint.memory
 
 
-def _tested(roles: Mapping[str, Examples], everything: bool) -> Examples | None:
+def _tested(roles: Mapping[str, Dataset], everything: bool) -> Dataset | None:
     if not everything:
         return roles.get("test")
     parts = [roles[role] for role in ("train", "val", "test") if len(roles.get(role, ()))]

@@ -10,8 +10,9 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.data.collection import FromFiles
 from polyclinic.data.config import DataSpec
+from polyclinic.data.federation import rows_by_site
 from polyclinic.data.fingerprint import nnunet_plan
-from polyclinic.data.fingerprint.case_rows import CaseRows, rows_by_site
+from polyclinic.data.fingerprint.case_rows import CaseRows
 from polyclinic.data.fingerprint.dataset_fingerprint import Numbered
 from polyclinic.data.fingerprint.nnunet_planner import CaseFacts, Intensities, Planned, planned
 from polyclinic.data.source import Source

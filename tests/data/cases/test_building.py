@@ -65,7 +65,7 @@ def test_unequal_shapes_without_a_patch_are_refused_with_one(volumes: Path) -> N
 
 
 def test_a_patch_needs_one_number_per_axis(volumes: Path) -> None:
-    """Two numbers for volumes, or nonsense, are refused where they stand."""
+    """Two numbers for volumes, or nonsense, are refused in their place."""
     with pytest.raises(DataError, match=r"patch = \[4, 4\]: the images of .* have 3 axes: give one number for each"):
         pairs(volumes, patch=(4, 4)).examples(["c0"])
     with pytest.raises(ValueError, match="give 2 or 3 whole numbers"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polyclinic.data.config import DataSpec
-from polyclinic.data.fingerprint.case_rows import rows_by_site
+from polyclinic.data.federation import rows_by_site
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.engines.plan import Plan

@@ -191,7 +191,7 @@ def test_batch_normalization_can_be_replaced(name: str) -> None:
 
 
 class Own(nn.Module):
-    """A classifier that nobody knows."""
+    """A classifier from outside the catalog."""
 
     def __init__(self, outputs: int = 2) -> None:
         super().__init__()

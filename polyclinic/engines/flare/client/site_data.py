@@ -163,7 +163,7 @@ def _spec(path: Path, own: Mapping[str, Any], table: Mapping[str, Any]) -> "Data
 
 def _measured(folder: Path, table: Mapping[str, Any], seed: int) -> Any:
     """Return what is measured of each training image: rows, or the examples of ``train.npz`` that rows are made of."""
-    from polyclinic.data.fingerprint.case_rows import rows_by_site
+    from polyclinic.data.federation import rows_by_site
 
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist: is the disk mounted? `data` in site.toml names the folder")

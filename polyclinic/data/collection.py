@@ -23,6 +23,7 @@ from polyclinic.data.formats.mask_labels import IGNORED, WHITE, black_and_white,
 from polyclinic.data.formats.safe_reading import LIMITS, Unreadable
 from polyclinic.data.formats.value_ranges import ValueRange, scale_problems
 from polyclinic.data.geometry import Geometry
+from polyclinic.data.preprocessing.nnunet_steps import Normalize
 from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, Resample, Resize, ZScore
@@ -248,7 +249,10 @@ class Collection:
         Raises:
             DataError: With every problem.
         """
-        scaled = any(isinstance(step, ZScore | Percentiles) for step in self.steps)
+        scaled = any(
+            isinstance(step, ZScore | Percentiles) or (isinstance(step, Normalize) and step.by_image)
+            for step in self.steps
+        )
         problems = [] if scaled else scale_problems(values)
         if problems := [*problems, *label_problems(labels, self._declared)]:
             raise DataError([f"{self.info.name}: {problem}" for problem in problems])

@@ -51,6 +51,7 @@ OTHERS = {  # commands that are not called here, and the tests that read their J
     "data drift": "test_data_commands",
     "audit": "tests/studies/audits/test_run_audit",
     "audit release": "tests/studies/audits/test_release_command",
+    "plan": "tests/studies/run/test_case_planning",
     "explain": "needs captum",
     "data deidentify": "needs pydicom",
     "vectors make": "tests/studies/export/test_vector_exchange",

@@ -154,7 +154,9 @@ def steps_of(planned: Planned, facts: CaseFacts, spacing_mm: tuple[float, ...], 
         known = [facts.intensities[i] if scheme == "ct" else None for i, scheme in enumerate(schemes)]
         for key in ("low", "high", "mean", "deviation"):
             scaling[key] = [round(getattr(one, key), 6) if one else float(key == "deviation") for one in known]
-    steps += [scaling, {"step": "resample_cubic", "mm": [float(f"{mm:.9g}") for mm in used.spacing_mm]}]
+    steps.append(scaling)
+    if facts.measured:
+        steps.append({"step": "resample_cubic", "mm": [float(f"{mm:.9g}") for mm in used.spacing_mm]})
     return steps
 
 

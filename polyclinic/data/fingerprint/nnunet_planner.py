@@ -91,6 +91,7 @@ class CaseFacts:
         intensities: For each channel, its foreground intensities; None if they are not known.
         channels: The names of the channels, which decide how their values are scaled.
         classes: Number of classes with background.
+        measured: Whether all images state their spacing; otherwise they are not resampled.
     """
 
     cases: int
@@ -98,6 +99,7 @@ class CaseFacts:
     intensities: tuple[Intensities | None, ...]
     channels: tuple[str, ...]
     classes: int
+    measured: bool = True
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ def _leaving(network: Network, model: nn.Module, inputs: Tensor) -> tuple[str, T
 
         return module.register_forward_hook(keep)
 
-    hooks = [record(name, m) for name, m in model.named_modules() if name and network.in_encoder(f"{name}.")]
+    inside = [name for name, _ in model.named_modules() if name and network.in_encoder(f"{name}.")]
+    around = [name for name in inside if any(part.startswith(f"{name}.") for part in network.parts.head)]
+    hooks = [record(name, model.get_submodule(name)) for name in inside if name not in around]
     try:
         model(inputs)
     finally:
@@ -94,11 +96,16 @@ def encode_all(
         return torch.cat([encoded(network, model, data[chunk][0].to(device)).cpu() for chunk in index.split(64)])
 
 
-@lru_cache(maxsize=64)
 def head_width(network: Network) -> int:
     """Return F, the number of features that enter the head."""
+    return head_input(network)[0]
+
+
+@lru_cache(maxsize=64)
+def head_input(network: Network) -> tuple[int, ...]:
+    """Return the shape of what enters the head, for one example: (F, ...)."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        return features(network, network().eval(), torch.zeros(2, *network.inputs)).shape[1]
+        return tuple(represent(network, network().eval(), torch.zeros(2, *network.inputs))[0].shape[1:])
 
 
 def encoded_width(network: Network) -> int:

@@ -16,7 +16,8 @@ from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.latent import bottleneck, encoded_width, head_width
+from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.latent import bottleneck, encoded_width, head_input, head_width
 from polyclinic.learning.tasks.task import InHead, Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.site_weights import SizeWeighted
@@ -48,6 +49,15 @@ class LCFed(SizeWeighted[State]):
     local: LocalTraining = LocalTraining()
     head_steps: int = 10
     uniform: bool = True
+
+    def __post_init__(self) -> None:
+        inputs = tuple(self.task.network.inputs)
+        if (entering := head_input(self.task.network)[1:]) != inputs[1:]:
+            raise ConfigError(
+                f"lc-fed multiplies the features that enter the head with maps of the image, and in "
+                f"{self.task.network.name} they have the size {list(entering)}, not {list(inputs[1:])}: choose another "
+                "network, such as unet"
+            )
 
     @property
     def selecting(self) -> Task:

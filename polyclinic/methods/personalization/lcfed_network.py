@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.latent import head_name
 from polyclinic.learning.networks.model_mixture import prediction
+from polyclinic.learning.networks.model_tree import params_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class _Calibrated(nn.Module):
         self.place = head_name(build.network, self.net)
         conv = nn.Conv2d if dims == 2 else nn.Conv3d
         self.calibrate = conv(2 * build.outputs * build.features, build.outputs, 1)
-        size = sum(p.numel() for p in self.net.get_submodule(self.place).parameters())
+        self.leaves = {name: leaf.shape for name, leaf in params_of(self.net).items() if build.in_head(name)}
+        size = sum(shape.numel() for shape in self.leaves.values())
         self.register_buffer("heads", torch.zeros(build.sites, size))
         self.register_buffer("use", torch.ones(()))
 
@@ -127,9 +129,10 @@ class _Calibrated(nn.Module):
         return found
 
     def _head(self, head: nn.Module, flat: Tensor, features: Tensor) -> Tensor:
-        named = dict(head.named_parameters())
-        leaves = flat.split([p.numel() for p in named.values()])
-        shaped = {name: leaf.view_as(p) for (name, p), leaf in zip(named.items(), leaves, strict=True)}
+        parts = flat.split([shape.numel() for shape in self.leaves.values()])
+        leaves = {name: part.view(shape) for (name, shape), part in zip(self.leaves.items(), parts, strict=True)}
+        inside = f"{self.place}."
+        shaped = {name.removeprefix(inside): leaf for name, leaf in leaves.items() if name.startswith(inside)}
         found: Tensor = functional_call(head, shaped, (features,))
         return found
 

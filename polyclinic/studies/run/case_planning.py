@@ -66,15 +66,18 @@ def facts_of(sums: Tree, channels: Sequence[str], classes: int) -> CaseFacts:
     """Return the statistics that a plan follows from.
 
     Raises:
-        DataError: If the number of channels is another one, or volumes do not state their spacing.
+        DataError: If the number of channels is another one, volumes do not state their spacing, or nothing was counted.
     """
+    if float(sums["cases"][0]) < 0.5 or min(planned_spacing(sums)[-axes_in(sums) :].tolist()) <= 0:
+        raise DataError("the sums count no images, or no spacing: no plan follows from them")
     cases, count = int(sums["cases"][0].round()), len(sums["known"]) if "known" in sums else len(channels)
     if count != len(channels):
         raise DataError(
             f"the images have {count} channels, and {len(channels)} are named ({', '.join(channels)}): name each with "
             "--channels"
         )
-    if axes_in(sums) == 3 and (unknown := cases - int(sums["measured"][0].round())):
+    unknown = cases - int(sums["measured"][0].round())
+    if axes_in(sums) == 3 and unknown:
         raise DataError(
             f"{unknown} of {cases} volumes do not state their voxel size, from which nnU-Net plans: correct the files, "
             "or leave those volumes out"
@@ -86,6 +89,7 @@ def facts_of(sums: Tree, channels: Sequence[str], classes: int) -> CaseFacts:
         tuple(_intensities(sums, channel) for channel in range(count)),
         tuple(channels),
         classes,
+        not unknown,
     )
 
 
@@ -146,6 +150,10 @@ def plan(
     classes, named = 0, tuple(channels)
     if sums is None:
         source = spec.source()
+        if not isinstance(source, FromFiles):
+            raise DataError(
+                "a plan is for image files of any size, which this data is not: set steps in [data] instead"
+            )
         sites = rows_by_site(spec, seed, source)
         counts = {name: len(set(rows.patients)) for name, rows in sites.items()}
         if small := [name for name, count in counts.items() if count < FEWEST]:
@@ -159,7 +167,7 @@ def plan(
         sums = statistics(sites, any(name.casefold() == "ct" for name in named))
     elif not named:
         raise DataError("the sums of a run between hospitals name no channels: name them with --channels")
-    classes = classes or max(2, int(sums["labels"].nonzero().max()) + 1)
+    classes = classes or max([1, *sums["labels"].nonzero().flatten().tolist()]) + 1
     found = plan_of(sums, named, classes, preset, memory_gb)
     facts, axes = facts_of(sums, named, classes), axes_in(sums)
     names = [name for key, name in nnunet_plan.NAMES.items() if getattr(found, key) is not None]

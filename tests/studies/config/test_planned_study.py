@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
+from polyclinic.data.config import DataSpec
 from polyclinic.data.fingerprint.nnunet_plan import text_of
 from polyclinic.data.fingerprint.nnunet_planner import planned
+from polyclinic.studies.config import study_config
 from polyclinic.studies.config.planned_study import with_plan
+from polyclinic.studies.run import deployment
 from tests.data.fingerprint.test_nnunet_planner import pooled
 
 
@@ -86,3 +89,45 @@ def test_mistakes_are_named(plan: Path) -> None:
     assert 'for the network "nnunet"' in says
     plan.write_text(plan.read_text().replace("patch = [40,", "patch = [41,", 1))
     assert "41 is no multiple of the strides' 8" in problem()[1]
+
+
+def test_a_hospital_can_name_a_plan_too(plan: Path, tmp_path: Path) -> None:
+    """In data.toml there is no task: the steps and the patch are taken."""
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "labelsTr").mkdir()
+    spec = DataSpec.model_validate({"kind": "pairs", "path": str(tmp_path), "plan": str(plan)})
+    source = spec.source()
+    assert [step.name for step in source.steps] == ["crop_nonzero", "normalize", "resample_cubic"]
+    assert source.patch == (40, 56, 40)
+
+
+STUDY = """
+name = "hippo"
+rounds = 1
+[data]
+kind = "pairs"
+path = "/data"
+plan = "PLAN"
+[task]
+kind = "segmentation"
+network = "nnunet"
+[[methods]]
+name = "fedavg"
+"""
+
+
+def test_the_contents_of_a_plan_belong_to_the_hash_and_go_to_the_sites(plan: Path, tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.replace("PLAN", str(plan)))
+    (tmp_path / "data").mkdir()
+    before = study_config.read(file, {"data.path": str(tmp_path / "data")})
+    assert before.training.batch_size == 9
+    sent = deployment.how(before)["data"]
+    assert sent["patch"] == [40, 56, 40]
+    assert [step["step"] for step in sent["steps"]] == ["crop_nonzero", "normalize", "resample_cubic"]
+    (arm,), _ = deployment.method_runs(before, ["a", "b"])
+    assert arm["plan"]["network_options"]["strides"][0] == [1, 1, 1]
+    assert arm["plan"]["training"]["batch_size"] == 9
+    plan.write_text(plan.read_text().replace("width = 8", "width = 12"))
+    after = study_config.read(file, {"data.path": str(tmp_path / "data")})
+    assert before.hash != after.hash

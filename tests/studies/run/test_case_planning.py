@@ -1,5 +1,6 @@
 """Plans from federated sums equal plans from the raw values of all cases, and tell no single case."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks import case_sums
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.methods.statistics.case_statistics import CaseStatistics, median, planned_spacing, spacing
+from polyclinic.studies.config import study_config
 from polyclinic.studies.run import case_planning
 from tests.data.fingerprint.test_nnunet_planner import EXPECTED, pooled
 
@@ -157,10 +159,44 @@ def test_what_a_plan_needs_is_asked_for() -> None:
         case_planning.facts_of(case_planning.statistics(at_sites(rows), True), ["MR"], 3)
 
 
+def test_pictures_without_a_pixel_size_are_not_resampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for i in range(24):
+        size = tuple(int(n) for n in rng.integers(70, 130, 2))
+        Image.fromarray(rng.integers(1, 255, size).astype(np.uint8)).save(tmp_path / "set" / "images" / f"p{i:02d}.png")
+        Image.fromarray((rng.random(size) < 0.2).astype(np.uint8)).save(tmp_path / "set" / "labels" / f"p{i:02d}.png")
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY.replace("PATH", str(tmp_path / "set")).replace("count = 3", "count = 1"))
+    spec = study_config.read(study).data
+    made = case_planning.plan(spec, "pictures")
+    assert made.configuration == "2d"
+    assert made.planned.full is None
+    file = tmp_path / "a.plan.toml"
+    file.write_text(made.text)
+    plan = NnunetPlan.read(file)
+    assert plan is not None
+    assert [step["step"] for step in plan.steps] == ["crop_nonzero", "normalize"]
+    assert len(plan.patch) == 2
+    with pytest.raises(DataError, match="trained on as 2d"):
+        case_planning.plan(spec, "pictures", configuration="3d_fullres")
+
+
+def test_sums_that_count_nothing_give_no_plan() -> None:
+    empty = {
+        name: torch.zeros_like(leaf)
+        for name, leaf in case_planning.statistics(at_sites(rows_of("small")), True).items()
+    }
+    with pytest.raises(DataError, match="the sums count no images"):
+        case_planning.plan_of(empty, ["MR", "MR"][: len(empty["known"])], 2, "default", None)
+
+
 def write_pairs(root: Path, count: int = 44, spacing_mm: tuple[float, ...] = (0.8, 0.8, 2.4)) -> Path:
     """nnU-Net's layout with small CT-like volumes."""
-    import json
-
     import nibabel as nib
 
     (root / "imagesTr").mkdir(parents=True)
@@ -218,6 +254,10 @@ def test_the_command_writes_a_plan_to_edit(tmp_path: Path, monkeypatch: pytest.M
     assert "case0" not in text
     with pytest.raises(Exception, match="exists already; --force replaces it"):
         data.case_plan(study)
+    data.case_plan(study, force=True, json_=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["used"]["patch"] == list(plan.patch)
+    assert printed["configuration"] == "3d_fullres"
     study.write_text(study.read_text().replace("count = 3", "count = 11"))
     with pytest.raises(DataError, match="no site has 10 training patients"):
         data.case_plan(study, force=True, set_=["data.min_patients=2"])

@@ -24,8 +24,8 @@ from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Evaluation, evaluate
 from polyclinic.learning.networks.adapters import merge_adapters
+from polyclinic.learning.networks.architectures import Architecture
 from polyclinic.learning.networks.model_tree import load, params_of
-from polyclinic.learning.networks.network_catalog import Architecture
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.events import Event
 from polyclinic.studies.run.run_directory import read_plan, read_tensors
@@ -61,7 +61,7 @@ def network(build: Build, *, head: str | Sequence[str], encoder: str | Sequence[
         return build() if plain else build(inputs, outputs, **options)
 
     called = name or getattr(build, "__name__", "network").strip("<>").lower()
-    architecture = Architecture(made, heads, "of this program", encoders)
+    architecture = Architecture(made, summary="of this program", head=heads, encoder=encoders)
     return _registered("networks", f"{called}-{_source_hash(build)}", architecture)
 
 

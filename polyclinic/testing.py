@@ -20,8 +20,8 @@ from polyclinic.core.rounds import Federation, train
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.engines.site_runtime import minibatches, work
+from polyclinic.learning.networks.architectures import Architecture
 from polyclinic.learning.networks.model_tree import load, params_of, trainable
-from polyclinic.learning.networks.network_catalog import Architecture
 
 
 class Broken(AssertionError):

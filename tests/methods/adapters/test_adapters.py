@@ -37,6 +37,7 @@ from polyclinic.methods.adapters.alternating import (
 from polyclinic.methods.adapters.flexlora import FlexLoRA
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.fedprox import FedProx
+from polyclinic.methods.registry import Setting, build
 from polyclinic.privacy.gaussian import Clip, Gaussian
 from polyclinic.testing import check_method
 from tests.conftest import blobs, little_sites
@@ -62,6 +63,8 @@ METHODS: dict[str, Any] = {
     "flexlora": FlexLoRA,
     "fedavg": FedAvg,
 }
+OTHERS = ("fedper", "ditto", "scaffold", "fedadam", "krum")
+"""Methods that know nothing of adapters."""
 
 
 def states(method: Method[Any], params: Tree, sites: dict[str, Site], rounds: int) -> list[Any]:
@@ -79,11 +82,11 @@ def replies(method: Method[Any], state: Any, sites: dict[str, Site]) -> dict[str
     return {name: method.site_update(request, {}, site)[0] for name, site in sites.items()}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
 def test_promises_with_adapters(name: str) -> None:
     task, sites = adapted(), little_sites()
-    local = LocalTraining(batch_size=8, lr=0.05)
-    check_method(METHODS[name](task, local), task.first(0), sites, rounds=3)
+    method = build(name, Setting(task, LocalTraining(batch_size=8, lr=0.05), tuple(sites), rounds=3))
+    check_method(method, task.first(0), sites, rounds=3)
 
 
 @pytest.mark.parametrize("name", ["rolora", "ffa-lora"])

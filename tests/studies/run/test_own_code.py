@@ -13,7 +13,7 @@ from polyclinic.cli import run as commands
 from polyclinic.core import extensions
 from polyclinic.engines.policy.site_policy import parse as parse_policy
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks import network_catalog
+from polyclinic.learning.networks import architectures
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.own_loss import with_loss
@@ -52,7 +52,7 @@ name = "fedper"
 def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The skeleton, installed as pip would, except that its files stay in place."""
     extensions._loaded.cache_clear()
-    network_catalog._foreign.cache_clear()
+    architectures._foreign.cache_clear()
     folder = tmp_path / "acme"
     write_plugin(folder)
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
@@ -119,7 +119,7 @@ def test_a_site_refuses_the_code_unless_its_policy_names_it(acme: Path, plan: di
 def test_own_names_of_polyclinic_cannot_be_replaced(acme: Path) -> None:
     info = next(acme.glob("*.dist-info"))
     (info / "entry_points.txt").write_text("[polyclinic.networks]\ncnn = acme.networks:NET\n")
-    assert Network("cnn", (1, 8, 8), 2).architecture.summary == "small convolutional classifier, 2-D or 3-D"
+    assert Network("cnn", (1, 8, 8), 2).architecture.summary == "small convolutional classifier"
     assert "acme" not in sys.modules
     assert packages_in({"network": "cnn", "method": "fedavg"}), "though it is not used, a site sees the package"
 

@@ -137,7 +137,7 @@ before and after that intercept.
 
 Statements of earlier versions that are withdrawn: that Prop-FFL raises the worst site's accuracy and should be tried first (its
 interval was a bootstrap over re-splits, which excludes 0 in 18 % of studies without any difference, and the identity of the worst
-site changes between methods), and that no global model is fair at 23 scanners (a threshold artefact; one of these sites has one
+site changes between methods), and that no global model is fair at 23 scanners (a threshold artifact; one of these sites has one
 test subject).
 """
 

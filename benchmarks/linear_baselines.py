@@ -1,4 +1,4 @@
-"""Regularized logistic regression compared with FedAvg on the tables of domain_shift: ``python benchmarks/linear_baselines.py``.
+"""Regularized logistic regression and FedAvg on the tables of domain_shift: ``python benchmarks/linear_baselines.py``.
 
 A baseline that overfits makes federation look better than it is. Here a logistic regression (C fixed before, one value for
 each table) is fitted at each site alone, and on all sites' patients together, on the same splits as FedAvg with the network

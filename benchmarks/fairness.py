@@ -130,7 +130,15 @@ HEAD = f"""# Fairness: which hospitals gain and which lose
 
 Written by `python benchmarks/fairness.py`; every number was measured as the script describes. {WHAT}
 
-CONCLUSIONS
+Accuracy at a threshold of one half depends on how well a model's probabilities fit a site's prevalence. A shared model that ranks
+every hospital's patients well is "unfair" by that measure to each hospital whose prevalence differs, and an intercept per site, one number
+that each hospital can fit to its own training patients, removes that. The tables therefore give the AUC within each site and the accuracy
+before and after that intercept.
+
+Statements of earlier versions that are withdrawn: that Prop-FFL raises the worst site's accuracy and should be tried first (its
+interval was a bootstrap over re-splits, which excludes 0 in 18 % of studies without any difference, and the identity of the worst
+site changes between methods), and that no global model is fair at 23 scanners (a threshold artifact; one of these sites has one
+test subject).
 """
 
 

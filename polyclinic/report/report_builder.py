@@ -14,7 +14,7 @@ from polyclinic.evaluation.run_evaluation import Options, evaluate
 from polyclinic.report.context import ReportContext
 from polyclinic.report.methods_paragraph import paragraph_section
 from polyclinic.report.model_card import model_card
-from polyclinic.report.page_blocks import Section, tables_of
+from polyclinic.report.page_blocks import Pair, Section, Text, tables_of
 from polyclinic.report.sections.clinical import task_section
 from polyclinic.report.sections.communication import leaving_section
 from polyclinic.report.sections.explained import explained_section
@@ -26,7 +26,13 @@ from polyclinic.report.sections.provenance import checklist_section, data_sectio
 from polyclinic.report.sections.simulated_attacks import hostile_section
 from polyclinic.report.sections.sites_without_predictions import kept_section
 from polyclinic.report.sections.subgroups import subgroups_section
-from polyclinic.report.sections.test_results import methods_section, sites_section
+from polyclinic.report.sections.test_results import (
+    declared_table,
+    methods_picture,
+    methods_section,
+    sites_picture,
+    sites_section,
+)
 
 HERE = Path(__file__).parent
 
@@ -44,8 +50,8 @@ def build_report(run_dir: str | Path, out: str | Path | None = None, options: Op
         options: Options of the evaluation.
 
     Returns:
-        The path of ``report.html``. The same folder holds ``report.json``, ``model_card.md`` and ``tables/*.csv``. The
-        same run gives the same bytes.
+        The path of ``report.html``. The same folder holds ``summary.html`` (one printed page), ``report.json``,
+        ``model_card.md`` and ``tables/*.csv``. The same run gives the same bytes.
 
     Raises:
         NotARun: If the folder is not a run or contains damaged files; then nothing is written.
@@ -58,6 +64,7 @@ def build_report(run_dir: str | Path, out: str | Path | None = None, options: Op
     sections = sections_of(page)
     files = {
         "report.html": render(page, sections),
+        "summary.html": render(page, [brief_section(page)], brief=True),
         "report.json": as_json(page),
         "model_card.md": model_card(page),
         **{f"tables/{t.name}.csv": t.csv() for s in sections for t in tables_of(s.blocks)},
@@ -95,8 +102,16 @@ def sections_of(page: ReportContext) -> list[Section]:
     return [s for s in found if s is not None]
 
 
-def render(page: ReportContext, sections: list[Section]) -> str:
-    """Return the page as HTML, with its style."""
+def brief_section(page: ReportContext) -> Section:
+    """Return the results of the summary, which fit on a printed page: methods, sites and declared comparisons."""
+    if page.first is None:
+        return Section("results", "Results", [Text("No method has test predictions yet.")])
+    pictures = [methods_picture(page, brief=True), sites_picture(page, page.first, brief=True)]
+    return Section("results", "Results", [Pair(pictures), *declared_table(page, brief=True)])
+
+
+def render(page: ReportContext, sections: list[Section], brief: bool = False) -> str:
+    """Return the page as HTML, with its style; ``brief`` for the summary, with the five gravest findings."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(
@@ -105,7 +120,13 @@ def render(page: ReportContext, sections: list[Section]) -> str:
     template = env.get_template("page.html")
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     return template.render(
-        page=page, info=page.run.info, sections=sections, in_short=in_short(page), findings=findings(page), style=style
+        page=page,
+        info=page.run.info,
+        sections=sections,
+        in_short=in_short(page),
+        findings=findings(page)[: 5 if brief else None],
+        style=style,
+        brief=brief,
     )
 
 

@@ -96,7 +96,7 @@ def test_a_study_writes_groups_and_the_page_shows_them(tmp_path: Path) -> None:
     page = build_report(path, options=FEW)
     text = page.read_text(encoding="utf-8")
     assert "sex: female" in text
-    assert "Compared with the largest group" in text
+    assert "Differences are from the largest group" in text
     rows = (page.parent / "tables" / "groups.csv").read_text().splitlines()
     assert rows[1].startswith("sex,female,")
     assert rows[3].startswith("age,not shown: a group of fewer than 10 patients could be identified")

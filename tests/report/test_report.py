@@ -356,6 +356,24 @@ def test_it_prints(run, tmp_path: Path) -> None:
 # Runs that are not as they should be
 
 
+@pytest.mark.slow
+def test_the_summary_fits_on_a_printed_page(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "r", seeds=(0, 1))
+    info = json.loads((path / "run.json").read_text())
+    declared = {"method": "fedprox", "reference": "fedavg", "kind": "non-inferiority", "margin": 0.02}
+    (path / "run.json").write_text(json.dumps({**info, "compare": [declared]}))
+    file = build_report(path, options=FEW).with_name("summary.html")
+    page = Page(file.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert not [tag for tag, _ in page.tags if tag == "nav"]
+    assert page.text.index("Data: Invented patients; sites are simulated.") < page.text.index("FedBN was trained")
+    assert "Comparisons that the study file declared before the run." in page.text
+    in_chromium(file, tmp_path, f"--print-to-pdf={tmp_path / 'out.pdf'}", "--no-pdf-header-footer")
+    pages = re.findall(rb"/Type ?/Page\b(?!s)", (tmp_path / "out.pdf").read_bytes())
+    assert len(pages) == 1
+
+
 def test_an_unfinished_run_reads_as_far_as_it_got(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", finished=False)
     with open(path / "records.jsonl", "a") as file:

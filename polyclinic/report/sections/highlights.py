@@ -63,8 +63,20 @@ def in_short(page: ReportContext) -> list[Markup]:
                 "On held-out patients of the training sites the mean {} over sites was <strong>{} ({})</strong>."
             ).format(page.label, number(mean.value, d), interval(mean.low, mean.high, d))
         )
+    sentences = [*_about_data(page), *sentences]
     sentences += [*_declared(page), *_against(page), *_among_methods(page)]
     return sentences
+
+
+def _about_data(page: ReportContext) -> Iterator[Markup]:
+    """Say what the data and the sites are, so that no result is read without it."""
+    data = page.run.info.data
+    if not data.title:
+        return
+    sites = "simulated" if data.simulated else data.sites_are
+    text = f"Data: {data.title}" + (f"; sites are {sites}" if sites else "") + "."
+    notes = [n for n in data.notes if n != data.simulated and len(n) <= 160][:1]
+    yield Markup("{}").format(" ".join([text, *notes]))
 
 
 def _declared(page: ReportContext) -> Iterator[Markup]:

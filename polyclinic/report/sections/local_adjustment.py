@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyclinic.evaluation.prediction_sets import prediction_sets
-from polyclinic.evaluation.recalibration import FEWEST, METRICS, TESTED, recalibration
+from polyclinic.evaluation.recalibration import FEWEST, TESTED, recalibration
 from polyclinic.evaluation.run_evaluation import MethodResult
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import NONE, amount, cell, listed, outcome, whole, with_interval
@@ -20,12 +20,12 @@ def recalibration_blocks(page: ReportContext, first: MethodResult) -> Iterator[A
     rows: list[Row] = []
     for site in found.before:
         row: Row = {"site": site, "patients": whole(page.result.patients[site])}
-        for k in METRICS:
+        for k in TESTED:
             both = {f"{k}_before": cell(found.before[site][k], 3), f"{k}_after": cell(found.after[site][k], 3)}
             row = {**row, **both}
         rows.append(row)
     columns = words(site="Site") + numbers(patients="Patients")
-    for k in METRICS:
+    for k in TESTED:
         label = page.metrics[k].label
         columns += numbers(**{f"{k}_before": f"{label}, before", f"{k}_after": f"{label}, after"})
     note = (

@@ -42,11 +42,12 @@ def subgroups_section(page: ReportContext) -> Section | None:
         blocks.append(Picture(drawn, text))
     columns = words(what="Attribute", group="Group") + numbers(patients="Patients", value=heading)
     columns += numbers(difference=f"Difference ({page.level}\u00a0CI)", adjusted="p after Holm")
-    columns += words(result="Compared with the largest group")
+    columns += words(result="Result")
     note = (
-        f"Groups of fewer than {max(o.min_cell, FEWEST)} patients are not shown, nor values from which they could "
-        "be derived. Values and differences are means of those within sites; + is better. Intervals are for these "
-        "models. That no difference is shown does not mean that there is none: see the interval."
+        f"Groups of fewer than {max(o.min_cell, FEWEST)} patients are not shown, nor values from which they could be "
+        "derived. Differences are from the largest group of the attribute, the reference; values and differences are "
+        "means of those within sites; + is better. Intervals are for these models. That no difference is shown does "
+        "not mean that there is none: see the interval."
     )
     left = {f"{a.name}: {g.name}": g.estimate.without for a in found for g in a.groups if g.estimate.without}
     if left:

@@ -44,13 +44,14 @@ def methods_section(page: ReportContext) -> Section:
     title, result = "Comparison of methods", page.result
     if not result.methods:
         return Section("methods", title, [Text("No method has test predictions yet.")])
-    blocks: list[Any] = [_methods_picture(page), *_declared(page), _levels(page)]
+    blocks: list[Any] = [methods_picture(page), *declared_table(page), _levels(page)]
     if result.comparisons and result.reference:
         blocks.append(_differences(page, result.reference))
     return Section("methods", title, [*blocks, *_ranking(page)])
 
 
-def _methods_picture(page: ReportContext) -> Picture:
+def methods_picture(page: ReportContext, brief: bool = False) -> Picture:
+    """Return the means of all methods over the training sites."""
     result, d = page.result, page.digits
     rows = [
         figures.Point.of(page.title(m.label), m.macro, with_interval(m.macro, d), "baseline" if m.baseline else "plain")
@@ -62,7 +63,7 @@ def _methods_picture(page: ReportContext) -> Picture:
         "Mean {} over the training sites. Squares are federated methods, hollow circles baselines. "
         "Compare methods by the paired differences below, not by whether intervals overlap."
     ).format(page.label)
-    if result.headline and result.chosen_by:
+    if result.headline and result.chosen_by and not brief:
         text += Markup(" The following sections report <strong>{}</strong>: {}.").format(
             page.title(result.headline), result.chosen_by
         )
@@ -112,8 +113,8 @@ def _levels(page: ReportContext) -> Table:
     return Table("methods", f"{page.label} on test patients.", columns, rows, note, chosen)
 
 
-def _declared(page: ReportContext) -> Iterator[Table]:
-    """Yield the comparisons that the study declared before the run."""
+def declared_table(page: ReportContext, brief: bool = False) -> Iterator[Table]:
+    """Yield the comparisons that the study declared before the run; in brief, without the explanation."""
     result, d = page.result, page.digits
     if not result.declared:
         return
@@ -142,7 +143,9 @@ def _declared(page: ReportContext) -> Iterator[Table]:
     note += f" Sites at which one of two was not tested are left out: {'; '.join(left)}." if left else ""
     if page.result.options.level != 0.95:
         note += " Tests use these levels whatever the level of the intervals."
-    yield Table("declared", "Comparisons that the study file declared before the run.", columns, rows, note)
+    yield Table(
+        "declared", "Comparisons that the study file declared before the run.", columns, rows, "" if brief else note
+    )
 
 
 def _lowest(m: MethodResult, d: int) -> Cell | str:
@@ -225,9 +228,16 @@ def _ranking(page: ReportContext) -> Iterator[Any]:
 
 def sites_section(page: ReportContext) -> Section | None:
     """Return the results of the main method at every site, and of all methods."""
-    first, result, d = page.first, page.result, page.digits
+    first = page.first
     if first is None:
         return None
+    blocks = [sites_picture(page, first), _sites_table(page, first), *_classes_table(page, first), *_matrix(page)]
+    return Section("sites", "Results at every site", blocks)
+
+
+def sites_picture(page: ReportContext, first: MethodResult, brief: bool = False) -> Picture:
+    """Return the main method's results at every site."""
+    result, d = page.result, page.digits
     name, order = result.metric.name, [s for s in page.run.info.sites if s.name in first.sites]
     points = []
     for s in order:
@@ -242,7 +252,7 @@ def sites_section(page: ReportContext) -> Section | None:
         text += Markup(" The dotted line is the mean over the training sites ({}).").format(number(line, d))
     if any(p.kind == "external" for p in points):
         text += Markup(" Diamonds are sites that did not take part in training.")
-    if first.random is not None:
+    if first.random is not None and not brief:
         e = first.random.estimate
         text += Markup(" Random-effects mean over sites: {} ({}); I² = {:.0f} %.").format(
             number(e.value, d), interval(e.low, e.high, d), 100 * first.random.i2
@@ -251,9 +261,7 @@ def sites_section(page: ReportContext) -> Section | None:
             text += Markup(" A new site is expected between {} ({} prediction interval).").format(
                 interval(*first.random.prediction, d), page.level
             )
-    picture = Picture(figures.points("sites", alt, points, f"{page.label} ({page.level}\u00a0CI)", line), text)
-    blocks = [picture, _sites_table(page, first), *_classes_table(page, first), *_matrix(page)]
-    return Section("sites", "Results at every site", blocks)
+    return Picture(figures.points("sites", alt, points, f"{page.label} ({page.level}\u00a0CI)", line), text)
 
 
 def _sites_table(page: ReportContext, first: MethodResult) -> Table:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,18 +134,42 @@ class Collection:
             raise DataError(_by_reason(bad))
         if self.patch:
             return self._cases(ids)
-        decoded, skipped = self._decoded, {i for i, *_ in bad}
-        row = {e.id: k for k, e in enumerate(e for i, e in enumerate(self.entries) if i not in skipped)}
-        entry = {e.id: e for e in self.entries}
-        rows = [row[name] for name in ids]
+        decoded, entry = self._decoded, self._entry
+        rows = [self._row[name] for name in ids]
         geometries, truths = None, None
         targets = self._labels([entry[name] for name in ids])
         if targets is None:
             targets = decoded["masks"][rows]
-            geometries = tuple(Geometry.of_table(decoded["geometries"][k]) for k in rows)
-            truths = tuple(_truth(decoded, k) for k in rows) if "truths" in decoded else None
+            geometries = tuple(self._geometries[k] for k in rows)
+            truths = tuple(self._truth(k) for k in rows) if "truths" in decoded else None
         patients = tuple(entry[name].patient for name in ids)
         return Examples(decoded["images"][rows], targets, patients, tuple(ids), geometries=geometries, truths=truths)
+
+    @cached_property
+    def _entry(self) -> Mapping[str, Entry]:
+        """The entries by id."""
+        return {entry.id: entry for entry in self.entries}
+
+    @cached_property
+    def _row(self) -> Mapping[str, int]:
+        """The position of each readable entry in ``_decoded``, by id."""
+        skipped = {i for i, *_ in self._decoded["bad"]}
+        return {e.id: k for k, e in enumerate(e for i, e in enumerate(self.entries) if i not in skipped)}
+
+    @cached_property
+    def _geometries(self) -> Sequence[Geometry]:
+        return [Geometry.of_table(table) for table in self._decoded["geometries"]]
+
+    @cached_property
+    def _ends(self) -> Sequence[int]:
+        """The end of each image's mask in the stored masks."""
+        return list(accumulate(math.prod(geometry.original) for geometry in self._geometries))
+
+    def _truth(self, k: int) -> torch.Tensor:
+        """Return the mask of image ``k`` on the grid of its file, a view of the stored ones."""
+        shape, end = self._geometries[k].original, self._ends[k]
+        part: torch.Tensor = self._decoded["truths"][end - math.prod(shape) : end]
+        return part.view(shape)
 
     def _labels(self, entries: Sequence[Entry]) -> torch.Tensor | None:
         """Return the class, labels or number of each entry; None if masks are the targets."""
@@ -351,14 +376,6 @@ class Collection:
             return _Refused(f"{entry.id}: {error}", error.reason if isinstance(error, Unreadable) else str(error))
         labels = () if prepared.truth is None else labels_in(prepared.truth)
         return Prepared(prepared, ValueRange.of(entry.id, case.image), labels, case.notes)
-
-
-def _truth(decoded: Mapping[str, Any], k: int) -> torch.Tensor:
-    """Return the mask of image ``k`` on the grid of its file, a view of the stored ones."""
-    shapes = [Geometry.of_table(table).original for table in decoded["geometries"][: k + 1]]
-    end = sum(math.prod(shape) for shape in shapes)
-    part: torch.Tensor = decoded["truths"][end - math.prod(shapes[-1]) : end]
-    return part.view(shapes[-1])
 
 
 @dataclass(frozen=True)

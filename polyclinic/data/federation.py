@@ -301,8 +301,10 @@ def _roles(
     groups = strata(table)
     fixed = official(table) if spec.split == "official" else {}
     roles: dict[str, str] = {}
-    for site in sorted(set(site_of.values())):
-        local = {patient: groups[patient] for patient, at in site_of.items() if at == site}
+    at_site: dict[str, dict[str, int]] = {site: {} for site in sorted(set(site_of.values()))}
+    for patient, site in site_of.items():
+        at_site[site][patient] = groups[patient]
+    for site, local in at_site.items():
         if site in external:
             found = dict.fromkeys(local, "test")
         elif isinstance(spec.split, tuple) and fold is not None and fold.by == "patients":

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -88,6 +89,11 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def row(self) -> Mapping[str, int]:
+        """The row number of each id."""
+        return {name: i for i, name in enumerate(self.ids)}
 
     def take(self, rows: Sequence[int]) -> "Table":
         """Return the table of the given row numbers, in that order."""

@@ -138,6 +138,10 @@ class FeatureTable:
         """Return one row per row with a known label. Columns other than features and label are kept as text, also sex
         and age.
         """
+        return self._table
+
+    @cached_property
+    def _table(self) -> Table:
         raw, rows = self._raw, self._kept
         ids = tuple(f"row {i + 2}" for i in rows)
         use = self._use
@@ -163,8 +167,7 @@ class FeatureTable:
         if self._declared is not None:
             return {site: FittedTable(self, self._declared) for site in rows}
         values, names, amounts = self.inputs
-        where = {name: i for i, name in enumerate(self.table().ids)}
-        own = {site: values[[where[name] for name in ids]] for site, ids in rows.items()}
+        own = {site: values[[self._table.row[name] for name in ids]] for site, ids in rows.items()}
         pooled = np.concatenate([own[site] for site in sorted(own) if site not in external])
         used = {site: pooled if self.statistics == "federation" else mine for site, mine in own.items()}
         return {
@@ -179,18 +182,14 @@ class FeatureTable:
             word = self._raw[column][row]
             return "" if self._is_missing(word) else repr(float(word)) if is_number(word) else plain(word)
 
-        rows = [self._kept[i] for i in self._rows(ids)]
+        rows = [self._kept[self._table.row[name]] for name in ids]
         return [(repr([text(c, row) for c in self._features]), text(self._use.label, row)) for row in rows]
 
     def _examples(self, ids: Sequence[str], inputs: Array) -> Examples:
-        table, rows = self.table(), self._rows(ids)
+        table, rows = self._table, [self._table.row[name] for name in ids]
         assert table.labels is not None
         x = torch.from_numpy(inputs[rows].astype(np.float32))
         return Examples(x, torch.from_numpy(table.labels[rows]), tuple(table.patients[i] for i in rows), tuple(ids))
-
-    def _rows(self, ids: Sequence[str]) -> list[int]:
-        where = {name: i for i, name in enumerate(self.table().ids)}
-        return [where[name] for name in ids]
 
     @cached_property
     def _raw(self) -> dict[str, list[str]]:

@@ -89,6 +89,10 @@ class Npz:
 
     def table(self) -> Table:
         """Return one row per image, in the file's order. MedMNIST's own split is the column ``split``."""
+        return self._table
+
+    @cached_property
+    def _table(self) -> Table:
         arrays = self._arrays
         ids = arrays["ids"]
         columns = self._columns
@@ -107,9 +111,8 @@ class Npz:
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named images: uint8 as stored, or float32 if steps are declared or the file contains floats."""
-        arrays, table = self._arrays, self.table()
-        row = {name: i for i, name in enumerate(table.ids)}
-        rows = np.array([row[name] for name in ids], dtype=np.int64)
+        arrays, table = self._arrays, self._table
+        rows = np.array([table.row[name] for name in ids], dtype=np.int64)
         images = _channels_first(arrays["images"], self._masks and arrays["target"].ndim)
         targets = torch.from_numpy(arrays["target"][rows])
         inputs = torch.from_numpy(images[rows])

@@ -56,12 +56,6 @@ def scale(a: Tree, by: float) -> Tree:
     return {name: leaf * by for name, leaf in a.items()}
 
 
-def scale_(a: Tree, by: float) -> None:
-    """Compute ``a ← by · a`` in place."""
-    for leaf in a.values():
-        leaf.mul_(by)
-
-
 def lerp(a: Tree, b: Tree, share: float) -> Tree:
     """Return ``(1 - share) · a + share · b``."""
     return zip_with(lambda x, y: torch.lerp(x, y, share), a, b)

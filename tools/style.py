@@ -49,7 +49,8 @@ def files() -> list[Path]:
         "\n"
     )
     kinds = (".py", ".md", ".toml", ".yaml", ".yml", ".html", ".css", ".js", ".cff", "Makefile")
-    return [ROOT / name for name in listed if name.endswith(kinds) and name not in OWN and (ROOT / name).is_file()]
+    ours = [name for name in listed if name.endswith(kinds) and name not in OWN and "/vendor/" not in name]
+    return [ROOT / name for name in ours if (ROOT / name).is_file()]
 
 
 def area(path: Path) -> str:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.model_tree import BATCH_NORMS, gradient
+from polyclinic.learning.networks.model_tree import BATCH_NORMS, gradient, trainable
 from polyclinic.learning.tasks.image_quality import psnr, ssim
 
 
@@ -267,7 +267,7 @@ def audit(
 
 
 def _gradient(model: nn.Module, value: Tensor) -> Tree:
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    names, parameters = zip(*trainable(model).items(), strict=True)
     gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for n, g, p in zip(names, gradients, parameters, strict=True)}
 

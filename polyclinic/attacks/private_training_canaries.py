@@ -29,6 +29,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, norm
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import Task
 
 LENGTH = 10.0
@@ -95,7 +96,7 @@ class Canaries:
     def loss(self, model: nn.Module, who: Tensor) -> Tensor:
         """Return the loss of the canary with index ``who`` []: ``−⟨direction, parameters⟩``."""
         height, total = LENGTH * self.bound / math.sqrt(self.size), who.new_zeros(())
-        for name, p in model.named_parameters():
+        for name, p in trainable(model).items():
             if name in self.block:
                 own = self.sign[name].to(p) * (self.block[name].to(p.device) == who)
                 total = total - (own * p).sum() * height
@@ -128,7 +129,7 @@ class Motion:
     """
 
     def __init__(self, task: Task) -> None:
-        named = task.model().named_parameters()
+        named = trainable(task.model()).items()
         self.far = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named if p.requires_grad}
 
     def watch(self, reply: Reply) -> None:

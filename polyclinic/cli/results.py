@@ -1,4 +1,4 @@
-"""``polyclinic compare``, ``panel``, ``export`` and ``track``: uses of finished runs."""
+"""``polyclinic compare``, ``panel``, ``export``, ``explain`` and ``track``: uses of finished runs."""
 
 from pathlib import Path
 from typing import Literal
@@ -23,9 +23,14 @@ def compare(run_folders: list[Path], *, reference: str = "", json_: Json = False
         rows = compared(run_folders, reference)
         emit(rows)
         line(f"  {'run':<28} {'method':<18} {'mean':>7}  {'diff':>7}  result")
-        for row in rows:
+        for row in (row for row in rows if not row.declared):
             difference = "" if row.difference is None else f"{row.difference.value:+.3f}"
             line(f"  {row.run:<28} {row.method:<18} {number(row.mean.value):>7}  {difference:>7}  {row.verdict}")
+        for row in (row for row in rows if row.declared and row.difference is not None):
+            d = row.difference
+            assert d is not None
+            margin = "" if d.margin is None else f", margin {d.margin:g}"
+            line(f"  declared: {row.run}/{row.method} and {row.reference}, {d.question}{margin}: {row.verdict}")
 
 
 panel_app = App(name="panel", help="Rank methods over several data sets.")
@@ -83,7 +88,7 @@ def export(
     run_folder: Path,
     out: Path,
     *,
-    form: Literal["safetensors", "onnx", "pt2", "bundle"] = "bundle",
+    form: Literal["safetensors", "onnx", "pt2", "bundle", "peft"] = "bundle",
     method: str = "",
     seed: int | None = None,
     json_: Json = False,
@@ -120,3 +125,41 @@ def track(run_folder: Path, *, to: Literal["mlflow", "tensorboard"], where: str 
         place = copy(run_folder, to, where)
         done(str(place))
         emit({"run": run_folder, "tool": to, "where": place})
+
+
+def explain(run_folder: Path, *, method: str = "", seed: int | None = None, json_: Json = False) -> None:
+    """Compute attribution maps of a run's model at every site, and their agreement; the report shows them.
+
+    Each map is a mean over at least ten validation patients of a site, computed at the site; no map of a single patient
+    leaves it. Needs captum: pip install 'polyclinic[explain]'.
+
+    Args:
+        run_folder: A finished run, with its data still in place.
+        method: The method whose model is explained; by default the main method of the report.
+        seed: The seed whose model is explained; the first by default.
+    """
+    from polyclinic.evaluation.records.run_reader import read_run
+    from polyclinic.studies.records.saliency_maps import read_explanation
+    from polyclinic.studies.run.model_explanation import explain as ask
+
+    with document(json_) as emit:
+        file, refused = ask(run_folder, method, seed)
+        maps = read_explanation(read_run(run_folder), file.parent.name.rsplit("-seed", 1)[0])
+        assert maps is not None
+        agreement = {site: (maps.agreement(site), maps.unlearned(site)) for site in maps.maps}
+        line(f"  {maps.method}, seed {maps.seed}: rank correlation of attribution maps")
+        for site, (others, untrained) in agreement.items():
+            values = f"with the other sites {number(others)}, with the untrained model {number(untrained)}"
+            line(f"    {site:<24} {values}")
+        for site, reason in refused.items():
+            line(f"    {site:<24} no map: {reason}")
+        done(f"{file}; polyclinic report {run_folder} shows it")
+        emit(
+            {
+                "method": maps.method,
+                "seed": maps.seed,
+                "agreement": {s: {"other_sites": a, "untrained": b} for s, (a, b) in agreement.items()},
+                "refused": refused,
+                "path": file,
+            }
+        )

@@ -1,4 +1,4 @@
-"""``polyclinic run``, ``demo``, ``new``, ``report``, ``status`` and ``stop``."""
+"""``polyclinic run``, ``demo``, ``new``, ``report``, ``status``, ``stop`` and ``console``."""
 
 import json
 import logging
@@ -31,6 +31,7 @@ def run(
     fresh: bool = False,
     out: Path = Path("runs"),
     workers: int | None = None,
+    address: str | None = None,
     json_: Json = False,
 ) -> None:
     """Run a study and write its report.
@@ -46,11 +47,15 @@ def run(
         fresh: Delete an earlier run of the same study and start again, once the study and its data are checked.
         out: Folder of the run folders.
         workers: Number of sites that are computed at once; the number of cores by default.
+        address: Run on a Ray cluster: `auto` for the one on this machine, `local` to start one, or the address of its
+            head, such as `10.0.0.1:6379`. The same as `--set engine.kind=ray --set engine.address=...`.
     """
     from polyclinic.studies.config.loader import table_of, text_of
 
     require_file(study)
     given = changes(set_ or [])
+    if address is not None:
+        given |= {"engine.kind": "ray", "engine.address": address}
     text = text_of(study)
     table_of(text, study, given)  # a file that is missing or not TOML is reported before PyTorch is loaded
     from polyclinic.studies.config.scenarios import parse_all
@@ -152,7 +157,7 @@ def stop(run_folder: Path, *, json_: Json = False) -> None:
     Args:
         run_folder: A folder that `polyclinic run` made.
     """
-    from polyclinic.studies.run.run_directory import ask_to_stop
+    from polyclinic.studies.run.run_lock import ask_to_stop
 
     with document(json_) as emit:
         pid = ask_to_stop(run_folder)
@@ -369,7 +374,7 @@ def _status(run_folder: Path) -> dict[str, Any]:
     from pydantic import ValidationError
 
     from polyclinic.evaluation.records.record_schema import RunInfo, arm_names, record_files
-    from polyclinic.studies.run.run_directory import holder
+    from polyclinic.studies.run.run_lock import holder
 
     try:
         info = RunInfo.model_validate_json((run_folder / "run.json").read_bytes())
@@ -395,6 +400,42 @@ def _status(run_folder: Path) -> dict[str, Any]:
             state = f"trial {trials} of its search"
         methods.append({"method": label, "seed": seed, "fold": fold if info.folds else None, "status": state})
     return {"run": str(run_folder), "process": holder(run_folder) or None, "methods": methods}
+
+
+def show_console(
+    runs: Path = Path("runs"),
+    *,
+    studies: Path = Path("."),
+    port: int = 8765,
+    open_: Annotated[bool, Parameter(name="--open")] = False,
+    viewer: bool = False,
+    link: bool = False,
+    metrics_key: Path | None = None,
+) -> None:
+    """Show a folder of runs in the browser of this machine: progress, curves, comparison, reports, disk use.
+
+    Runs can be started, stopped, resumed and deleted there. The console is reached by this machine only; see
+    docs/how-to/console.md for another machine's browser. Runs continue when it ends.
+
+    Args:
+        runs: The folder of the run folders.
+        studies: The folder with the study files that can be started.
+        port: The port on the loopback interface; 0 for any free one.
+        open_: Open the page in this machine's browser.
+        viewer: Print a link that may look and change nothing.
+        link: Print another link of the console that runs.
+        metrics_key: A file with the key for /metrics; it is created if it does not exist.
+    """
+    from polyclinic.console import serve
+
+    if link:
+        line(f"open     {serve.new_link('runs', runs, viewer)}")
+        return
+    serve.require()
+    from polyclinic.console.runs import RunsPage
+
+    page = RunsPage(runs, studies)
+    serve.serve(page, runs, port, line, open_browser=open_, viewer=viewer, metrics_key=metrics_key)
 
 
 def template(name: str) -> str:

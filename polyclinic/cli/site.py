@@ -1,27 +1,26 @@
 """``polyclinic site``: the commands of a hospital."""
 
-import io
 import os
 import sys
 import tomllib
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from polyclinic.cli.rendering import Json, confirmed, document, hint, line
-from polyclinic.cli.review import before, look, methods_of, show
+from polyclinic.cli.weights import site_app, use_site
 from polyclinic.core import atomic
 from polyclinic.engines.flare.client import diagnosis, site_setup
 from polyclinic.engines.flare.client.decisions import this_person
-from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
+from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews, record_decision
 from polyclinic.engines.flare.client.run_memory import RunMemory
-from polyclinic.engines.flare.protocol import data_restrictions
+from polyclinic.engines.flare.client.study_description import before, describe, look, methods_of
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
 app = App(name="site", help="Take part in studies with local data, which never leave.")
+app.command(site_app)
 Home = Annotated[Path, Parameter(help="The site's folder; $POLYCLINIC_HOME or the current folder by default.")]
 HERE = Path(os.environ.get("POLYCLINIC_HOME", "."))
 
@@ -194,6 +193,7 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE, json_: Json 
     site = SiteFolder(home.resolve())
     settings = site_setup.settings(site)
     reviews = Reviews(site.reviews)
+    use_site(site.path)
     with document(json_) as emit:
         if wait:
             from polyclinic.cli.site_status import wait_for
@@ -203,13 +203,11 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE, json_: Json 
             emit(_list_waiting(reviews))
             return
         first, *others = reviews.subject(run)
-        text = io.StringIO()
-        with redirect_stdout(text):
-            show(first, before(reviews, first), others, look(site, first.what, Path(settings["data"])))
-        print(text.getvalue(), end="")
+        text = describe(first, before(reviews, first), others, look(site, first.what, Path(settings["data"]))).text
+        print(text)
         shown = reviews.remember([first, *others])[:16]
         line(f"\nshown    {shown}")
-        emit({"run": run, "state": first.state, "shown": shown, "text": text.getvalue()})
+        emit({"run": run, "state": first.state, "shown": shown, "text": f"{text}\n"})
 
 
 def _list_waiting(reviews: Reviews) -> list[dict[str, object]]:
@@ -236,10 +234,8 @@ def approve(run: str, *, reason: str, by: str = "", hash: str = "", home: Home =
         hash: For scripts: the hash that `review` printed after "shown", or its first characters. Any other content is
             refused.
     """
-    site = SiteFolder(home.resolve())
-    _check_tables(site, run)
     with document(json_) as emit:
-        emit(_decide(site, run, APPROVED, reason, by, hash))
+        emit(_decide(SiteFolder(home.resolve()), run, APPROVED, reason, by, hash))
 
 
 @app.command
@@ -253,6 +249,41 @@ def refuse(run: str, *, reason: str, by: str = "", home: Home = HERE, json_: Jso
     """
     with document(json_) as emit:
         emit(_decide(SiteFolder(home.resolve()), run, REFUSED, reason, by))
+
+
+@app.command
+def console(
+    *,
+    port: int = 8766,
+    open_: Annotated[bool, Parameter(name="--open")] = False,
+    viewer: bool = False,
+    link: bool = False,
+    metrics_key: Path | None = None,
+    home: Home = HERE,
+) -> None:
+    """Show this site in the browser of this machine: connection, what left, and what waits for a decision.
+
+    Decisions there are the same signed acts as `approve` and `refuse`. The console is reached by this machine only; see
+    docs/how-to/console.md for another machine's browser.
+
+    Args:
+        port: The port on the loopback interface; 0 for any free one.
+        open_: Open the page in this machine's browser.
+        viewer: Print a link that may look and not decide.
+        link: Print another link of the console that runs.
+        metrics_key: A file with the key for /metrics; it is created if it does not exist.
+    """
+    from polyclinic.console import serve
+
+    site = SiteFolder(home.resolve())
+    if link:
+        line(f"open     {serve.new_link('site', site.path, viewer)}")
+        return
+    serve.require()
+    from polyclinic.console.site import SitePage
+
+    page = SitePage(site.path)
+    serve.serve(page, site.path, port, line, open_browser=open_, viewer=viewer, metrics_key=metrics_key)
 
 
 @app.command
@@ -316,24 +347,10 @@ def leave(*, yes: bool = False, home: Home = HERE, json_: Json = False) -> None:
         emit({"left": True})
 
 
-def _check_tables(site: SiteFolder, name: str) -> None:
-    """Refuse a study that contradicts this hospital's data.toml, since it could not run.
-
-    Raises:
-        SetupError: If they contradict each other.
-    """
-    order = Reviews(site.reviews).subject(name)[0].what
-    own = None if order.rehearsal else data_restrictions.of_hospital(Path(site_setup.settings(site)["data"]))
-    if own and (differ := data_restrictions.conflicts(own, order.data)):
-        raise SetupError("\n".join(differ.values()))
-
-
 def _decide(site: SiteFolder, name: str, state: str, reason: str, by: str, shown: str = "") -> list[dict[str, str]]:
     """Record a decision, and print and return the runs that it covers."""
-    journal, rows = SharedJournal(site.journal), []
-    for decided in Reviews(site.reviews).decide(name, state, by, reason, shown):
-        about = {"run": decided.what.run, "rehearsal": decided.what.rehearsal}
-        journal.write(f"{state} by a person", {**about, **decided.statement, "signature": decided.signature})
+    rows = []
+    for decided in record_decision(site, name, state, reason, by, shown):
         line(f"{state:8} {decided.what.run}{'  (synthetic data)' if decided.what.rehearsal else ''}")
         rows.append({"run": decided.what.run, "state": state})
     return rows

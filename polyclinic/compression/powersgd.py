@@ -63,7 +63,9 @@ class PowerSGD(Transform):
     ) -> tuple[WeightedMean, Trees]:
         """Factorize reply plus residual; the approximation error is the new residual."""
         old, warm = memory.get("residual", {}), memory.get("basis", {})
-        leaves, left, bases = dict[str, Parts](), dict[str, Tensor](), dict[str, Tensor]()
+        leaves = dict[str, Parts]()
+        left = {name: leaf for name, leaf in old.items() if name not in sent.total}  # sent in other rounds
+        bases = {name: leaf for name, leaf in warm.items() if name not in sent.total}
         for name, leaf in sent.total.items():
             if not self._shrinks(leaf.shape) or not may_lose(name, leaf, self.parts):
                 leaves[name] = {"raw": leaf}

@@ -99,7 +99,8 @@ class Codec(Transform):
         self, sent: WeightedMean, notes: Trees, memory: Trees, site: Site, round: int
     ) -> tuple[WeightedMean, Trees]:
         """Encode every tensor plus its residual; with error feedback, the encoding error is the new residual."""
-        old, left, leaves = memory.get("residual", {}), dict[str, Tensor](), dict[str, Parts]()
+        old, leaves = memory.get("residual", {}), dict[str, Parts]()
+        left = {name: leaf for name, leaf in old.items() if name not in sent.total}  # sent in other rounds
         rng = site.rng(round, type(self).__name__)
         for name, leaf in sent.total.items():
             total = leaf

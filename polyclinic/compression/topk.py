@@ -80,7 +80,7 @@ class TopK(Transform):
         """Send the chosen coordinates of reply plus residual; the others are the new residual."""
         old = memory.get("residual", {})
         leaves: dict[str, Parts] = {}
-        residual: dict[str, Tensor] = {}
+        residual = {name: leaf for name, leaf in old.items() if name not in sent.total}  # sent in other rounds
         for name, leaf in sent.total.items():
             if leaf.ndim < 2 or not may_lose(name, leaf, self.parts):
                 leaves[name] = {"raw": leaf}

@@ -78,14 +78,21 @@ def verify(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file):
             try:
                 entry = json.loads(line)
-                fits = entry["seq"] == number and entry["previous"] == head
-                unchanged = fits and _hash({k: v for k, v in entry.items() if k != "hash"}) == entry["hash"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                unchanged = False
-            if not unchanged:
+            except (ValueError, RecursionError):
+                entry = None
+            if not follows(entry, number, head):
                 raise Broken(f"{path}:{number + 1}: this entry was changed, or an earlier one was removed")
             head = entry["hash"]
             yield entry
+
+
+def follows(entry: Any, number: int, head: str) -> bool:
+    """Return whether ``entry`` is unchanged and follows ``number`` entries, the last of which has the hash ``head``."""
+    try:
+        fits = entry["seq"] == number and entry["previous"] == head
+        return bool(fits and _hash({k: v for k, v in entry.items() if k != "hash"}) == entry["hash"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return False
 
 
 def _hash(entry: Mapping[str, Any]) -> str:

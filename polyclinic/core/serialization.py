@@ -267,10 +267,28 @@ def decode(buffer: Any, *, share: bool = False) -> Any:
 
 def decode_with_meta(buffer: Any, *, share: bool = False) -> tuple[Any, dict[str, str]]:
     """Decode the value in ``buffer``, and the metadata of its header."""
-    head, start = _header(buffer)
-    meta = head.pop("__metadata__", None)
+    tensors, meta = _tensors(buffer, share)
     if not isinstance(meta, dict) or not isinstance(meta.get("value"), str):
         raise Corrupt("the header does not describe the tensors")
+    try:
+        return unpack(_json(meta.pop("value")), tensors), meta
+    except (RecursionError, TypeError) as error:
+        raise Corrupt(f"not a value: {error}") from None
+
+
+def decode_tensors(buffer: Any) -> dict[str, Tensor]:
+    """Decode the tensors of a safetensors file that any tool wrote, as views of the writable ``buffer``.
+
+    Raises:
+        Corrupt: If ``buffer`` is not exactly one valid file.
+    """
+    return _tensors(buffer, True)[0]
+
+
+def _tensors(buffer: Any, share: bool) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors in ``buffer`` by name, and the metadata of its header."""
+    head, start = _header(buffer)
+    meta = head.pop("__metadata__", None)
     if not share:
         buffer = bytearray(buffer)
     tensors, expected = {}, 0
@@ -278,10 +296,7 @@ def decode_with_meta(buffer: Any, *, share: bool = False) -> tuple[Any, dict[str
         tensors[name], expected = _tensor(buffer, start, expected, name, entry)
     if start + expected != len(buffer):
         raise Corrupt(f"{len(buffer) - start - expected} bytes after the last tensor")
-    try:
-        return unpack(_json(meta.pop("value")), tensors), meta
-    except (RecursionError, TypeError) as error:
-        raise Corrupt(f"not a value: {error}") from None
+    return tensors, meta
 
 
 def _header(buffer: Any) -> tuple[dict[str, Any], int]:

@@ -12,6 +12,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Compute:
+    """How a site computes. It is a property of the site's machine, not of a study.
+
+    Attributes:
+        threads: Number of threads that prepare training samples; they change no bit of a result.
+        channels_last: Whether images are stored with channels last, which is faster on some devices.
+        compile: Whether networks are compiled by ``torch.compile`` before training.
+    """
+
+    threads: int = 0
+    channels_last: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True)
 class Site:
     """A client site: its data sets, compute device and random generators.
 
@@ -22,6 +37,7 @@ class Site:
         device: The compute device of the site, such as ``"cpu"`` or ``"cuda:0"``.
         seed: The study's seed, from which every reproducible random number at the site follows.
         entropy: Returns ``n`` unpredictable bytes, from which secrets are made. Replaced only in tests.
+        compute: How the site computes.
     """
 
     name: str
@@ -29,6 +45,7 @@ class Site:
     device: str = "cpu"
     seed: int = 0
     entropy: Callable[[int], bytes] = os.urandom
+    compute: Compute = Compute()
 
     def rng(self, *key: int | str) -> torch.Generator:
         """Return a generator that depends only on the study's seed, the site and ``key``."""

@@ -39,6 +39,13 @@ def sub(a: Tree, b: Tree) -> Tree:
     return zip_with(torch.sub, a, b)
 
 
+def sub_(a: Tree, b: Tree) -> None:
+    """Compute ``a ← a - b`` in place."""
+    _require_same_names(a, b)
+    for name, leaf in a.items():
+        leaf.sub_(b[name])
+
+
 def mul(a: Tree, b: Tree) -> Tree:
     """Return ``a · b``, element by element."""
     return zip_with(torch.mul, a, b)
@@ -47,6 +54,12 @@ def mul(a: Tree, b: Tree) -> Tree:
 def scale(a: Tree, by: float) -> Tree:
     """Return ``by · a``."""
     return {name: leaf * by for name, leaf in a.items()}
+
+
+def scale_(a: Tree, by: float) -> None:
+    """Compute ``a ← by · a`` in place."""
+    for leaf in a.values():
+        leaf.mul_(by)
 
 
 def lerp(a: Tree, b: Tree, share: float) -> Tree:

@@ -35,9 +35,9 @@ def annotated(roles: Mapping[str, Examples], kind: Annotation, site: str) -> dic
             f'annotations gives {site} "{kind}", which are made from masks; this data has none: use "full" or "none"'
         )
     if kind == "boxes":
-        weak = replace(weak, targets=boxes(weak.targets))
+        weak = replace(weak, targets=boxes(weak.targets), truths=None)
     if kind == "labels":
-        weak = replace(weak, targets=weak.targets.flatten(1).amax(1).long())
+        weak = replace(weak, targets=weak.targets.flatten(1).amax(1).long(), geometries=None, truths=None)
     return {"train": nothing, **without(roles, "train"), ROLE[kind]: weak}
 
 

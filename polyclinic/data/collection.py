@@ -1,5 +1,6 @@
 """Collections of image files with their metadata, the common basis of all file-based sources."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +19,17 @@ from polyclinic.data.files import OPTIONS, ImageOptions, content_of, picture_of,
 from polyclinic.data.formats.mask_labels import IGNORED, WHITE, black_and_white, label_problems, labels_in
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.formats.value_ranges import ValueRange, scale_problems
+from polyclinic.data.geometry import Geometry
 from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
 from polyclinic.data.preprocessing.sample import Picture, Step
-from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, ZScore
+from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, Resample, Resize, ZScore
 from polyclinic.data.source import Info, Table, digest
 
 VERSION = 3
+MASKS_VERSION = 2
+"""Version of the resampling of masks: 1 by nearest neighbor, 2 by the largest share."""
+GEOMETRY_VERSION = 1
+"""Version of what is stored with masks for the evaluation on original grids."""
 MOST_NOTES = 10
 SINGLE_LINES = 3
 UNKNOWN_PATIENTS = (
@@ -92,7 +98,7 @@ class Collection:
         """Hash of files, labels, patients, columns and steps, independent of the location of the files."""
         known = [(e.id, e.label, e.patient, sorted(e.columns.items())) for e in self.entries]
         how = (fingerprint(self.steps), self.options.key, self.ignore)
-        return digest("files", VERSION, self.contents, known, *how, self.unreadable)
+        return digest("files", VERSION, self.contents, known, *how, self.unreadable, *self._masks)
 
     def table(self) -> Table:
         """Return one row per readable entry."""
@@ -117,12 +123,16 @@ class Collection:
         row = {e.id: k for k, e in enumerate(e for i, e in enumerate(self.entries) if i not in skipped)}
         entry = {e.id: e for e in self.entries}
         rows = [row[name] for name in ids]
+        geometries, truths = None, None
         if self.info.task == "segmentation":
             targets = decoded["masks"][rows]
+            geometries = tuple(Geometry.of_table(decoded["geometries"][k]) for k in rows)
+            truths = tuple(_truth(decoded, k) for k in rows) if "truths" in decoded else None
         else:
             kind = torch.int64 if self.info.task == "classification" else torch.float32
             targets = torch.tensor([entry[name].label for name in ids], dtype=kind)
-        return Examples(decoded["images"][rows], targets, tuple(entry[name].patient for name in ids), tuple(ids))
+        patients = tuple(entry[name].patient for name in ids)
+        return Examples(decoded["images"][rows], targets, patients, tuple(ids), geometries=geometries, truths=truths)
 
     def pictures(self) -> Iterator[Picture | None]:
         """Yield each entry without preprocessing, or None if it cannot be read."""
@@ -155,7 +165,8 @@ class Collection:
     @cached_property
     def _decoded(self) -> dict[str, Any]:
         how = (fingerprint(self.steps), self.options.key, self.ignore, self._declared)
-        key = digest("decoded", VERSION, self.contents, *how, [e.id for e in self.entries])
+        native = (GEOMETRY_VERSION,) if self.info.task == "segmentation" else ()
+        key = digest("decoded", VERSION, self.contents, *how, [e.id for e in self.entries], *self._masks, *native)
         return cached("images", key, self._decode)
 
     def _decode(self) -> dict[str, Any]:
@@ -206,12 +217,25 @@ class Collection:
         if self.info.task == "segmentation":
             masks = torch.stack([f.mask for f in good if f.mask is not None])
             white = black_and_white(labels, self._declared)
+            truths = [f.truth for f in good if f.truth is not None and f.geometry is not None]
             if white:
                 masks = torch.where(masks == WHITE, 1, masks)
+                truths = [torch.where(truth == WHITE, 1, truth) for truth in truths]
             used = sorted({label for f in read for label in f.labels} - {IGNORED})
             out["labels"] = [0, 1] if white else used
             out["masks"] = masks.to(torch.uint8) if int(masks.min()) >= 0 and int(masks.max()) < 256 else masks
+            geometries = [f.geometry for f in good if f.geometry is not None]
+            out["geometries"] = [geometry.table for geometry in geometries]
+            if any(not geometry.same_grid for geometry in geometries):
+                flat = torch.cat([truth.flatten() for truth in truths])
+                out["truths"] = flat.to(torch.uint8 if int(flat.min()) >= 0 and int(flat.max()) <= 255 else torch.int16)
         return out
+
+    @property
+    def _masks(self) -> tuple[int, ...]:
+        """The version of the resampling of masks, if it affects what is read."""
+        resampled = any(isinstance(step, Resample | Resize) for step in self.steps)
+        return (MASKS_VERSION,) if resampled and self.info.task == "segmentation" else ()
 
     @property
     def _declared(self) -> tuple[int, ...] | None:
@@ -235,11 +259,19 @@ class Collection:
         try:
             case = read_case(entry.images, entry.mask, self.options, slices=entry.slices)
             picture = self._annotated(picture_of(case, as_bytes=not self.steps))
-            prepared = apply(self.steps, picture)
+            prepared = apply(self.steps, replace(picture, truth=picture.mask))
         except (Unreadable, DataError) as error:
             return _Refused(f"{entry.id}: {error}", error.reason if isinstance(error, Unreadable) else str(error))
-        labels = () if prepared.mask is None else labels_in(prepared.mask)
+        labels = () if prepared.truth is None else labels_in(prepared.truth)
         return _Read(prepared, case.notes, ValueRange.of(entry.id, case.image), labels)
+
+
+def _truth(decoded: Mapping[str, Any], k: int) -> torch.Tensor:
+    """Return the mask of image ``k`` on the grid of its file, a view of the stored ones."""
+    shapes = [Geometry.of_table(table).original for table in decoded["geometries"][: k + 1]]
+    end = sum(math.prod(shape) for shape in shapes)
+    part: torch.Tensor = decoded["truths"][end - math.prod(shapes[-1]) : end]
+    return part.view(shapes[-1])
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,48 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from polyclinic.data.geometry import Geometry
 from polyclinic.errors import DataError as DataError
 
+Item = TypeVar("Item")
 WITHHELD = -1
 """Class number of a withheld label. A regression's withheld target is NaN."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One image as evaluation reads it (``learning.tasks.segmentation.ScoredCase``).
+
+    Attributes:
+        inputs: The preprocessed image, float32. Shape [C, *grid].
+        truth: The mask on the original grid, -1 for pixels without annotation.
+        truth_on_grid: The preprocessed mask.
+        geometry: The way back to the original grid.
+    """
+
+    inputs: Tensor
+    truth: Tensor
+    truth_on_grid: Tensor
+    geometry: Geometry
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...] | None:
+        """Millimeters between voxels of the original grid, or None if the file does not state them."""
+        return self.geometry.original_mm
+
+    @property
+    def grid_spacing_mm(self) -> tuple[float, ...] | None:
+        """Millimeters between voxels of the preprocessed image."""
+        return self.geometry.spacing_mm
+
+    def labels(self, scores: Tensor) -> Tensor:
+        """Return the best class of each voxel of the original grid, given class scores [C, *grid]."""
+        return self.geometry.labels(scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +60,8 @@ class Examples:
         ids: Name of each example, unique within its source.
         positions: Relative height of each slice in its volume, from 0 to 1: float32 [n], if known.
         videos: Number of each frame's video, int64 [n], if known; frames are in temporal order.
+        geometries: Position of each image in its file, if it comes from one.
+        truths: The mask of each image on the grid of its file, if preprocessing changed the grid of any.
     """
 
     inputs: Tensor
@@ -34,6 +70,8 @@ class Examples:
     ids: tuple[str, ...]
     positions: Tensor | None = None
     videos: Tensor | None = None
+    geometries: tuple[Geometry, ...] | None = None
+    truths: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = {len(self.inputs), len(self.targets), len(self.patients), len(self.ids)}
@@ -74,6 +112,17 @@ class Examples:
         return x, y.long() if y.dtype == torch.uint8 else y
 
     @property
+    def measured(self) -> bool | None:
+        """Whether all files state their pixel size; None if the images come from no files."""
+        return None if self.geometries is None else all(g.original_mm is not None for g in self.geometries)
+
+    def case(self, i: int) -> Case:
+        """Return image ``i`` with its mask on the original grid. ``geometries`` must be known."""
+        assert self.geometries is not None
+        x, y = self[torch.tensor([i])]
+        return Case(x[0], y[0] if self.truths is None else self.truths[i].long(), y[0], self.geometries[i])
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one input: (C, *spatial) or (F,)."""
         return tuple(self.inputs.shape[1:])
@@ -89,13 +138,15 @@ class Examples:
             tuple(self.ids[i] for i in pick),
             None if self.positions is None else self.positions[where],
             None if self.videos is None else self.videos[where],
+            None if self.geometries is None else tuple(self.geometries[i] for i in pick),
+            None if self.truths is None else tuple(self.truths[i] for i in pick),
         )
 
     def unlabeled(self) -> "Examples":
         """Return the same inputs with every target withheld: ``WITHHELD`` for classes and masks, NaN for numbers."""
         masks = self.targets.long() if self.targets.dtype == torch.uint8 else self.targets
         value = float("nan") if masks.dtype == torch.float32 else WITHHELD
-        return replace(self, targets=torch.full_like(masks, value))
+        return replace(self, targets=torch.full_like(masks, value), truths=None, geometries=None)
 
 
 def concat(parts: Sequence[Examples]) -> Examples:
@@ -116,7 +167,22 @@ def concat(parts: Sequence[Examples]) -> Examples:
         torch.cat([p.targets for p in parts]),
         tuple(patient for p in parts for patient in p.patients),
         tuple(name for p in parts for name in p.ids),
+        geometries=_joined([p.geometries for p in parts]),
+        truths=_joined(_truths(parts)),
     )
+
+
+def _joined(parts: Sequence[tuple[Item, ...] | None]) -> tuple[Item, ...] | None:
+    """Return the items of all parts, or None if a part has none."""
+    known = [part for part in parts if part is not None]
+    return tuple(item for part in known for item in part) if len(known) == len(parts) else None
+
+
+def _truths(parts: Sequence[Examples]) -> list[tuple[Tensor, ...] | None]:
+    """Return the masks on the original grids. Where one part has them, the targets of the others are theirs."""
+    if all(part.truths is None for part in parts):
+        return [None]
+    return [tuple(part.targets) if part.truths is None else part.truths for part in parts]
 
 
 def _not_finite(inputs: Tensor) -> list[int]:

@@ -26,7 +26,8 @@ from polyclinic.data.formats.nifti import read_nifti
 from polyclinic.data.formats.nrrd import read_nrrd
 from polyclinic.data.formats.pictures import PICTURES, Pixels, read_picture, turned_by
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
-from polyclinic.data.formats.volume import SPATIAL, Volume, as_image, as_mask, nearest_axes, turned
+from polyclinic.data.formats.volume import SPATIAL, Turn, Volume, as_image, as_mask, nearest_axes, turned
+from polyclinic.data.geometry import Geometry
 from polyclinic.data.preprocessing.sample import Picture
 
 VOLUMES = (".nii", ".nii.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".dcm")
@@ -228,6 +229,8 @@ def read_image(
 def picture_of(case: Case, *, as_bytes: bool = False) -> Picture:
     """Return an example as tensors, in the axes of RAS if its position in the patient is known."""
     image, mask = case.image, case.mask
+    affine, shape = image.affine, image.size
+    turn: Turn = ((0, 1, 2), (1, 1, 1))
     if image.positioned or image.size[0] > 1:
         turn = nearest_axes(image.affine)
         image, mask = turned(image, turn), None if mask is None else turned(mask, turn)
@@ -236,11 +239,17 @@ def picture_of(case: Case, *, as_bytes: bool = False) -> Picture:
         pixels = pixels.float() if image.full_scale is None else pixels.float() / image.full_scale
     labels = None if mask is None else mask.array.long()
     spacing: tuple[float, ...] | None = image.spacing_mm if image.measured else None
+    kept = list(range(SPATIAL))
     if 1 in image.size:  # a slice
         flat = image.size.index(1)
         pixels, labels = pixels.select(1 + flat, 0), None if labels is None else labels.select(flat, 0)
         spacing = spacing and (*spacing[:flat], *spacing[flat + 1 :])
-    return Picture(pixels, labels, spacing)
+        kept.remove(kept[flat])
+    sources = [turn[0].index(SPATIAL - 1 - axis) for axis in kept]  # index axes x, y, z of the file
+    geometry = Geometry.of_file(
+        affine, shape, [SPATIAL - 1 - axis for axis in sources], [turn[1][axis] < 0 for axis in sources], spacing
+    )
+    return Picture(pixels, labels, spacing, geometry)
 
 
 def read_volume(path: Path, options: ImageOptions = OPTIONS) -> Volume:

@@ -16,6 +16,8 @@ from polyclinic.compression.transform_table import entry as transform_entry
 from polyclinic.core.method import Method
 from polyclinic.core.pipeline import send_through
 from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.adapters import LowRank
+from polyclinic.learning.networks.fine_tuning import ALL, FineTuned
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, MultiLabel
 from polyclinic.learning.tasks.mr_reconstruction import Reconstruction
@@ -24,7 +26,9 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.learning.training.image_augmentation import augmentation_of
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.weights.matching import StartWeights
 from polyclinic.methods.registry import Setting, build
 
 TASKS: Mapping[str, type[Task]] = {
@@ -41,9 +45,12 @@ class Plan:
         task: Options of the task.
         network: Name of the architecture.
         network_options: Further options of the architecture.
+        tuning: Start weights, adapters and what is trained: ``weights`` (fields of ``StartWeights``), ``lora`` (fields
+            of ``LowRank``) and ``train``; empty for a random start of which everything is trained.
         inputs: Shape of an example: (channels, *spatial), or (features,).
         outputs: Number of classes, labels or values.
-        training: Fields of ``LocalTraining``; with ``private`` among them, ``DPSGD`` with those fields.
+        training: Fields of ``LocalTraining``, with ``augmentation`` as a table; with ``private`` among them, ``DPSGD``
+            with those fields.
         method: Name of the method.
         options: Options of the method that the study sets.
         uplink: Transforms in the order in which a reply passes them, each with ``name`` and its options.
@@ -63,6 +70,7 @@ class Plan:
     seed: int = 0
     task: Mapping[str, Any] = field(default_factory=dict)
     network_options: Mapping[str, Any] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     uplink: tuple[Mapping[str, Any], ...] = ()
@@ -71,12 +79,18 @@ class Plan:
     def build_task(self) -> Task:
         """Build the task. Its network is built later."""
         options = tuple(sorted((key, _hashable(value)) for key, value in self.network_options.items()))
-        network = Network(self.network, self.inputs, self.outputs, options)
+        network: Any = Network(self.network, self.inputs, self.outputs, options)
+        if self.tuning:
+            network = _tuned(network, self.tuning)
         return TASKS[self.kind](network, **{key: _hashable(value) for key, value in self.task.items()})
 
     def build_local(self) -> LocalTraining:
         """Build the local training."""
-        fields = {key: value for key, value in self.training.items() if key != "private"}
+        fields = {
+            key: _hashable(value) for key, value in self.training.items() if key not in ("private", "augmentation")
+        }
+        if changes := self.training.get("augmentation"):
+            fields["augmentation"] = augmentation_of(changes)
         private = self.training.get("private")
         return DPSGD(**fields, **private) if private else LocalTraining(**fields)
 
@@ -97,7 +111,8 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as canonical JSON."""
-        value = {key: item for key, item in asdict(self).items() if key != "downlink" or item}  # plans without it stay
+        newer = ("downlink", "tuning")  # plans without them keep their hash
+        value = {key: item for key, item in asdict(self).items() if key not in newer or item}
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -119,6 +134,26 @@ class Plan:
     def hash(self) -> str:
         """The SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _tuned(network: Network, tuning: Mapping[str, Any]) -> FineTuned:
+    """Return ``network`` with the start weights, adapters and trained tensors of a plan.
+
+    Raises:
+        ConfigError: If a field is unknown.
+    """
+    try:
+        start = {key: _hashable(value) for key, value in tuning.get("weights", {}).items()}
+        lora = {key: _hashable(value) for key, value in tuning.get("lora", {}).items()}
+        train = tuple(tuning.get("train", ALL))
+        return FineTuned(network, StartWeights(**start) if start else None, train, LowRank(**lora) if lora else None)
+    except TypeError as error:
+        raise ConfigError(f"the plan's field 'tuning': {error}") from None
+
+
+def build_method(text: str) -> Evaluated[Any]:
+    """Build the method of the plan in ``text``, as JSON."""
+    return Plan.from_json(text).build_method()
 
 
 def _hashable(value: Any) -> Any:

@@ -89,9 +89,28 @@ def faults(
     for label in labels:
         sites = [s for s in training_sites(run) if data.has(label, [s])]
         if sites:
+            found += _missing(run, label, sites, primary)
             found += _outputs(run, label, sites)
             found += _below(data, label, sites, table, primary)
     return tuple(found)
+
+
+def _missing(run: Run, label: str, sites: Sequence[str], primary: Metric) -> Iterator[Fault]:
+    """Return whether per-case values of the primary metric are not numbers, although a class is present."""
+    missing, total = dict[str, int](), 0
+    for key in [key for key in run.arms if key[0] == label]:
+        for site, p in ((s, run.arms[key][s]) for s in sites if s in run.arms[key]):
+            if primary.name in p.cases:
+                absent = np.asarray(p.cases.get("absent", np.zeros(1))).astype(bool)
+                bad = (np.isnan(p.cases[primary.name]) & ~absent).any(1)
+                missing[site] = missing.get(site, 0) + int(bad.sum())
+                total += len(p)
+    if sum(missing.values()):
+        where = ", ".join(f"{site} {n}" for site, n in missing.items() if n)
+        text = (
+            f"has no {primary.label} for {sum(missing.values())} of {total} test images ({where}), which are left out"
+        )
+        yield Fault(label, 6, text)
 
 
 def _outputs(run: Run, label: str, sites: Sequence[str]) -> Iterator[Fault]:

@@ -15,6 +15,23 @@ from polyclinic.statistics.undefined import Undefined
 
 
 @dataclass(frozen=True)
+class Declared:
+    """The result of a comparison that the study declared before the run.
+
+    Attributes:
+        method: The label of the method.
+        reference: The label of the method that it is compared with.
+        difference: Method minus reference, mean over training sites, corrected for the number of declared comparisons.
+        without: Training sites at which one of them was not tested.
+    """
+
+    method: str
+    reference: str
+    difference: Difference
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Against:
     """Methods compared with a reference, on the training sites at which both were tested.
 
@@ -47,6 +64,22 @@ class Against:
         for k, p in zip(asked, holm([found[k].p or 0.0 for k in asked]), strict=True):
             found[k] = replace(found[k], adjusted=p)
         return found
+
+    def declared(self, metric: Metric) -> tuple[Declared, ...]:
+        """Return the comparisons that the study declared, which are a family of their own for Holm's correction."""
+        found = []
+        for c in self.run.info.compare:
+            sites = [s for s in training_sites(self.run) if all(self.data.has(m, [s]) for m in (c.method, c.reference))]
+            d = self.data.difference(c.method, c.reference, sites, metric, c.kind, c.margin)
+            left = tuple(s for s in training_sites(self.run) if s not in sites)
+            found.append(Declared(c.method, c.reference, d, left))
+        asked = [i for i, one in enumerate(found) if one.difference.p is not None]
+        # A one-sided p is compared with half of the level of a two-sided one.
+        scale = {i: 2.0 if found[i].difference.margin is not None else 1.0 for i in asked}
+        adjusted = holm([min(1.0, scale[i] * (found[i].difference.p or 0.0)) for i in asked])
+        for i, p in zip(asked, adjusted, strict=True):
+            found[i] = replace(found[i], difference=replace(found[i].difference, adjusted=p / scale[i]))
+        return tuple(found)
 
     def over_splits(self, metric: Metric) -> dict[str, Difference]:
         """Return the corrected t-tests over at least three splits: folds, or seeds with different splits."""

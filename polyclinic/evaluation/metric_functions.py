@@ -207,7 +207,12 @@ PER_CASE: Mapping[str, Metric] = {
         Metric("dice", "Dice", per_case, scale="logit"),
         Metric("hd95", "HD95", per_case, higher_is_better=False, unit="mm", scale="log"),
         Metric("nsd", "Surface Dice", per_case, scale="logit"),
-        Metric("volume_error", "Volume error", per_case, higher_is_better=False, scale="log"),
+        Metric("hd95_px", "HD95", per_case, higher_is_better=False, unit="pixels", scale="log"),
+        Metric("volume_error", "Relative volume error", per_case, higher_is_better=False, scale="log"),
+        Metric("volume_ml", "Volume difference", per_case, higher_is_better=False, unit="ml", scale="log"),
+        Metric("area_mm2", "Area difference", per_case, higher_is_better=False, unit="mm²", scale="log"),
+        Metric("volume_px", "Size difference", per_case, higher_is_better=False, unit="pixels", scale="log"),
+        Metric("dice_empty", "Dice, both empty = 1", per_case, scale="logit"),
         Metric("psnr", "PSNR", per_case, unit="dB"),
         Metric("ssim", "SSIM", per_case),
         Metric("nmse", "NMSE", per_case, higher_is_better=False, scale="log"),
@@ -215,18 +220,24 @@ PER_CASE: Mapping[str, Metric] = {
 }
 
 
+IMAGE_QUALITY = ("psnr", "ssim", "nmse")
+
+
 def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
-    """Return the metrics of a task by name, the most common first. Slope and intercept are for two classes only.
+    """Return the metrics of a task by name, the most common first.
+
+    Observed/expected, slope and intercept are for two classes.
 
     Raises:
         ValueError: If the task is unknown.
     """
+    error = {"calibration_error": CALIBRATION["calibration_error"]}
     tables: dict[str, Mapping[str, Metric]] = {
-        "classification": {**CLASSIFICATION, **(CALIBRATION if classes == 2 else {"ece": CALIBRATION["ece"]})},
-        "multilabel": {**CLASSIFICATION, "ece": CALIBRATION["ece"]},
+        "classification": {**CLASSIFICATION, **(CALIBRATION if classes == 2 else error)},
+        "multilabel": {**CLASSIFICATION, **error},
         "regression": REGRESSION,
-        "segmentation": {k: PER_CASE[k] for k in ("dice", "hd95", "nsd", "volume_error")},
-        "reconstruction": {k: PER_CASE[k] for k in ("psnr", "ssim", "nmse")},
+        "segmentation": {k: m for k, m in PER_CASE.items() if k not in IMAGE_QUALITY},
+        "reconstruction": {k: PER_CASE[k] for k in IMAGE_QUALITY},
     }
     if task not in tables:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(tables)}")

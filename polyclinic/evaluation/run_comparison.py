@@ -31,6 +31,9 @@ class Row:
         mean: The mean over training sites of the primary metric.
         difference: Paired difference from the reference, Holm-corrected over all rows; None for the reference itself.
         verdict: The verdict as text.
+        reference: The method that it is compared with, ``<run>/<method>``.
+        declared: Whether the run's study declared this comparison, of two methods of that run, before the run. Declared
+            comparisons are corrected for those of their run.
     """
 
     run: str
@@ -38,6 +41,8 @@ class Row:
     mean: Estimate
     difference: Difference | None
     verdict: str
+    reference: str = ""
+    declared: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Panel:
 
 
 def compare(run_dirs: Sequence[str | Path], reference: str = "", options: Options = Options()) -> list[Row]:
-    """Compare every method of every run with one reference, on the same patients.
+    """Compare every method of every run with one reference, on the same patients; then list declared comparisons.
 
     Args:
         run_dirs: Run folders with the same task, metric and test patients.
@@ -95,7 +100,13 @@ def compare(run_dirs: Sequence[str | Path], reference: str = "", options: Option
     for m in result.methods:
         run, _, method = m.label.partition("/")
         d = result.comparisons.get(m.label)
-        rows.append(Row(run, method, m.macro, d, d.verdict() if d else "reference"))
+        rows.append(Row(run, method, m.macro, d, d.verdict() if d else "reference", reference))
+    for name, one in runs.items():
+        alone = evaluate(one, options)
+        means = {m.label: m.macro for m in alone.methods}
+        for c in alone.declared:
+            mean, verdict = means.get(c.method, Estimate(None, why="not tested")), c.difference.verdict()
+            rows.append(Row(name, c.method, mean, c.difference, verdict, f"{name}/{c.reference}", True))
     return rows
 
 

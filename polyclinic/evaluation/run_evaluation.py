@@ -1,4 +1,4 @@
-"""Evaluation of a run: each method by site, pooled, averaged, at the worst site, and compared with local training.
+"""Evaluation of a run: each method by site, averaged over sites, at the worst site, and compared with local training.
 
 Every difference is paired by patient. A value over several seeds is the mean of the seeds' values; its interval is for
 these models. The interval of a difference includes the variance between seeds if there are at least two, because
@@ -12,14 +12,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from polyclinic.errors import ConfigError
+from polyclinic.evaluation.calibration import CALIBRATION
 from polyclinic.evaluation.constant_baseline import CONSTANT, Fault, faults, with_constant
-from polyclinic.evaluation.method_comparison import Against, ranked
+from polyclinic.evaluation.method_comparison import Against, Declared, ranked
 from polyclinic.evaluation.metric import Metric
-from polyclinic.evaluation.metric_functions import metrics_for
+from polyclinic.evaluation.metric_functions import CLASSIFICATION, metrics_for
+from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.record_schema import MethodInfo
 from polyclinic.evaluation.records.run_reader import Run, external_sites, training_sites
 from polyclinic.evaluation.sample import Sample, sample
 from polyclinic.evaluation.site_scores import worst_site
+from polyclinic.evaluation.split_faults import Disagreement, Leak, disagreement, leak, uneven_classes
 from polyclinic.statistics.intervals import Estimate, Pooled, pool_sites, z_of
 from polyclinic.statistics.paired_tests import Difference, Ranking
 from polyclinic.statistics.undefined import Undefined
@@ -65,30 +68,34 @@ class MethodResult:
         baseline: Whether it is Local, Pooled or Cross.
         seeds: The seeds with predictions.
         sites: Estimates by site, then by metric. The primary metric has intervals everywhere.
-        pooled: Estimates over the pooled patients of all training sites, by metric.
+        means: The mean over training sites of each metric.
         macro: The mean over training sites of the primary metric.
-        external: Estimates over the pooled patients of the external sites, by metric; empty without external sites.
+        external: The mean over external sites of each metric; empty without external sites.
         worst: The training site with the worst value, and that value; None if no site has a value.
-        spread: Standard deviation over training sites; None if there are fewer than two.
+        lowest: The training site with the worst shrunken value, and that value with its interval (``Pooled.shrunken``).
+        spread: Standard deviation between training sites (τ of the random-effects model), without sampling variation.
         random: Random-effects mean over training sites.
         seed_sd: Standard deviation over seeds of the mean over sites; None if there is one seed.
         validation: The mean over sites on validation data, at the rounds whose models were tested.
         gains: Difference from local training at each site.
+        by_class: For three or more classes or labels, the mean over sites of each one's AUC against the rest.
     """
 
     label: str
     baseline: bool
     seeds: tuple[int, ...]
     sites: Mapping[str, Mapping[str, Estimate]]
-    pooled: Mapping[str, Estimate]
+    means: Mapping[str, Estimate]
     macro: Estimate
     external: Mapping[str, Estimate] = field(default_factory=dict)
     worst: tuple[str, float] | None = None
+    lowest: tuple[str, Estimate] | None = None
     spread: float | None = None
     random: Pooled | None = None
     seed_sd: float | None = None
     validation: float | None = None
     gains: Mapping[str, Difference] = field(default_factory=dict)
+    by_class: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,10 @@ class Evaluation:
         chosen_by: Description of how the headline method was chosen.
         constant: The result of the constant baseline; None if the records do not determine it.
         faults: Faults of methods: constant outputs, a class never predicted, scores below the constant baseline.
+        declared: The comparisons that the study declared before the run.
+        leak: What test data share with training or validation data; None if nothing is known to be shared.
+        disagreement: The main method's validation result, if its test result contradicts it; otherwise None.
+        uneven: Training sites whose test patients lack classes, with these classes, for three or more classes.
     """
 
     metric: Metric
@@ -133,6 +144,10 @@ class Evaluation:
     chosen_by: str
     constant: MethodResult | None = None
     faults: tuple[Fault, ...] = ()
+    declared: tuple[Declared, ...] = ()
+    leak: Leak | None = None
+    disagreement: Disagreement | None = None
+    uneven: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, label: str) -> MethodResult:
         """Return the result of the method ``label``."""
@@ -161,6 +176,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     by_site = [[m.sites[s][metric.name].value if s in m.sites else None for m in methods] for s in training_sites(run)]
     ranking = ranked([m.label for m in methods], by_site, metric)
     detailed = tuple(_detailed(m, run, data, table, options) if m.label == headline else m for m in methods)
+    first = next((m for m in detailed if m.label == headline), None)
     counts = {s: data.count(s) for s in data.sites}
     constant = None
     if methods and data.seeds(CONSTANT) and (run.info.task != "segmentation" or metric.name == "dice"):
@@ -183,6 +199,10 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
         how,
         constant,
         faults(run, data, [m.label for m in methods], table, metric),
+        against.declared(metric),
+        leak(run),
+        disagreement(run, headline, first.macro, metric, options.level, options.unit) if headline and first else None,
+        dict(uneven_classes(run, data, headline)) if headline else {},
     )
 
 
@@ -195,58 +215,111 @@ def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric
             sites[site] = {name: Estimate(None, why=why) for name in table}
             continue
         sites[site] = {k: data.estimate(info.label, [site], m, k == metric.name) for k, m in table.items()}
-    own = [s for s in training if s in sites]
-    pooled = {k: data.estimate(info.label, own, m, k == metric.name) for k, m in table.items()} if own else {}
-    away = [s for s in external if s in sites]
-    beyond = {k: data.estimate(info.label, away, m, k == metric.name) for k, m in table.items()} if away else {}
+    own, away = ([s for s in group if s in sites] for group in (training, external))
     values = {s: e[metric.name].value for s, e in sites.items() if s in own}
-    known = [v for v in values.values() if v is not None]
     by_seed = [v for v in data.by_seed(info.label, own, metric) if np.isfinite(v)] if own else []
+    random, lowest = _random(sites, own, metric, options.level)
     return MethodResult(
         info.label,
         info.baseline,
         data.seeds(info.label),
         sites,
-        pooled,
+        {k: data.macro_estimate(info.label, own, m, k == metric.name) for k, m in table.items()} if own else {},
         data.macro_estimate(info.label, own, metric),
-        beyond,
+        {k: data.macro_estimate(info.label, away, m, k == metric.name) for k, m in table.items()} if away else {},
         worst_site(values, metric.higher_is_better is not False),
-        float(np.std(known, ddof=1)) if len(known) > 1 else None,
-        _random(sites, own, metric, options.level),
+        lowest,
+        _between(random, metric),
+        random,
         float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None,
         validation_mean(run, info.label, metric.name),
     )
 
 
 def _detailed(m: MethodResult, run: Run, data: Sample, table: Mapping[str, Metric], options: Options) -> MethodResult:
-    """Return ``m`` with intervals for every metric, pooled and external."""
+    """Return ``m`` with intervals for every metric, of calibration at every site, and with the AUC of every class."""
     own = [s for s in training_sites(run) if s in m.sites]
     away = [s for s in external_sites(run) if s in m.sites]
-    pooled = {k: data.estimate(m.label, own, t, True) for k, t in table.items()} if own else {}
-    external = {k: data.estimate(m.label, away, t, True) for k, t in table.items()} if away else {}
-    return replace(m, pooled=pooled, external=external)
+    sites = {
+        site: {
+            k: data.estimate(m.label, [site], table[k], True) if k in CALIBRATION and e.value is not None else e
+            for k, e in found.items()
+        }
+        for site, found in m.sites.items()
+    }
+    means, external = (
+        {k: data.macro_estimate(m.label, group, t) for k, t in table.items()} if group else {} for group in (own, away)
+    )
+    return replace(m, sites=sites, means=means, external=external, by_class=_by_class(m.label, own, run, options))
+
+
+def _by_class(label: str, sites: Sequence[str], run: Run, options: Options) -> dict[str, Estimate]:
+    """Return the mean over sites of each class's AUC against the rest, over the sites that have both.
+
+    A mean over the classes that occur at a site is another quantity at every site. These means are for a fixed class.
+    """
+    if run.info.task not in ("classification", "multilabel") or not sites:
+        return {}
+    arms = {key: arm for key, arm in run.arms.items() if key[0] == label}
+    columns = {p.score.shape[1] for arm in arms.values() for p in arm.values() if p.score is not None}
+    if len(columns) != 1 or (run.info.task == "classification" and columns == {2}):
+        return {}
+    found: dict[str, Estimate] = {}
+    for k in range(columns.pop()):
+        one = {key: {s: _against_rest(p, k) for s, p in arm.items()} for key, arm in arms.items()}
+        info = run.info.model_copy(update={"task": "classification"})
+        data = sample(replace(run, info=info, arms=one, splits={}), options.level, options.unit)
+        name = run.info.classes[k] if k < len(run.info.classes) else str(k)
+        found[name] = data.macro_estimate(label, sites, CLASSIFICATION["auc"])
+    return found
+
+
+def _against_rest(p: Predictions, k: int) -> Predictions:
+    """Return the predictions of class or label ``k`` against the rest."""
+    assert p.score is not None
+    assert p.target is not None
+    target = p.target[:, k] if p.target.ndim == 2 else p.target == k
+    return replace(p, score=np.stack([1 - p.score[:, k], p.score[:, k]], 1), target=target.astype(np.int64))
 
 
 def _random(
     sites: Mapping[str, Mapping[str, Estimate]], own: Sequence[str], metric: Metric, level: float
-) -> Pooled | None:
-    """Return the random-effects mean over sites. Metrics between 0 and 1 are pooled as log odds."""
-    known = [e for s in own if (e := sites[s][metric.name]).value is not None and e.low is not None]
-    known = [e for e in known if (e.high or 0.0) > (e.low or 0.0)]
-    values = np.array([[e.value, e.low, e.high] for e in known], float).reshape(-1, 3)
+) -> tuple[Pooled | None, tuple[str, Estimate] | None]:
+    """Return the random-effects mean over sites, and the site with the worst shrunken value.
+
+    Metrics between 0 and 1 are pooled as log odds.
+    """
+    known = {s: e for s in own if (e := sites[s][metric.name]).value is not None and e.low is not None}
+    known = {s: e for s, e in known.items() if (e.high or 0.0) > (e.low or 0.0)}
+    values = np.array([[e.value, e.low, e.high] for e in known.values()], float).reshape(-1, 3)
     odds = metric.name in BOUNDED and bool(np.all((values > 0) & (values < 1)))
     if odds:
         values = np.log(values / (1 - values))
     try:
         pooled = pool_sites(values[:, 0], ((values[:, 2] - values[:, 1]) / (2 * z_of(level))) ** 2, level)
     except Undefined:
+        return None, None
+    shrunken = [replace(e, n=k.n) for e, k in zip(pooled.shrunken, known.values(), strict=False)]
+    if odds:
+        estimate, *shrunken = (_from_odds(e) for e in (pooled.estimate, *shrunken))
+        low, high = (float(1 / (1 + np.exp(-v))) for v in pooled.prediction or (0.0, 0.0))
+        pooled = replace(pooled, estimate=estimate, prediction=(low, high) if pooled.prediction else None)
+    pooled = replace(pooled, shrunken=tuple(shrunken))
+    ranked = sorted(zip(known, pooled.shrunken, strict=False), key=lambda item: metric.sign * (item[1].value or 0.0))
+    return pooled, (ranked[0] if ranked else None)
+
+
+def _from_odds(e: Estimate) -> Estimate:
+    value, low, high = (float(1 / (1 + np.exp(-v))) for v in (e.value, e.low, e.high) if v is not None)
+    return replace(e, value=value, low=low, high=high)
+
+
+def _between(random: Pooled | None, metric: Metric) -> float | None:
+    """Return τ in units of the metric; of log odds by the delta method."""
+    if random is None or random.estimate.value is None:
         return None
-    if not odds:
-        return pooled
-    e = pooled.estimate
-    back = [float(1 / (1 + np.exp(-v))) for v in (e.value, e.low, e.high, *(pooled.prediction or ())) if v is not None]
-    prediction = (back[3], back[4]) if pooled.prediction else None
-    return replace(pooled, estimate=replace(e, value=back[0], low=back[1], high=back[2]), prediction=prediction)
+    mean, tau = random.estimate.value, float(np.sqrt(random.tau2))
+    return tau * mean * (1 - mean) if metric.name in BOUNDED and 0 < mean < 1 else tau
 
 
 def _with_gains(m: MethodResult, run: Run, data: Sample, metric: Metric, options: Options) -> MethodResult:

@@ -20,7 +20,7 @@ from polyclinic.evaluation.records.predictions import Cases, as_cases, unit_of
 from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.statistics.intervals import Estimate, delong, effective_number, mean_of_limits, proportion, student
 from polyclinic.statistics.jackknife import Jackknife, Spread, added, mean_of_dependent
-from polyclinic.statistics.paired_tests import Difference, paired
+from polyclinic.statistics.paired_tests import Difference, Question, paired
 from polyclinic.statistics.undefined import Array, Ints, Undefined
 
 MOST = 600  # patients above which groups of patients are left out
@@ -95,22 +95,29 @@ class Sample:
 
     # Intervals
 
-    def macro_estimate(self, label: str, sites: Sequence[str], metric: Metric) -> Estimate:
-        """Return the mean over those of ``sites`` for which the metric is defined, with its interval."""
+    def macro_estimate(self, label: str, sites: Sequence[str], metric: Metric, interval: bool = True) -> Estimate:
+        """Return the mean over those of ``sites`` for which the metric is defined, with or without its interval.
+
+        A mean over sites compares no patient of one site with a patient of another. An AUC of all patients together
+        does, and rises if scores merely tell sites of different prevalence apart.
+        """
         known = self.defined(label, self.seeds(label), sites, metric)
+        without = tuple(s for s in sites if s not in known)
         n = self._patients(label, known)
         if not known:
-            return Estimate(None, n=n, why="no site has a value")
+            return Estimate(None, n=n, why="no site has a value", without=without)
         value = float(self.by_seed(label, known, metric).mean())
+        if not interval:
+            return Estimate(value, n=n, without=without)
         if not metric.has_interval:
-            return Estimate(value, n=n, why=NO_INTERVAL)
+            return Estimate(value, n=n, why=NO_INTERVAL, without=without)
         if metric.name != "auc" and metric.proportions is None:
-            return self._student(label, known, metric, value, n)
+            return replace(self._student(label, known, metric, value, n), without=without)
         each = [self.estimate(label, [s], metric, True) for s in known]
         if lacking := [f"{s}: {e.why}" for s, e in zip(known, each, strict=True) if e.low is None]:
-            return Estimate(value, n=n, why="; ".join(lacking))
-        how = f"limits of the sites combined ({each[0].how})"
-        return Estimate(value, *mean_of_limits(each), n, how)
+            return Estimate(value, n=n, why="; ".join(lacking), without=without)
+        how = each[0].how if len(known) == 1 else f"limits of the sites combined ({each[0].how})"
+        return Estimate(value, *mean_of_limits(each), n, how, without=without)
 
     def _student(self, label: str, sites: Sequence[str], metric: Metric, value: float, n: int) -> Estimate:
         """Return the mean over ``sites`` with Student's limits."""
@@ -198,30 +205,39 @@ class Sample:
 
     # Differences
 
-    def difference(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Difference:
+    def difference(
+        self,
+        a: str,
+        b: str,
+        sites: Sequence[str],
+        metric: Metric,
+        question: Question = "difference",
+        margin: float | None = None,
+    ) -> Difference:
         """Return method ``a`` minus ``b``, mean over the sites where both are defined; positive is better.
 
         With several seeds, the interval includes the variance between seeds.
         """
+        asked = Difference(None, question=question, margin=margin)
         common = [s for s in self.seeds(a) if s in self.seeds(b)]
         if not sites or not common:
-            return Difference(None, why="no seed or no site in common")
+            return replace(asked, why="no seed or no site in common")
         if not metric.has_interval:
-            return Difference(None, why="no test for this metric")
+            return replace(asked, why="no test for this metric")
         known = [s for s in sites if all(self.defined(m, common, [s], metric) for m in (a, b))]
         n = self._patients(a, known)
         if not known:
-            return Difference(None, n=n, why="undefined for one of the two")
+            return replace(asked, n=n, why="undefined for one of the two")
         values = np.array(self.by_split(a, b, known, metric))
         each = [[self._jackknife([a, b], group, [s], metric) for group in self._groups(common)] for s in known]
         try:
             spread = added([self._spread(one) for one in each], [1 / len(known)] * len(known))
         except Undefined as reason:
-            return Difference(float(values.mean()), n=n, why=str(reason))
+            return replace(asked, value=float(values.mean()), n=n, why=str(reason))
         differing = sum(max(j.changing for j in one) for one in each)
         how = "paired t, jackknife over patients"
         how += f" and variance between {len(common)} seeds" if len(common) > 1 else ""
-        return paired(values, spread, differing, n, self.level, how)
+        return paired(values, spread, differing, n, self.level, how, question, margin)
 
     def by_split(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> list[float]:
         """Return method ``a`` minus ``b`` in each split, averaged over those of ``sites`` at which both were tested."""

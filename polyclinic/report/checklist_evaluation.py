@@ -226,7 +226,7 @@ def _metrics(run: Run, result: Evaluation, journal: Journal) -> str:
 
 
 def _internal(run: Run, result: Evaluation, journal: Journal) -> str:
-    return "Results at every site: held-out patients" if any(m.pooled for m in result.methods) else ""
+    return "Results at every site: held-out patients" if any(m.means for m in result.methods) else ""
 
 
 def _between_sites(run: Run, result: Evaluation, journal: Journal) -> str:

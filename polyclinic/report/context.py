@@ -11,6 +11,7 @@ from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.record_schema import SiteInfo
 from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.evaluation.run_evaluation import Evaluation, MethodResult
+from polyclinic.evaluation.sample import Sample, sample
 from polyclinic.report.formatting import digits_of
 
 NAMES = {  # as their papers write them; others appear under the label that the study gave them
@@ -92,7 +93,7 @@ class ReportContext:
     def counted(self) -> bool:
         """Whether intervals of a metric are those of proportions."""
         first = self.first
-        return first is not None and any("Clopper" in e.how for e in first.pooled.values())
+        return first is not None and any("Clopper" in e.how for e in first.means.values())
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
@@ -110,6 +111,11 @@ class ReportContext:
     def site(self, name: str) -> SiteInfo:
         """Return the entry of a site in ``run.json``."""
         return next(s for s in self.run.info.sites if s.name == name)
+
+    @cached_property
+    def data(self) -> Sample:
+        """The test cases of all methods."""
+        return sample(self.run, self.result.options.level, self.result.options.unit)
 
     @cached_property
     def target(self) -> Target | None:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from polyclinic.errors import ConfigError
-from polyclinic.evaluation.calibration import Bin, NetBenefit
+from polyclinic.evaluation.calibration import Bin
+from polyclinic.evaluation.net_benefit import NetBenefit
 from polyclinic.statistics.intervals import Estimate
 from polyclinic.statistics.paired_tests import Difference, Ranking
 from polyclinic.statistics.undefined import Array
@@ -219,11 +220,16 @@ def decision_plot(name: str, alt: str, curve: Sequence[NetBenefit]) -> str:
     """Draw net benefit over thresholds, against the strategies to treat all patients and none (decision curve)."""
     with drawing(3.3, 3.9) as (figure, axes):
         axes.set_position((0.18, 0.15, 0.78, 0.81))
-        t = [p.threshold for p in curve]
-        axes.plot(t, [p.model for p in curve], color=TEAL, lw=1.7, marker="o", ms=3.2, label="Model")
-        axes.plot(t, [p.treat_all for p in curve], color=ORANGE, lw=1.2, ls="--", label="Treat all")
+        known = [(p.threshold, p.model.value, p.model.low, p.model.high) for p in curve if p.model.value is not None]
+        bands = [(t, low, high) for t, _, low, high in known if low is not None and high is not None]
+        axes.fill_between(*zip(*bands, strict=True), color=TEAL, alpha=0.15, lw=0) if bands else None
+        axes.plot(
+            [t for t, *_ in known], [v for _, v, *_ in known], color=TEAL, lw=1.7, marker="o", ms=3.2, label="Model"
+        )
+        every = [(p.threshold, p.treat_all.value) for p in curve if p.treat_all.value is not None]
+        axes.plot([t for t, _ in every], [v for _, v in every], color=ORANGE, lw=1.2, ls="--", label="Treat all")
         axes.axhline(0, color=INK, lw=0.9, ls=":", label="Treat none")
-        top = max(max(p.model for p in curve), 0.05)
+        top = max([high for *_, high in bands] + [v for _, v, *_ in known if v is not None] + [0.05])
         axes.set(xlim=(0, 1), ylim=(-0.35 * top, 1.1 * top), xlabel="Threshold probability", ylabel="Net benefit")
         axes.legend(frameon=False, loc="upper right", fontsize=8)
         return svg(figure, name, alt)

@@ -15,6 +15,7 @@ SIGNIFICANCE = {
     WORSE: "significantly worse",
     UNDECIDED: "not significant",
 }
+"""Verdicts on differences in words; those with a margin are shown as they are."""
 
 
 def outcome(d: Difference) -> str:
@@ -25,7 +26,9 @@ def outcome(d: Difference) -> str:
 
 def digits_of(metric: Metric) -> int:
     """Return the number of decimals of a metric."""
-    return 1 if metric.unit in ("mm", "dB") else 2 if metric.name in ("mae", "rmse", "bias") else 3
+    return (
+        1 if metric.unit in ("mm", "dB", "pixels", "ml", "mm²") else 2 if metric.name in ("mae", "rmse", "bias") else 3
+    )
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:

@@ -111,6 +111,16 @@ def _evaluation(page: ReportContext, refs: References) -> list[str]:
         f"{page.level} confidence intervals are by {delong}{exact}Student’s t with jackknife variances over patients"
         f"{refs.cite(JACKKNIFE)} for other metrics.",
     ]
+    if result.declared:
+        margins = [
+            f"{page.title(c.method)} and {page.title(c.reference)} ({c.difference.question}"
+            + (f", margin {c.difference.margin:g})" if c.difference.margin is not None else ")")
+            for c in result.declared
+        ]
+        said.append(
+            f"Before the run we declared comparisons of {listed(margins)}; non-inferiority and equivalence were tested "
+            "one-sided at 2.5 %, with Holm’s correction over the declared comparisons."
+        )
     if result.comparisons and result.reference:
         several = any(len(m.seeds) > 1 for m in result.methods)
         also = ", adding the variance between seeds" if several else ""

@@ -30,6 +30,7 @@ def model_card(page: ReportContext) -> str:
         f"- Parameters: {count(info.parameters)}",
         f"- Training: {page.title(first.label) if first else 'not finished'}, {info.rounds} rounds at most",
         f"- Study: {info.name}, hash {info.hash}",
+        *_start(page),
         "",
         "## Intended use and out-of-scope uses",
         "",
@@ -62,6 +63,20 @@ def _front_matter(page: ReportContext) -> list[str]:
         f"metrics: {json.dumps([page.result.metric.name])}",
         "---",
         "",
+    ]
+
+
+def _start(page: ReportContext) -> list[str]:
+    start = page.run.info.start
+    if start is None:
+        return []
+    terms = "" if start.redistribute else "; it forbids to pass the weights on, also as part of this model"
+    return [
+        f"- Start weights: {start.name}, license {start.license}{terms}; source: {start.source or 'not stated'}; "
+        f"sha256 `{start.sha256}`",
+        f"- Start weights were trained on: {start.trained_on or 'not stated'}. Test images among them would make the "
+        "results too good",
+        f"- Trained in this study: {', '.join(start.train)}, {count(start.trained)} of {count(start.numbers)} numbers",
     ]
 
 

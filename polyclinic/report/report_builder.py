@@ -116,6 +116,7 @@ def as_json(page: ReportContext) -> str:
         "evaluation": asdict(page.result) | {"metric": page.result.metric.name},
         "verdicts": {
             "comparisons": {k: d.verdict() for k, d in page.result.comparisons.items()},
+            "declared": [c.difference.verdict() for c in page.result.declared],
             "gains": {m.label: {s: g.verdict() for s, g in m.gains.items()} for m in page.result.methods},
         },
         "costs": {k: asdict(c) for k, c in page.costs.items()},

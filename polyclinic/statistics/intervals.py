@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import expit, stdtr
 from scipy.stats import beta, chi2, norm, t
 
 from polyclinic.statistics.auc import delong_parts, newcombe, placements
@@ -38,6 +38,7 @@ class Estimate:
         n: Number of patients.
         how: Method of the interval.
         why: Reason why there is no value or no interval.
+        without: Sites that a mean over sites leaves out, because they have no value.
     """
 
     value: float | None
@@ -46,6 +47,7 @@ class Estimate:
     n: int = 0
     how: str = ""
     why: str = ""
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ class Pooled:
         tau2: The variance between sites.
         i2: I², 0 to 1.
         prediction: Limits within which the value of a new site is expected; None with fewer than three sites.
+        shrunken: The value of each site, moved toward the mean by the share of its difference that sampling explains;
+            empty with fewer than three sites.
     """
 
     estimate: Estimate
     tau2: float
     i2: float
     prediction: tuple[float, float] | None = None
+    shrunken: tuple[Estimate, ...] = ()
 
 
 def z_of(level: float) -> float:
@@ -139,19 +144,22 @@ def student(value: float, spread: Spread, scale: str = "", level: float = 0.95) 
     return value - half, value + half
 
 
-def mean_of_limits(estimates: Sequence[Estimate]) -> tuple[float, float]:
+def mean_of_limits(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> tuple[float, float]:
     """Return the limits of a mean of independent estimates from their own limits.
 
     The distances from value to limit are combined by the root of their sum of squares (the method of variance estimates
     recovery; Zou and Donner, Statistics in Medicine 2008, https://doi.org/10.1002/sim.3095). Sites at which every
     prediction is correct, with a variance of 0, thereby keep their uncertainty.
+
+    Args:
+        estimates: The estimates, with limits.
+        weights: Their weights, which sum to 1; equal by default. A weight of −1 after one of 1 gives a difference.
     """
     value, low, high = (np.array([getattr(e, k) for e in estimates], float) for k in ("value", "low", "high"))
-    k, mean = len(estimates), float(value.mean())
-    return (
-        mean - float(np.sqrt(((value - low) ** 2).sum())) / k,
-        mean + float(np.sqrt(((high - value) ** 2).sum())) / k,
-    )
+    w = np.full(len(value), 1 / len(value)) if weights is None else np.asarray(weights, float)
+    mean = float(w @ value)
+    down, up = np.where(w > 0, value - low, high - value), np.where(w > 0, high - value, value - low)
+    return mean - float(np.sqrt(((w * down) ** 2).sum())), mean + float(np.sqrt(((w * up) ** 2).sum()))
 
 
 def pool_sites(values: Sequence[float] | Array, variances: Sequence[float] | Array, level: float = 0.95) -> Pooled:
@@ -160,6 +168,8 @@ def pool_sites(values: Sequence[float] | Array, variances: Sequence[float] | Arr
     The variance between sites is DerSimonian and Laird's; the interval is Hartung and Knapp's with Student's quantile,
     never narrower than with a factor of 1. The prediction interval for a new site integrates over the confidence
     distribution of the variance between sites, because an estimated variance of 0 is no evidence that sites are equal.
+    So do the shrunken values of the sites (empirical Bayes): the worst of several observed values is too low, because
+    the site with the worst luck is selected, and its shrunken value corrects for that.
 
     Args:
         values: One estimate per site.
@@ -186,30 +196,56 @@ def pool_sites(values: Sequence[float] | Array, variances: Sequence[float] | Arr
     half = float(t.ppf(0.5 + level / 2, df)) * se
     how = f"random effects over {len(y)} sites, Hartung-Knapp"
     i2 = max(0.0, (q - df) / q) if q > 0 else 0.0
-    new = _prediction(y, v, level) if df > 1 else None
-    return Pooled(Estimate(mean, mean - half, mean + half, len(y), how), tau2, i2, new)
+    estimate = Estimate(mean, mean - half, mean + half, len(y), how)
+    if df < 2:
+        return Pooled(estimate, tau2, i2)
+    possible = _between_sites(y, v)
+    return Pooled(estimate, tau2, i2, _prediction(y, v, possible, level), _shrunken(y, v, possible, level))
 
 
-def _prediction(y: Array, v: Array, level: float) -> tuple[float, float]:
-    """Return the prediction interval of a new site's value."""
-    df = len(y) - 1
-    quantiles = chi2.ppf((np.arange(99) + 0.5) / 99, df)
-    tau2 = np.zeros(99)  # solves Q(τ²) = quantile by bisection; Q falls with τ²
+def _between_sites(y: Array, v: Array) -> Array:
+    """Return 99 quantiles of the confidence distribution of τ²: the values with Q(τ²) equal to a quantile of χ²."""
+    quantiles = chi2.ppf((np.arange(99) + 0.5) / 99, len(y) - 1)
+    tau2 = np.zeros(99)  # by bisection; Q falls with τ²
     high = np.full(99, 10 * float(np.var(y) * len(y) + v.max()) / max(float(quantiles[0]), 1e-6))
     for _ in range(40):
         middle = (tau2 + high) / 2
         above = _moments(y, v, middle)[2] > quantiles
         tau2, high = np.where(above, middle, tau2), np.where(above, high, middle)
+    return tau2
+
+
+def _prediction(y: Array, v: Array, tau2: Array, level: float) -> tuple[float, float]:
+    """Return the prediction interval of a new site's value."""
+    df = len(y) - 1
     mean, variance, q = _moments(y, v, tau2)
-    sd = np.sqrt(tau2 + variance * np.maximum(1.0, q / df))
-    wide = float(t.ppf(0.5 + level / 2, df) * sd.max())
-    limits = []
-    for tail in ((1 - level) / 2, (1 + level) / 2):
-        bottom, top = float(mean.min()) - wide, float(mean.max()) + wide
-        for _ in range(40):
-            x = (bottom + top) / 2
-            bottom, top = (x, top) if float(t.cdf((x - mean) / sd, df).mean()) < tail else (bottom, x)
-        limits.append((bottom + top) / 2)
+    low, high = _mixture_limits(mean[None], np.sqrt(tau2 + variance * np.maximum(1.0, q / df))[None], df, level)
+    return float(low[0]), float(high[0])
+
+
+def _shrunken(y: Array, v: Array, tau2: Array, level: float) -> tuple[Estimate, ...]:
+    """Return each site's value ``B μ + (1 − B) y``, ``B = v / (τ² + v)``, averaged over the distribution of τ²."""
+    df = len(y) - 1
+    mean, variance, q = _moments(y, v, tau2)
+    pull = v[:, None] / (tau2 + v[:, None])  # B, [sites, quantiles]
+    center = pull * mean + (1 - pull) * y[:, None]
+    low, high = _mixture_limits(center, np.sqrt(tau2 * pull + pull**2 * variance * np.maximum(1.0, q / df)), df, level)
+    means = center.mean(1)
+    return tuple(
+        Estimate(float(m), float(a), float(b), how="empirical Bayes") for m, a, b in zip(means, low, high, strict=True)
+    )
+
+
+def _mixture_limits(center: Array, sd: Array, df: int, level: float) -> tuple[Array, Array]:
+    """Return the central intervals of equal mixtures of Student's distributions, by bisection. [n, k] -> [n]"""
+    wide = float(t.ppf(0.5 + level / 2, df)) * sd.max(1)
+    tails = np.array([(1 - level) / 2, (1 + level) / 2])[:, None]
+    bottom, top = (np.tile(edge, (2, 1)) for edge in (center.min(1) - wide, center.max(1) + wide))
+    for _ in range(40):
+        x = (bottom + top) / 2
+        below = stdtr(df, (x[..., None] - center) / sd).mean(2) < tails
+        bottom, top = np.where(below, x, bottom), np.where(below, top, x)
+    limits = (bottom + top) / 2
     return limits[0], limits[1]
 
 

@@ -5,13 +5,18 @@
 - Corrected resampled t (Nadeau and Bengio, "Inference for the Generalization Error", Machine Learning 2003,
   https://doi.org/10.1023/A:1024068626366, equation 3.6 with its variance (1/J + n_test/n_train) σ²): for repeated
   splits of the same patients, whose test sets overlap.
+- Non-inferiority and equivalence with a margin: the one-sided t-test of ``difference ≤ −margin``; two one-sided tests
+  (Schuirmann, "A comparison of the Two One-Sided Tests Procedure and the Power Approach", Journal of Pharmacokinetics
+  and Biopharmaceutics 1987, https://doi.org/10.1007/BF01068419). Every one-sided test is at 2.5 %, so that the tests
+  agree with the 95 % interval (ICH E9, "Statistical Principles for Clinical Trials", 1998, sections 3.3.2 and 5.5).
 - Wilcoxon's signed ranks over sites.
 - Friedman's test with Nemenyi's critical difference (Demšar, "Statistical Comparisons of Classifiers over Multiple
   Data Sets", JMLR 2006, https://jmlr.org/papers/v7/demsar06a.html, section 3.2.2).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -19,7 +24,11 @@ from scipy import stats
 from polyclinic.statistics.jackknife import Spread, added
 from polyclinic.statistics.undefined import Array, Undefined
 
+Question = Literal["difference", "non-inferiority", "equivalence"]
 BETTER, WORSE, UNDECIDED, NOT_TESTED = "better", "worse", "no difference shown", "not tested"
+NON_INFERIOR, EQUIVALENT = "non-inferior", "equivalent"
+BEYOND = "worse by more than the margin"
+APART = "different by more than the margin"
 FEWEST = 6
 """The smallest number of differing patients with which an exact test can reach p < 0.05: 2/2⁶ = 0.031."""
 
@@ -37,6 +46,8 @@ class Difference:
         n: Number of independent units.
         how: The test.
         why: Reason why there is no value or no test.
+        question: What is tested. ``p`` is two-sided for a difference, and one-sided with a margin.
+        margin: The largest difference that does not matter; None for the question of a difference.
     """
 
     value: float | None
@@ -47,24 +58,48 @@ class Difference:
     n: int = 0
     how: str = ""
     why: str = ""
+    question: Question = "difference"
+    margin: float | None = None
 
     def verdict(self, alpha: float = 0.05) -> str:
         """Return the result of the test, which every table, file and command shows.
 
         Returns:
             ``better`` or ``worse`` if the interval excludes 0 and p (corrected, if available) is below ``alpha``;
-            ``not tested`` with the reason if there is no p-value; otherwise ``no difference shown``.
+            ``not tested`` with the reason if there is no p-value; otherwise ``no difference shown``. With a margin,
+            ``non-inferior`` if the interval lies above −margin, ``equivalent`` if it lies within ±margin, and the
+            one-sided p is below ``alpha / 2``; a difference beyond the margin if the interval lies beyond it;
+            otherwise ``non-inferiority not shown`` or ``equivalence not shown``.
         """
         if self.p is None:
             return f"{NOT_TESTED}: {self.why}" if self.why else NOT_TESTED
         p = self.p if self.adjusted is None else self.adjusted
+        if self.margin is not None:
+            return self._within(self.margin, p < alpha / 2)
         if self.low is None or self.high is None or p >= alpha:
             return UNDECIDED
         return BETTER if self.low > 0 else WORSE if self.high < 0 else UNDECIDED
 
+    def _within(self, margin: float, shown: bool) -> str:
+        low, high = (-np.inf if self.low is None else self.low), (np.inf if self.high is None else self.high)
+        if self.question == "non-inferiority":
+            if shown and low > -margin:
+                return NON_INFERIOR
+            return BEYOND if high < -margin else f"{self.question} not shown"
+        if shown and -margin < low and high < margin:
+            return EQUIVALENT
+        return APART if high < -margin or low > margin else f"{self.question} not shown"
+
 
 def paired(
-    values: Array, spread: Spread, differing: int, patients: int, level: float = 0.95, how: str = ""
+    values: Array,
+    spread: Spread,
+    differing: int,
+    patients: int,
+    level: float = 0.95,
+    how: str = "",
+    question: Question = "difference",
+    margin: float | None = None,
 ) -> Difference:
     """Test the mean of several seeds' paired differences, with the variance over patients and over training seeds.
 
@@ -82,26 +117,36 @@ def paired(
         patients: Number of patients.
         level: Confidence level.
         how: Description of the test.
+        question: What is tested.
+        margin: The margin of non-inferiority or equivalence, positive.
     """
     value = float(np.mean(values))
+    asked = Difference(value, n=patients, question=question, margin=margin)
     if not np.isfinite(value):
-        return Difference(None, n=patients, why="undefined for one of the two")
+        return replace(asked, value=None, why="undefined for one of the two")
+    if differing == 0 and value == 0 and margin is not None:
+        return replace(asked, why="equal results for every patient, so their variance is unknown")
     if differing == 0 and value == 0:
-        return Difference(value, p=1.0, n=patients, how="equal results for every patient")
+        return replace(asked, p=1.0, how="equal results for every patient")
     if differing < FEWEST:
         of = f" of {patients}" if differing < patients else ""
         why = f"{differing}{of} patients{' differ' if of else ''}, fewer than {FEWEST}"
-        return Difference(value, n=patients, why=why)
+        return replace(asked, why=why)
     if spread.variance <= 1e-12 * value**2:
-        return Difference(value, n=patients, why=f"no variance among {patients} patients")
+        return replace(asked, why=f"no variance among {patients} patients")
     total = spread
     if len(values) > 1:
         seeds = Spread(float(np.var(values, ddof=1)) / len(values), len(values) - 1.0)
         total = added([spread, seeds], [1.0, 1.0])
     se = total.variance**0.5
     half = float(stats.t.ppf(0.5 + level / 2, total.df)) * se
-    p = float(2 * stats.t.sf(abs(value) / se, total.df))
-    return Difference(value, value - half, value + half, p, None, patients, how)
+    if margin is None:
+        p = float(2 * stats.t.sf(abs(value) / se, total.df))
+    elif question == "non-inferiority":
+        p = float(stats.t.sf((value + margin) / se, total.df))
+    else:
+        p = float(stats.t.sf((margin - abs(value)) / se, total.df))  # the larger p of the two one-sided tests
+    return replace(asked, low=value - half, high=value + half, p=p, how=how)
 
 
 def corrected_t(differences: Sequence[float], test: int, train: int, level: float = 0.95) -> Difference:

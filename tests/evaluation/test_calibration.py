@@ -1,4 +1,4 @@
-"""Calibration by hand and by law; operating points and net benefit by hand."""
+"""Calibration by hand and by law, and operating points by hand."""
 
 import numpy as np
 import pytest
@@ -20,16 +20,38 @@ def honest(n=4000, seed=0):
     return p, (rng.uniform(size=n) < p).astype(int)
 
 
-def test_ece_by_hand() -> None:
-    # Bins 0.1-0.2: mean 0.15, observed 0.5, two cases; 0.9-1.0: mean 0.95, observed 1, one case.
+ERROR = cal.CALIBRATION["calibration_error"]
+
+
+def test_calibration_error_by_hand() -> None:
+    # Bin 0.1-0.2: means 0.15 and 0.5, two cases, so that 0.5 x 0.5 / (2 - 1) is subtracted; a single case counts as 0.
     score, target = two([0.1, 0.19999, 0.95]), np.array([0, 1, 1])
-    expected = (2 / 3) * abs(0.5 - 0.149995) + (1 / 3) * 0.05
-    assert cal.CALIBRATION["ece"].of(score, target) == pytest.approx(expected)
+    assert ERROR.of(score, target) == 0  # 0.35^2 < 0.25
+    score, target = two([0.61, 0.62, 0.63, 0.95]), np.array([0, 0, 0, 1])
+    assert ERROR.of(score, target) == pytest.approx((3 / 4 * 0.62**2) ** 0.5)
 
 
-def test_ece_of_three_classes_asks_whether_the_likeliest_is_right() -> None:
+def test_calibration_error_of_three_classes_asks_whether_the_likeliest_is_right() -> None:
     score = np.array([[0.7, 0.2, 0.1], [0.72, 0.18, 0.1]])
-    assert cal.CALIBRATION["ece"].of(score, np.array([0, 1])) == pytest.approx(abs(0.5 - 0.71))
+    assert ERROR.of(score, np.array([1, 1])) == pytest.approx(0.71)
+
+
+def test_calibration_error_is_not_biased_by_sampling() -> None:
+    """The usual estimate of true probabilities is about 0.08 at 174 patients; half of the debiased ones are 0."""
+    samples = [honest(174, seed) for seed in range(60)]
+    errors = np.array([ERROR.of(two(p), y) for p, y in samples])
+    usual = [sum(b.n / 174 * abs(b.predicted - b.observed) for b in cal.reliability(two(p), y)) for p, y in samples]
+    assert np.mean(usual) > 0.07
+    assert 0.3 < np.mean(errors == 0) < 0.8
+    wrong = [ERROR.of(two(np.clip(p + 0.15, 0, 1)), y) for p, y in samples]
+    assert np.median(wrong) == pytest.approx(0.14, abs=0.03)
+
+
+def test_observed_to_expected_is_their_ratio() -> None:
+    ratio = cal.CALIBRATION["observed_to_expected"]
+    assert ratio.of(two([0.2, 0.4, 0.4]), np.array([0, 1, 1])) == pytest.approx(2.0)
+    p, y = honest()
+    assert ratio.of(two(p), y) == pytest.approx(1, abs=0.05)
 
 
 def test_reliability_points_hold_all_cases() -> None:
@@ -45,7 +67,7 @@ def test_true_probabilities_have_slope_one_and_intercept_zero() -> None:
     p, y = honest()
     assert cal.CALIBRATION["calibration_slope"].of(two(p), y) == pytest.approx(1, abs=0.08)
     assert cal.CALIBRATION["calibration_intercept"].of(two(p), y) == pytest.approx(0, abs=0.1)
-    assert cal.CALIBRATION["ece"].of(two(p), y) < 0.03
+    assert ERROR.of(two(p), y) < 0.03
 
 
 @given(stretch=st.floats(0.3, 3), shift=st.floats(-1, 1))
@@ -95,23 +117,5 @@ def test_no_positive_case_has_no_threshold() -> None:
 
 
 def test_the_calibration_error_has_no_interval() -> None:
-    """The estimate is biased: true probabilities have a mean error of 0.08 at 174 patients, and 0 never in an interval."""
-    assert not cal.CALIBRATION["ece"].has_interval
-    errors = [cal.CALIBRATION["ece"].of(two(p), y) for p, y in (honest(174, seed) for seed in range(20))]
-    assert np.mean(errors) > 0.05
-
-
-def test_net_benefit_by_hand() -> None:
-    (point,) = cal.decision_curve(np.array([0.1, 0.6, 0.7, 0.3]), np.array([0, 0, 1, 1]), [0.2])
-    assert point.model == pytest.approx(2 / 4 - 1 / 4 * 0.25)  # 0.6 and 0.7 and 0.3 acted on: TP 2, FP 1
-    assert point.treat_all == pytest.approx(0.5 - 0.5 * 0.25)
-
-
-def test_net_benefit_of_everybody_is_zero_at_the_prevalence() -> None:
-    p, y = honest(1000, 3)
-    (point,) = cal.decision_curve(p, y, [float(y.mean())])
-    assert point.treat_all == pytest.approx(0, abs=1e-12)
-    perfect = cal.decision_curve(y.astype(float), y)
-    assert all(b.model == pytest.approx(y.mean()) for b in perfect)
-    with pytest.raises(Undefined):
-        cal.decision_curve(np.zeros(0), np.zeros(0))
+    """A root of a difference that is cut at 0 has no limits by Student's t."""
+    assert not ERROR.has_interval

@@ -23,12 +23,12 @@ def made(path: Path, sites=SITES, **how) -> Path:
 
 
 def change(path: Path, of, label: str = "fedavg") -> None:
-    """Change the scores of a method by ``of(score, target)``, or with ``silent`` marks by a pair."""
-    file = path / "arms" / f"{label}-seed0" / "predictions.safetensors"
-    tensors = load_file(file)
-    for key in [k for k in tensors if k.endswith("/score")]:
-        tensors[key] = np.ascontiguousarray(of(tensors[key], tensors[key.replace("score", "target")]), np.float32)
-    save_file(tensors, file)
+    """Change the test and validation scores of a method by ``of(score, target)``."""
+    for file in (path / "arms" / f"{label}-seed0").glob("*.safetensors"):
+        tensors = load_file(file)
+        for key in [k for k in tensors if k.endswith("/score")]:
+            tensors[key] = np.ascontiguousarray(of(tensors[key], tensors[key.replace("score", "target")]), np.float32)
+        save_file(tensors, file)
 
 
 def context(path: Path) -> ReportContext:
@@ -89,6 +89,87 @@ def test_probabilities_worse_than_the_base_rate(tmp_path: Path) -> None:
 def test_four_patients(tmp_path: Path) -> None:
     path = made(tmp_path / "r", sites={"ada": ("training", 4, 0.5, 0.0, 0.0)})
     assert first(path) == "The training sites have 4 test patients in all: nothing was tested."
+
+
+def test_a_test_set_opened_twice(tmp_path: Path) -> None:
+    path = made(tmp_path / "r")
+    text = (path / "records.jsonl").read_text()
+    assert '"seed": 0, "opened": 1' in text
+    (path / "records.jsonl").write_text(text.replace('"seed": 0, "opened": 1', '"seed": 0, "opened": 2'))
+    assert first(path).startswith("The sealed test set was opened more than once: Local (seed 0): 2 times and FedAvg")
+
+
+def test_a_site_without_a_value_is_missing_from_the_mean(tmp_path: Path) -> None:
+    path = made(tmp_path / "r", sites={**SITES, "cy": ("training", 20, 0.0, 0.0, 0.0)})
+    assert first(path) == "The mean over sites is without cy, where AUC is undefined: all 20 cases are of one class."
+
+
+def identity(**places: list[tuple[int, int, int, int]]) -> dict[str, np.ndarray]:
+    """Hashes of names, inputs and targets, and numbers of patients."""
+    return {key.replace("_", "/"): np.array(rows, np.int64) for key, rows in places.items()}
+
+
+def test_a_split_that_leaks(tmp_path: Path) -> None:
+    path = made(tmp_path / "r")
+    change(path, lambda s, y: np.full_like(s, 0.5))  # a leak comes before a collapsed model
+    apart = identity(ada_train=[(1, 11, 0, 1)], ada_test=[(2, 12, 0, 2)], bo_test=[(3, 13, 0, 3)])
+    save_file(apart, path / "data.safetensors")
+    assert evaluate(read_run(path)).leak is None
+    patient = identity(ada_train=[(1, 11, 0, 1)], ada_test=[(2, 12, 0, 2)], bo_test=[(3, 13, 0, 1)])
+    save_file(patient, path / "data.safetensors")
+    assert first(path) == (
+        "Test data and training or validation data overlap at bo: 1 patient occurs in both. "
+        "The results below are therefore too good by an unknown amount."
+    )
+    image = identity(ada_val=[(1, 11, 0, 1)], ada_test=[(2, 11, 0, 2), (4, 14, 0, 4)], bo_public=[(5, 14, 0, 5)])
+    save_file(image, path / "data.safetensors")
+    assert "overlap at ada: 1 of 2 test examples occur in both, byte for byte." in first(path)
+    (path / "data.safetensors").write_bytes(b"damaged")
+    assert evaluate(read_run(path)).leak is None
+
+
+def test_one_input_among_hundreds_is_named_and_not_first(tmp_path: Path) -> None:
+    path = made(tmp_path / "r")
+    change(path, lambda s, y: np.full_like(s, 0.5))
+    rows = [(i, 100 + i, 0, i) for i in range(200)]
+    save_file(identity(ada_train=[(900, 100, 0, 900)], ada_test=rows), path / "data.safetensors")
+    texts = [f.text for f in findings(context(path))]
+    assert texts[0] == "FedAvg predicts the same for every patient of a site."
+    assert any("1 of 200 test examples occur in both" in text for text in texts)
+
+
+def test_validation_and_test_patients_with_the_same_numbers(tmp_path: Path) -> None:
+    """A run folder without the identity of its data, whose numbers are not those of single files."""
+    path = made(tmp_path / "r")
+    for name, start in (("predictions", 100), ("validation", 95)):
+        file = path / "arms" / "fedavg-seed0" / f"{name}.safetensors"
+        tensors = load_file(file)
+        save_file({k: v + start if k.endswith("patient") else v for k, v in tensors.items()}, file)
+    assert first(path).startswith("Test data and training or validation data overlap at ada and bo: 25 patients occur")
+
+
+def test_validation_and_test_that_disagree(tmp_path: Path) -> None:
+    path = made(tmp_path / "r", sites={"ada": ("training", 80, 0.4, 0.0, 0.0), "bo": ("training", 60, 0.4, 0.2, 0.1)})
+    assert evaluate(read_run(path)).disagreement is None
+    file = path / "arms" / "fedavg-seed0" / "predictions.safetensors"
+    tensors = load_file(file)
+    for site in SITES:
+        y = tensors[f"{site}/target"]
+        p = 0.45 + 0.1 * y + 0.2 * np.random.default_rng(0).normal(size=len(y))
+        tensors[f"{site}/score"] = np.ascontiguousarray(two(np.clip(p, 0, 1)), np.float32)
+    save_file(tensors, file)
+    text = first(path)
+    assert text.startswith("Validation and test results of FedAvg disagree: AUC 0.9")
+    assert "excludes 0. Check how the split was made" in text
+
+
+def test_values_of_masks_that_are_not_numbers(tmp_path: Path) -> None:
+    path = made(tmp_path / "r", task="segmentation")
+    file = path / "arms" / "fedavg-seed0" / "predictions.safetensors"
+    tensors = load_file(file)
+    tensors["bo/dice"][:4] = np.nan
+    save_file(tensors, file)
+    assert first(path) == "FedAvg has no Dice for 4 of 70 test images (bo 4), which are left out."
 
 
 def test_a_curve_that_still_rises(tmp_path: Path) -> None:

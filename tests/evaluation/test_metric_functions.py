@@ -185,7 +185,8 @@ def test_classes_that_neither_prediction_nor_truth_contains_have_no_value() -> N
         as_images(Predictions(np.arange(3), cases=values)),
     ):
         np.testing.assert_array_equal(cases.values["dice"], [[0.5, np.nan], [0.7, 1.0], [np.nan, np.nan]])
-        assert set(cases.values) == {"dice"}
+        assert set(cases.values) == {"dice", "dice_empty"}
+        np.testing.assert_array_equal(cases.values["dice_empty"], [[0.5, 1.0], [0.7, 1.0], [1.0, 1.0]])
 
 
 def test_a_wrong_unit_is_refused() -> None:
@@ -215,7 +216,7 @@ def test_dice_hd95_and_volume_equal_plain_scipy(shape: tuple[int, ...], spacing:
 
     field = gaussian_filter(np.random.default_rng(seed).normal(size=(2, *shape)), (0, *[3] * len(shape)))
     t, p = field[0] > 0.0, field[0] + 0.3 * field[1] > 0.0
-    got = agreement(torch.tensor(p)[None].long(), torch.tensor(t)[None].long(), 2, spacing, 1.0)
+    got = agreement(torch.tensor(p)[None].long(), torch.tensor(t)[None].long(), 2, spacing, full_metrics=True)
     assert got["dice"].item() == pytest.approx(2 * (p & t).sum() / (p.sum() + t.sum()))
     both = [surface_distances(p, t, spacing), surface_distances(t, p, spacing)]
     assert got["hd95"].item() == pytest.approx(max(np.percentile(d, 95) for d in both), rel=1e-5)

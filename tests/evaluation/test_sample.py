@@ -1,5 +1,6 @@
 """Estimates and differences of a run against independent computations, and at sites with hardly any patients."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from sklearn import metrics as sk
 
 from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.predictions import Cases, Predictions, unit_of
-from polyclinic.evaluation.records.run_reader import read_run
+from polyclinic.evaluation.records.run_reader import NotARun, read_run
 from polyclinic.evaluation.run_evaluation import evaluate
 from polyclinic.evaluation.sample import MOST, Sample, sample
+from polyclinic.statistics.multiple_tests import holm
 from tests.support.synthetic_run import write_run
 
 TABLE = metrics_for("classification", 2)
@@ -55,8 +57,8 @@ def test_quantities_of_a_report_equal_scikit_learns(result) -> None:
         assert ours["brier"] == pytest.approx(sk.brier_score_loss(y, p))
     mean = np.mean([sk.roc_auc_score(*arrays(run, "fedavg", s)[::-1]) for s in THREE])
     assert found.of("fedavg").macro.value == pytest.approx(mean)
-    whole = [np.concatenate(x) for x in zip(*(arrays(run, "fedavg", s) for s in THREE), strict=True)]
-    assert found.of("fedavg").pooled["auc"].value == pytest.approx(sk.roc_auc_score(whole[1], whole[0]))
+    briers = [sk.brier_score_loss(*arrays(run, "fedavg", s)[::-1]) for s in THREE]
+    assert found.of("fedavg").means["brier"].value == pytest.approx(np.mean(briers))
 
 
 def test_intervals_and_tests_of_a_report_equal_scipys(result) -> None:
@@ -79,6 +81,44 @@ def test_intervals_and_tests_of_a_report_equal_scipys(result) -> None:
     assert adjusted[1] == pytest.approx(max(adjusted[0], p_values[1]))
     values = [[found.of(m).sites[s]["auc"].value for m in ("local", "fedavg", "fedprox")] for s in THREE]
     assert found.ranking.p == pytest.approx(stats.friedmanchisquare(*np.transpose(values)).pvalue)
+
+
+def with_declared(path: Path, compare: list[dict[str, object]]) -> Path:
+    """Add declared comparisons to a run's description."""
+    info = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**info, "compare": compare}))
+    return path
+
+
+def test_declared_comparisons_are_corrected_among_themselves(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "r", sites=THREE, methods=("local", "fedavg", "fedprox"), seeds=(0,))
+    wide = {"method": "fedprox", "reference": "fedavg", "kind": "equivalence", "margin": 0.2}
+    tight = {"method": "fedprox", "reference": "fedavg", "kind": "non-inferiority", "margin": 0.02}
+    plain = {"method": "local", "reference": "fedavg", "kind": "difference"}
+    gone = {"method": "lost", "reference": "fedavg", "kind": "difference"}
+    run = read_run(with_declared(path, [wide, tight, plain, gone]))
+    result = evaluate(run)
+    ours = result.declared
+    data = sample(run, 0.95)
+    for c, spec in zip(ours[:2], (wide, tight), strict=True):
+        alone = data.difference("fedprox", "fedavg", list(THREE), AUC, spec["kind"], spec["margin"])
+        assert c.difference.p == alone.p
+    doubled = [2 * ours[0].difference.p, 2 * ours[1].difference.p, ours[2].difference.p]
+    adjusted = holm([min(1.0, p) for p in doubled])
+    found = [2 * ours[0].difference.adjusted, 2 * ours[1].difference.adjusted, ours[2].difference.adjusted]
+    assert found == pytest.approx(adjusted)
+    assert ours[0].difference.verdict() == "equivalent"
+    assert ours[1].difference.verdict() == "non-inferiority not shown"
+    assert ours[3].difference.verdict() == "not tested: no seed or no site in common"
+    assert result.comparisons["fedprox"].margin is None
+
+
+@pytest.mark.parametrize("margin", [None, -0.1, 0.0])
+def test_a_record_of_a_comparison_without_its_margin_is_refused(tmp_path: Path, margin: float | None) -> None:
+    path = write_run(tmp_path / "r", sites=THREE, methods=("fedavg", "fedprox"), seeds=(0,))
+    with_declared(path, [{"method": "fedprox", "reference": "fedavg", "kind": "equivalence", "margin": margin}])
+    with pytest.raises(NotARun, match="margin"):
+        read_run(path)
 
 
 def test_a_mean_over_many_lopsided_sites_has_an_interval(tmp_path: Path) -> None:

@@ -6,12 +6,17 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from polyclinic.evaluation.calibration import decision_curve, reliability
+from polyclinic.evaluation.calibration import reliability
+from polyclinic.evaluation.net_benefit import NetBenefit
 from polyclinic.report import figures as fig
+from polyclinic.statistics.intervals import Estimate
 from polyclinic.statistics.paired_tests import rank_methods
 
 P = np.linspace(0.02, 0.98, 60)
 Y = (np.random.default_rng(0).uniform(size=60) < P).astype(int)
+CURVE = [
+    NetBenefit(t, Estimate(0.4 - t / 2, 0.3 - t / 2, 0.5 - t / 2), Estimate(0.4 - t), Estimate(0.0)) for t in (0.1, 0.5)
+]
 DRAWN = {
     "points": lambda name: fig.points(
         name,
@@ -27,7 +32,7 @@ DRAWN = {
     "zero": lambda name: fig.points(name, "alt", [fig.Point("a", 0.1, 0.05, 0.2, "+0.1")], "Gain", 0.0, zero=True),
     "curves": lambda name: fig.curves(name, "alt", {"FedAvg": ([1, 2, 3], [0.5, 0.6, 0.7]), "1": ([1], [0.4])}, "AUC"),
     "reliability": lambda name: fig.reliability_plot(name, "alt", {"x": reliability(np.stack([1 - P, P], 1), Y)}),
-    "decision": lambda name: fig.decision_plot(name, "alt", decision_curve(P, Y)),
+    "decision": lambda name: fig.decision_plot(name, "alt", CURVE),
     "scatter": lambda name: fig.scatter(name, "alt", [("a", 1.0, 0.8, "plain"), ("b", 1.0, 0.8, "baseline")], "x", "y"),
     "agreement": lambda name: fig.agreement_plot(name, "alt", P, P - 0.5, (-1.0, 0.0, 1.0), " (years)"),
     "ranks": lambda name: fig.ranks_plot(

@@ -200,7 +200,7 @@ def test_a_site_with_one_class_has_no_auc_and_the_page_says_why(tmp_path: Path) 
         tensors["bo/target"][:] = 1
         save_file(tensors, file)
     page = Page(build_report(path, options=FEW).read_text())
-    assert "AUC is undefined at bo: all 30 cases are of one class" in page.text
+    assert "The mean over sites is without bo, where AUC is undefined: all 30 cases are of one class" in page.text
     assert "nan" not in re.findall("[a-z]+", page.text.lower())
     json.loads((path / "report" / "report.json").read_text(), parse_constant=pytest.fail)
 
@@ -519,6 +519,27 @@ def test_runs_are_compared_on_the_same_patients(tmp_path: Path) -> None:
     assert rows["a", "local"].difference.adjusted >= rows["a", "local"].difference.p
     with pytest.raises(NotComparable, match="no method 'a/fedbn'"):
         compare([a, b], reference="a/fedbn", options=FEW)
+
+
+def test_declared_comparisons_stand_in_the_report_the_card_and_the_comparison_of_runs(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / name, sites=LITTLE, methods=("fedavg", "fedprox"), seeds=(0,)) for name in "ab"]
+    info = json.loads((paths[0] / "run.json").read_text())
+    declared = {"method": "fedprox", "reference": "fedavg", "kind": "non-inferiority", "margin": 0.2}
+    (paths[0] / "run.json").write_text(json.dumps({**info, "compare": [declared]}))
+    file = build_report(paths[0], options=FEW)
+    text = Page(file.read_text(encoding="utf-8")).text
+    words = (
+        "Declared before the run: FedProx compared with FedAvg by AUC, question non-inferiority and the margin 0.200"
+    )
+    assert f"{words}: non-inferior , difference" in text
+    assert "Comparisons that the study file declared before the run." in text
+    assert "These comparisons were not declared before the run" in text
+    assert words in (file.parent / "model_card.md").read_text(encoding="utf-8")
+    assert json.loads((file.parent / "report.json").read_text())["verdicts"]["declared"] == ["non-inferior"]
+    rows = compare(paths, options=FEW)
+    assert [row.declared for row in rows] == [False] * 4 + [True]
+    last = rows[-1]
+    assert (last.run, last.method, last.reference, last.verdict) == ("a", "fedprox", "a/fedavg", "non-inferior")
 
 
 def test_runs_with_other_patients_are_not_compared(tmp_path: Path) -> None:

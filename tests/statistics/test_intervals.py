@@ -109,6 +109,31 @@ def test_random_effects_on_the_bcg_trials() -> None:
     assert pooled.i2 == pytest.approx(0.9212, abs=5e-5)
 
 
+def test_shrunken_sites_are_closer_to_the_truth_and_their_worst_is_not_too_low() -> None:
+    rng, errors, lowest, covered = np.random.default_rng(0), [], [], []
+    for _ in range(150):
+        v = rng.uniform(0.05, 0.3, 8)
+        truth = rng.normal(0, 0.3, 8)
+        y = truth + rng.normal(0, v**0.5)
+        found = iv.pool_sites(y, v).shrunken
+        values = np.array([e.value for e in found])
+        errors.append([((values - truth) ** 2).mean(), ((y - truth) ** 2).mean()])
+        worst = found[int(values.argmin())]
+        lowest.append([worst.value - truth[values.argmin()], y.min() - truth[y.argmin()]])
+        covered.append(worst.low <= truth[values.argmin()] <= worst.high)
+    ours, raw = np.mean(errors, axis=0)
+    assert ours < 0.6 * raw
+    bias, selected = np.mean(lowest, axis=0)
+    assert abs(bias) < 0.12 < 0.2 < abs(selected)
+    assert np.mean(covered) > 0.93
+
+
+def test_a_difference_of_two_estimates_has_the_limits_of_both() -> None:
+    a, b = iv.Estimate(0.8, 0.7, 0.85), iv.Estimate(0.6, 0.5, 0.75)
+    low, high = iv.mean_of_limits([a, b], [1, -1])
+    assert (low, high) == pytest.approx((0.2 - np.hypot(0.1, 0.15), 0.2 + np.hypot(0.05, 0.1)))
+
+
 def test_random_effects_of_equal_sites_is_their_mean() -> None:
     pooled = iv.pool_sites([0.8, 0.8, 0.8], [0.01, 0.02, 0.04])
     assert pooled.estimate.value == pytest.approx(0.8)

@@ -1,5 +1,7 @@
 """Comparison: published examples, second implementations, and the will to say no."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -150,3 +152,55 @@ def test_patients_alone_would_not_keep_it() -> None:
     values = 0.05 * rng.normal(size=(500, 3)).mean(1) + 0.02 * rng.normal(size=500)
     p = [cmp.paired(np.array([v]), Spread(0.02**2, 199.0), 200, 200).p for v in values]
     assert np.mean(np.array(p) < 0.05) > 0.2
+
+
+def with_margin(d: np.ndarray, question: cmp.Question, margin: float) -> cmp.Difference:
+    one = jackknife_of(d)
+    return cmp.paired(np.array([one.value]), one.spread(), one.changing, len(d), question=question, margin=margin)
+
+
+def test_non_inferiority_is_scipys_one_sided_t_test() -> None:
+    d = np.random.default_rng(0).normal(-0.01, 0.05, 40)
+    found = with_margin(d, "non-inferiority", 0.03)
+    assert found.p == pytest.approx(stats.ttest_1samp(d, -0.03, alternative="greater").pvalue)
+    assert found.verdict() == "non-inferior"
+    assert (found.low, found.high) == pytest.approx(tuple(stats.ttest_1samp(d, 0).confidence_interval(0.95)))
+    assert with_margin(d, "non-inferiority", 0.005).verdict() == "non-inferiority not shown"
+    assert with_margin(d - 0.1, "non-inferiority", 0.03).verdict() == "worse by more than the margin"
+    assert with_margin(d + 0.1, "non-inferiority", 0.03).verdict() == "non-inferior"
+
+
+def test_equivalence_is_two_one_sided_tests() -> None:
+    """statsmodels 0.15: ttost_paired(d, 0, -0.03, 0.03) has p = 0.005178487756467463 for these differences."""
+    d = np.random.default_rng(0).normal(-0.01, 0.05, 40)
+    found = with_margin(d, "equivalence", 0.03)
+    sides = [stats.ttest_1samp(d, m, alternative=a).pvalue for m, a in ((-0.03, "greater"), (0.03, "less"))]
+    assert found.p == pytest.approx(max(sides))
+    assert found.p == pytest.approx(0.005178487756467463)
+    assert found.verdict() == "equivalent"
+    assert with_margin(d + 0.1, "equivalence", 0.03).verdict() == "different by more than the margin"
+    assert with_margin(d, "equivalence", 0.012).verdict() == "equivalence not shown"
+
+
+def test_a_margin_verdict_and_the_interval_agree() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        d = rng.normal(rng.normal(0, 0.03), 0.05, 12)
+        one, both = with_margin(d, "non-inferiority", 0.03), with_margin(d, "equivalence", 0.03)
+        assert (one.verdict() == "non-inferior") == (one.low > -0.03)
+        assert (both.verdict() == "equivalent") == (both.low > -0.03 and both.high < 0.03)
+
+
+def test_a_corrected_p_can_take_a_verdict_away() -> None:
+    found = with_margin(np.random.default_rng(0).normal(-0.01, 0.05, 40), "non-inferiority", 0.03)
+    assert replace(found, adjusted=0.026).verdict() == "non-inferiority not shown"
+
+
+def test_equal_results_and_few_patients_are_no_evidence_of_equivalence() -> None:
+    assert with_margin(np.zeros(30), "equivalence", 0.1).verdict().startswith("not tested: equal results")
+    few = np.zeros(200)
+    few[:3] = 1.0
+    assert with_margin(few, "equivalence", 0.1).verdict() == "not tested: 3 of 200 patients differ, fewer than 6"
+    assert (
+        with_margin(np.array([0.01, 0.02, -0.01, 0.0]), "equivalence", 0.5).verdict().startswith("not tested: 3 of 4")
+    )

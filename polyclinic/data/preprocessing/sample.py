@@ -5,6 +5,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from polyclinic.data.geometry import Geometry
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -15,11 +17,16 @@ class Picture:
             bits are scaled to 0 to 1, pictures of signed or real numbers and volumes keep their values.
         mask: int64, shape [*spatial], or None. -1 marks pixels without annotation.
         spacing_mm: Millimeters between neighbors along each spatial axis, or None if the file does not state it.
+        geometry: Position of the pixels in the file, or None if they come from no image file.
+        truth: The mask on the file's own grid, or None. Steps that change labels change it too; steps that change the
+            grid do not.
     """
 
     pixels: Tensor
     mask: Tensor | None = None
     spacing_mm: tuple[float, ...] | None = None
+    geometry: Geometry | None = None
+    truth: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, ...]:

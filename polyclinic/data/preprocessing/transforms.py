@@ -5,7 +5,8 @@ Every step sees one image only, so no information passes between patients, roles
 
 Resampling, cropping and intensity scaling follow nnU-Net (Isensee et al., Nature Methods 18:203, 2021,
 https://doi.org/10.1038/s41592-020-01008-z, online methods), except that images reduced by more than half are averaged
-over areas first, to avoid aliasing.
+over areas first, to avoid aliasing. A mask is resampled label by label, as the share of each label in a pixel; the
+largest share wins (a label with at least one half, as in nnU-Net, which leaves pixels without any such label empty).
 """
 
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from polyclinic.data.examples import DataError
@@ -44,26 +46,45 @@ def _sized(picture: Picture, size: Sequence[int]) -> Picture:
         return picture
     if math.prod(size) * picture.pixels.shape[0] > LARGEST:
         raise DataError(f"an image of {' x '.join(map(str, size))} pixels is too large: choose larger pixels")
-    axes, pixels = len(size), picture.pixels[None]
-    if any(new < old / 2 for new, old in zip(size, picture.size, strict=True)):
-        between = [new if new < old / 2 else old for new, old in zip(size, picture.size, strict=True)]
-        average: Any = functional.adaptive_avg_pool2d if axes == 2 else functional.adaptive_avg_pool3d
-        pixels = average(pixels, between)
-    pixels = functional.interpolate(pixels, tuple(size), mode="bilinear" if axes == 2 else "trilinear")[0]
-    mask = picture.mask
-    if mask is not None:
-        mask = functional.interpolate(mask[None, None].double(), tuple(size), mode="nearest-exact")[0, 0].long()
     spacing = picture.spacing_mm and tuple(
         mm * old / new for mm, old, new in zip(picture.spacing_mm, picture.size, size, strict=True)
     )
-    return Picture(pixels, mask, spacing)
+    return replace(
+        picture,
+        pixels=_interpolated(picture.pixels, size),
+        mask=None if picture.mask is None else _resampled_labels(picture.mask, size),
+        spacing_mm=spacing,
+        geometry=picture.geometry and picture.geometry.resized(size),
+    )
+
+
+def _interpolated(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Return ``values`` [C, *spatial] on ``size`` pixels: means over areas for large reductions, then linear."""
+    axes, pixels, before = len(size), values[None], values.shape[1:]
+    if any(new < old / 2 for new, old in zip(size, before, strict=True)):
+        between = [new if new < old / 2 else old for new, old in zip(size, before, strict=True)]
+        average: Any = functional.adaptive_avg_pool2d if axes == 2 else functional.adaptive_avg_pool3d
+        pixels = average(pixels, between)
+    return functional.interpolate(pixels, tuple(size), mode="bilinear" if axes == 2 else "trilinear")[0]
+
+
+def _resampled_labels(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the label with the largest share of each new pixel; of equal shares, that of the larger label."""
+    labels = mask.unique().tolist()
+    out = torch.full(tuple(size), labels[0], dtype=mask.dtype)
+    if len(labels) == 1:
+        return out
+    most = _interpolated((mask == labels[0]).float()[None], size)[0]
+    for label in labels[1:]:
+        share = _interpolated((mask == label).float()[None], size)[0]
+        wins = share >= most
+        out[wins], most = label, torch.maximum(share, most)
+    return out
 
 
 @dataclass(frozen=True)
 class Resample:
-    """Resampling to ``mm`` millimeters per pixel: one number, or one per axis, (y, x) or (z, y, x). Masks by nearest
-    neighbor.
-    """
+    """Resampling to ``mm`` millimeters per pixel: one number, or one per axis, (y, x) or (z, y, x)."""
 
     name: ClassVar[str] = "resample"
     version: ClassVar[int] = 1
@@ -122,7 +143,9 @@ class CropPad:
             before = int((new - old) / 2)  # negative pads crop; towards 0, so that cropping undoes padding
             pads += [before, new - old - before]
         mask = None if picture.mask is None else functional.pad(picture.mask, pads)
-        return replace(picture, pixels=functional.pad(picture.pixels, pads, value=self.fill), mask=mask)
+        geometry = picture.geometry and picture.geometry.cropped([-pad for pad in pads[-2::-2]], wanted)
+        pixels = functional.pad(picture.pixels, pads, value=self.fill)
+        return replace(picture, pixels=pixels, mask=mask, geometry=geometry)
 
 
 @dataclass(frozen=True)
@@ -146,7 +169,9 @@ class Foreground:
         high = (where.amax(0) + 1 + self.margin).tolist()
         box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
         mask = None if picture.mask is None else picture.mask[box]
-        return replace(picture, pixels=picture.pixels[(slice(None), *box)], mask=mask)
+        pixels = picture.pixels[(slice(None), *box)]
+        geometry = picture.geometry and picture.geometry.cropped(low, pixels.shape[1:])
+        return replace(picture, pixels=pixels, mask=mask, geometry=geometry)
 
 
 @dataclass(frozen=True)
@@ -252,14 +277,18 @@ class Relabel:
         """Return the picture with the new mask. A value that is not listed is refused."""
         if picture.mask is None:
             raise DataError('the step "relabel" is for masks, and there is none')
-        if unknown := sorted(set(picture.mask.unique().tolist()) - {*self.values, IGNORED}):
+        truth = None if picture.truth is None else self._relabeled(picture.truth)
+        return replace(picture, mask=self._relabeled(picture.mask), truth=truth)
+
+    def _relabeled(self, mask: Tensor) -> Tensor:
+        if unknown := sorted(set(mask.unique().tolist()) - {*self.values, IGNORED}):
             raise DataError(
                 f"the mask contains {unknown[:5]}, which are not among the step's values = {list(self.values)}"
             )
-        mask = torch.where(picture.mask == IGNORED, IGNORED, 0)
+        renamed = torch.where(mask == IGNORED, IGNORED, 0)
         for old, new in zip(self.values, self.to or range(len(self.values)), strict=True):
-            mask[picture.mask == old] = new
-        return replace(picture, mask=mask)
+            renamed[mask == old] = new
+        return renamed
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import uncovered
 from polyclinic.engines.policy.requirements import arrived, transform_problems, unknown_transforms
 from polyclinic.engines.site_description import JOB, Describe
-from polyclinic.errors import ConfigError
+from polyclinic.errors import ConfigError, PolyclinicError
+from polyclinic.learning.weights import store
 from polyclinic.methods.plugins import RULE, Package, allows, exact_rule, methods_in, packages_of
 from polyclinic.methods.registry import entry
 
@@ -64,6 +65,7 @@ class Allow(_Table):
     stats: tuple[str, ...] = ("WeightedMean", "ElementwiseMean")
     gather: tuple[str, ...] = ("score", "describe")
     packages: tuple[Annotated[str, Field(pattern=RULE)], ...] = ()
+    weights: tuple[Annotated[str, Field(pattern=r"^(\*|[0-9a-f]{64})$")], ...] = ("*",)
     class_names: bool = False
 
 
@@ -113,6 +115,8 @@ class Policy(_Table):
         packages = packages_of(methods_in({"method": plan.method, "options": plan.options}))
         if refused := self.package_problems(packages):
             return refused  # building the method would import the package
+        if refused := self.weights_problems(plan):
+            return refused  # the network cannot be built without them
         method = plan.build_method()
         found = [*_plan_problems(self, plan), *transform_problems(self.require.transforms, transforms_of(method))]
         if self.privacy and not plan.private and entry(plan.method).leaves != "nothing":
@@ -132,6 +136,20 @@ class Policy(_Table):
             for package in packages
             if not any(allows(rule, package) for rule in self.allow.packages)
         ]
+
+    def weights_problems(self, plan: Plan) -> list[str]:
+        """Return why start weights of ``plan`` cannot be used at this site, one sentence per reason."""
+        wanted = plan.tuning.get("weights", {})
+        sha256 = wanted.get("sha256", "") if isinstance(wanted, Mapping) else ""
+        if not sha256:
+            return []
+        if not {"*", sha256} & {*self.allow.weights}:
+            return [f"the plan needs the start weights {sha256}, which the policy does not allow (allow.weights)"]
+        try:
+            store.find(str(sha256))
+        except PolyclinicError as error:
+            return [str(error)]
+        return []
 
     def survey_problems(self) -> list[str]:
         """Return why this policy would refuse to describe the site's data, one sentence per reason."""

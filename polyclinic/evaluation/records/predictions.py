@@ -193,12 +193,16 @@ def as_cases(predictions: Predictions, unit: str = "patient", regression: bool =
 
 
 def _present(cases: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Return the values of each metric, NaN for classes that neither prediction nor truth of a case contains."""
+    """Return the values of each metric, NaN for classes that neither prediction nor truth of a case contains.
+
+    Dice is given by both conventions: ``dice`` leaves these out (nnU-Net), ``dice_empty`` counts them as 1.
+    """
     values = {name: value for name, value in cases.items() if name not in ("empty", "absent")}
     if "absent" not in cases:
         return values
     absent = np.asarray(cases["absent"]).astype(bool)
-    return {name: np.where(absent, np.nan, value) for name, value in values.items()}
+    both = {"dice_empty": np.where(absent, 1.0, values["dice"])} if "dice" in values else {}
+    return {name: np.where(absent, np.nan, value) for name, value in values.items()} | both
 
 
 def _mean_by(index: NDArray[np.int64], values: NDArray[Any], size: int) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 BASELINES = ("local", "pooled", "cross")
 TASKS = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
@@ -155,6 +155,21 @@ class SiteInfo(_Line):
     classes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
 
+class ComparisonInfo(_Line):
+    """A comparison that the study declared before the run."""
+
+    method: str
+    reference: str
+    kind: Literal["difference", "non-inferiority", "equivalence"] = "difference"
+    margin: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _with_margin(self) -> "ComparisonInfo":
+        if (self.kind == "difference") != (self.margin is None):
+            raise ValueError("a margin is needed for non-inferiority and equivalence, and only for these")
+        return self
+
+
 class MethodInfo(_Line):
     """One method of the study; ``leaves`` describes its messages from a site."""
 
@@ -171,10 +186,31 @@ class MethodInfo(_Line):
         return self.label in BASELINES or self.name in BASELINES
 
 
+class StartInfo(_Line):
+    """The start weights of the network, and what was trained. ``account`` says what was loaded.
+
+    ``trained`` and ``numbers`` count the numbers that were trained and those of the whole network.
+    """
+
+    name: str
+    sha256: str
+    license: str = ""
+    source: str = ""
+    trained_on: str = ""
+    citation: str = ""
+    redistribute: bool = True
+    account: str = ""
+    adapted: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    trained: int = 0
+    numbers: int = 0
+
+
 class RunInfo(_Line):
     """``run.json``. With ``folds``, each method has one run per seed and fold of patients or sites.
 
-    ``machines`` and ``attack`` describe simulated machines and attacks.
+    ``machines`` and ``attack`` describe simulated machines and attacks, ``start`` the start weights, ``space`` where
+    masks were compared, ``compare`` the declared comparisons.
     """
 
     name: str
@@ -183,6 +219,7 @@ class RunInfo(_Line):
     created: str = ""
     task: TASKS
     classes: tuple[str, ...] = ()
+    space: Literal["", "native", "grid"] = ""
     metric: str
     higher_is_better: bool = True
     data: DataInfo = DataInfo()
@@ -197,6 +234,8 @@ class RunInfo(_Line):
     parameters: int = 0
     machines: dict[str, Any] = Field(default_factory=dict)
     attack: dict[str, Any] = Field(default_factory=dict)
+    start: StartInfo | None = None
+    compare: tuple[ComparisonInfo, ...] = ()
 
 
 Known = Annotated[

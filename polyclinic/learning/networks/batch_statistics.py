@@ -11,7 +11,7 @@ import torch
 
 from polyclinic.core.tree import Tree
 from polyclinic.errors import DataError
-from polyclinic.learning.networks.model_tree import BATCH_NORMS, BuildsModel, cached_model, params_of
+from polyclinic.learning.networks.model_tree import BuildsModel, cached_model, live_batch_norms, params_of
 
 
 def recomputed(task: BuildsModel, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> Tree:
@@ -26,7 +26,7 @@ def recomputed(task: BuildsModel, params: Tree, data: Any, device: str = "cpu", 
         DataError: If there is one example only and a layer has one value of each channel, without a variance.
     """
     model = cached_model(task, params, device, "recomputed")
-    layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
+    layers: list[Any] = [layer for layer in live_batch_norms(model) if layer.track_running_stats]
     if not layers:
         return params
     model.eval()

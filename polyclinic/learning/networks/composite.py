@@ -1,6 +1,7 @@
 """Networks composed of other networks, for use in a task like any other network."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,16 @@ class Composed:
     def __call__(self) -> nn.Module:
         """Build a module with random parameters."""
         return self.network()
+
+    @property
+    def name(self) -> str:
+        """The network's name."""
+        return self.network.name
+
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        """The network's options."""
+        return self.network.options
 
     @property
     def inputs(self) -> tuple[int, ...]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
-from polyclinic.learning.networks.model_tree import BATCH_NORMS
+from polyclinic.learning.networks.model_tree import live_batch_norms
 
 
 class _Computes(nn.Module):
@@ -36,7 +37,7 @@ def at(model: nn.Module, params: Tree, function: Callable[[nn.Module, Batch], Te
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Freeze running statistics within the context: batch normalization uses its batches without recording them."""
-    layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+    layers: list[Any] = live_batch_norms(model)
     before = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = 0.0

@@ -5,15 +5,17 @@ import math
 import torch
 from torch import nn
 
+from polyclinic.learning.networks.model_tree import trainable
+
 
 def follow_(follower: nn.Module, leader: nn.Module, keep: float) -> None:
-    """Update ``θ' ← keep · θ' + (1 − keep) · θ`` for all parameters, in place, without running statistics.
+    """Update ``θ' ← keep · θ' + (1 − keep) · θ`` for all trained parameters, in place, without running statistics.
 
     Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017, equation 5.
     https://arxiv.org/abs/1703.01780.
     """
     with torch.no_grad():
-        for mine, theirs in zip(follower.parameters(), leader.parameters(), strict=True):
+        for mine, theirs in zip(trainable(follower).values(), trainable(leader).values(), strict=True):
             mine.lerp_(theirs.detach(), 1 - keep)
 
 

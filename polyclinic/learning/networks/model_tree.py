@@ -2,12 +2,17 @@
 
 A network's state contains tensors that must not be averaged. DenseNet-121 has 121 integer counters; DynUNet lists
 nearly every tensor twice; ``resnet18(norm="group")`` has 19 batch normalizations. ``inspect`` classifies all tensors;
-other modules access a model's state only through ``params_of`` and ``load``.
+other modules access a model's state only through ``params_of`` and ``load``, and its trained parameters only through
+``trainable``.
+
+Tensors that ``freeze`` marks are constants of the network: they are in no tree, so that they are neither trained, sent,
+merged, clipped nor counted, and methods need no notion of freezing.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Protocol
 
 import torch
@@ -17,6 +22,7 @@ from polyclinic.core.tree import Tree
 
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_FROZEN = "_frozen_leaves"
 
 _cache = threading.local()
 
@@ -32,7 +38,7 @@ class Inspection:
     """Classification of a model's tensors, by name.
 
     Attributes:
-        trainable: Parameters, which an optimizer changes.
+        trainable: Parameters, which an optimizer changes. Frozen tensors are in none of these groups.
         statistics: Floating-point state that no optimizer changes, such as running means.
         counters: Integer state, which is never sent or averaged.
         aliases: Additional names of tensors that are listed under another name.
@@ -53,9 +59,12 @@ class Inspection:
 def inspect(model: nn.Module) -> Inspection:
     """Classify every tensor of ``model``'s state."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    constant = frozen(model)
     kinds: dict[str, list[str]] = {"trainable": [], "statistics": [], "counters": [], "aliases": []}
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, leaf in model.state_dict().items():
+        if name in constant:
+            continue
         place = (leaf.data_ptr(), tuple(leaf.shape))
         if leaf.numel() and place in seen:
             kind = "aliases"
@@ -73,7 +82,7 @@ def inspect(model: nn.Module) -> Inspection:
             running |= {f"{prefix}.running_mean", f"{prefix}.running_var"}
             if module.momentum is None:
                 warnings.append(f"{prefix} averages its statistics by counting batches; counters are not sent")
-    if batch := sum(isinstance(m, BATCH_NORMS) for m in model.modules()):
+    if batch := len(live_batch_norms(model)):
         warnings.append(
             f"{batch} batch normalizations: their statistics are averaged with the weights unless a method keeps "
             "them at the sites (fedbn, silobn), and differentially private training refuses them"
@@ -99,6 +108,8 @@ def params_of(model: nn.Module) -> Tree:
 def load(model: nn.Module, params: Tree) -> nn.Module:
     """Copy ``params`` into ``model``, reset its counters to 0, and return it.
 
+    Counters are integer tensors with one element. Larger ones, such as tables of indices, are constants of the network.
+
     Raises:
         ValueError: If the names or shapes differ from the model's.
     """
@@ -114,7 +125,7 @@ def load(model: nn.Module, params: Tree) -> nn.Module:
                 )
             leaf.copy_(params[name])
         for leaf in model.state_dict().values():
-            if not leaf.is_floating_point():
+            if leaf.numel() == 1 and not leaf.is_floating_point():
                 leaf.zero_()
     return model
 
@@ -137,7 +148,7 @@ def cached_model(task: BuildsModel, params: Tree, device: str = "cpu", slot: str
 
 def gradient(loss: Tensor, model: nn.Module) -> Tree:
     """Return ∂loss/∂w by name; 0 for parameters that do not affect the loss."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    names, parameters = zip(*trainable(model).items(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     pairs = zip(names, gradients, parameters, strict=True)
     return {name: torch.zeros_like(p) if g is None else g for name, g, p in pairs}
@@ -150,11 +161,74 @@ def initial(build: Callable[[], nn.Module], seed: int) -> Tree:
         return params_of(build())
 
 
+def freeze(model: nn.Module, chosen: Callable[[str], bool]) -> nn.Module:
+    """Make every floating-point tensor of ``model`` that ``chosen`` does not select a constant, and return the model.
+
+    Parts without any selected tensor, and batch normalizations with frozen running statistics, stay in evaluation mode
+    whatever calls ``train()``: their statistics do not move and their dropout has no effect. A tensor with several
+    names is selected if one of its names is.
+    """
+    state = {name: leaf for name, leaf in model.state_dict(keep_vars=True).items() if leaf.is_floating_point()}
+    kept = {id(leaf) for name, leaf in state.items() if chosen(name)}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = {n: state[name] for n in _own_names(module) if (name := f"{prefix}.{n}" if prefix else n) in state}
+        fixed = frozenset(n for n, leaf in own.items() if id(leaf) not in kept)
+        if fixed:
+            setattr(module, _FROZEN, fixed)
+            for n in fixed:
+                own[n].requires_grad_(False)
+    constant = frozen(model)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        inside = {name for name in state if name.startswith(f"{prefix}.") or not prefix}
+        wholly = bool(inside) and inside <= constant
+        if wholly or (isinstance(module, BATCH_NORMS) and "running_mean" in getattr(module, _FROZEN, ())):
+            module.eval()
+            module.train = MethodType(_stay, module)  # type: ignore[method-assign]  # pinned, also in copies
+    return model
+
+
+def frozen(model: nn.Module) -> frozenset[str]:
+    """Return the names of the tensors that ``freeze`` made constants of the network."""
+    return frozenset(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in getattr(module, _FROZEN, ())
+    )
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` that are not frozen, by name and in the model's order."""
+    constant = frozen(model)
+    return {name: p for name, p in model.named_parameters() if name not in constant}
+
+
+def live_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the batch normalizations of ``model`` that normalize by their batches in training."""
+    return [m for m in model.modules() if isinstance(m, BATCH_NORMS) and not _pinned(m)]
+
+
+def _pinned(module: nn.Module) -> bool:
+    return isinstance(module.train, MethodType) and module.train.__func__ is _stay
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Replace ``train`` of a frozen part, which stays in evaluation mode."""
+    return module
+
+
+def _own_names(module: nn.Module) -> Iterator[str]:
+    yield from module._parameters
+    yield from module._buffers
+
+
 def _floating(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's floating-point tensors, each under its first name."""
+    """Return the model's floating-point tensors that are not frozen, each under its first name."""
     floating: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
+    constant = frozen(model)
     for name, leaf in model.state_dict().items():
+        if name in constant:
+            continue
         place = (leaf.data_ptr(), tuple(leaf.shape))
         if leaf.is_floating_point() and not (leaf.numel() and place in seen):
             floating[name] = leaf

@@ -8,7 +8,7 @@ import torch
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.model_tree import cached_model, gradient
+from polyclinic.learning.networks.model_tree import cached_model, gradient, trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import seeded
 
@@ -57,4 +57,4 @@ def full_gradient(task: Task, params: Tree, site: Site, round: int, role: str = 
 def trained(task: Task) -> frozenset[str]:
     """Return the names of trainable parameters; all other leaves of a tree are running statistics."""
     with torch.random.fork_rng(devices=[]):
-        return frozenset(name for name, _ in task.model().named_parameters())
+        return frozenset(trainable(task.model()))

@@ -38,6 +38,13 @@ class Task(ABC):
             full_metrics: Whether to include slow metrics, such as surface distances, as for a final test.
         """
 
+    def outputs_of(
+        self, model: nn.Module, data: Any, index: Tensor, device: str = "cpu", *, full_metrics: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the outputs of the examples of ``data`` at ``index``. A task may read more of them than a batch."""
+        x, y = data[index]
+        return self.outputs(model, (x.to(device), y.to(device)), full_metrics=full_metrics)
+
     @abstractmethod
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Compute scores of one site's ``outputs``, by name. Undefined scores are omitted."""

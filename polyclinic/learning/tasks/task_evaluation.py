@@ -1,6 +1,7 @@
 """Evaluation as an additional job of a method, so that it runs in the same engines as training."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from polyclinic.learning.tasks.task import Task
 
 State = TypeVar("State")
 MOST_EXAMPLES = 2**53
+MOST_PIXELS = 2**22
+"""Number of pixels, over all examples, that are predicted at once; 64 pictures of 256 x 256."""
 log = logging.getLogger(__name__)
 
 
@@ -64,10 +67,10 @@ def outputs(
     """
     model = cached_model(task, params, device).eval()
     parts: list[dict[str, torch.Tensor]] = []
+    size = max(1, min(size, MOST_PIXELS // max(1, math.prod(tuple(getattr(data, "shape", ()))[1:]))))
     with torch.inference_mode():
         for chunk in torch.arange(len(data)).split(size):
-            x, y = data[chunk]
-            parts.append(task.outputs(model, (x.to(device), y.to(device)), full_metrics=full_metrics))
+            parts.append(task.outputs_of(model, data, chunk, device, full_metrics=full_metrics))
         merged = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     patients = list(getattr(data, "patients", range(len(data))))
     numbers = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}

@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core.metering import Spend, Unit, Use, hidden, meter, metered
-from polyclinic.core.site import SecretRng, Site
+from polyclinic.core.site import Compute, SecretRng, Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at
-from polyclinic.learning.networks.model_tree import BATCH_NORMS, cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, live_batch_norms, params_of
+from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
 from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable, seeded
+from polyclinic.learning.training.minibatches import Sampler
 
 __all__ = ["DPSGD", "Spend", "Unit", "add_noise", "meter", "metered", "per_example_gradients"]
 
@@ -105,7 +107,9 @@ class DPSGD(LocalTraining):
         problems = self.validate(task, model)
         if problems := [*problems, *([] if members else ["DPSGD: this site has no training examples"])]:
             raise ConfigError("; ".join(problems))
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad and (trainable is None or trainable(n))}
+        named = {
+            n: p for n, p in trainable_of(model).items() if p.requires_grad and (trainable is None or trainable(n))
+        }
         optimizer, rng = self._optimizer(list(named.values()), self.rate(round)), site.secret_rng()
         spend, secret = self.spend(data), rng.entropy(16)
         expected, deviation = spend.rate * len(members), self.noise * self.bound
@@ -130,6 +134,8 @@ class DPSGD(LocalTraining):
                     model.zero_grad(set_to_none=True)
                     self.penalty(model, origin).backward()  # type: ignore[no-untyped-call]
                     gradient = {n: g if (own := named[n].grad) is None else g + own for n, g in gradient.items()}
+                if self.schedule:
+                    optimizer.lr = self.rate(round, number / spend.steps)
                 for n, p in named.items():
                     p.grad = gradient_hook(n, gradient[n]) if gradient_hook else gradient[n]
                 optimizer.step()
@@ -146,7 +152,7 @@ class DPSGD(LocalTraining):
                 f"DPSGD: noise and bound must be above 0, not {self.noise} and {self.bound}; without noise "
                 "there is no privacy: use plain training and claim none"
             )
-        if any(isinstance(m, BATCH_NORMS) for m in model.modules()):
+        if live_batch_norms(model):
             problems.append(
                 "DPSGD: this network has batch normalization, which mixes patients, so that the contribution of one "
                 'cannot be bounded: build it with the option norm = "group" or "instance"'
@@ -155,7 +161,19 @@ class DPSGD(LocalTraining):
             problems.append("DPSGD: class_weights have no effect on the loss of a single example: remove them")
         if self.amp or self.clip_norm is not None:
             problems.append("DPSGD: remove amp and clip_norm; bound clips the gradient of each unit")
+        if changed := [k for k in ("foreground", "balance", "balance_patients") if getattr(self, k)]:
+            problems.append(
+                f"DPSGD: remove {' and '.join(changed)}: the privacy accounting assumes that every unit is drawn with "
+                "the same probability, and a patch without regard to its content"
+            )
+        if self.keep_optimizer:
+            problems.append("DPSGD: remove keep_optimizer: private training begins each round with a new optimizer")
         return problems
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """False: each round begins with a new optimizer."""
+        return False
 
     def trial(self, task: Trainable, data: Any) -> list[str]:
         """Return why ``task`` cannot be trained privately, and what to change, by a trial on two of ``data``."""
@@ -163,7 +181,7 @@ class DPSGD(LocalTraining):
         if problems := self.validate(task, model):
             return problems
         batch = data[torch.arange(min(2, len(data)))]
-        params, threads = {name: p.detach() for name, p in model.named_parameters()}, torch.get_num_threads()
+        params, threads = {name: p.detach() for name, p in trainable_of(model).items()}, torch.get_num_threads()
         torch.set_num_threads(1)  # a process that has used OpenMP's threads cannot fork workers that use them
         try:
             per_example_gradients(model, params, task.loss, batch, torch.arange(len(batch[0])))
@@ -200,7 +218,7 @@ class DPSGD(LocalTraining):
         """Refuse individual steps, which are not private."""
         raise ConfigError(BY_ITSELF)
 
-    def batches(self, data: Any, rng: torch.Generator, device: str = "cpu") -> NoReturn:
+    def batches(self, data: Any, rng: torch.Generator, device: str = "cpu", compute: Compute = Compute()) -> NoReturn:
         """Refuse individual batches, which are not private."""
         raise ConfigError(BY_ITSELF)
 
@@ -231,7 +249,7 @@ class DPSGD(LocalTraining):
             step: The secret of this fit, and the number of the step. An image's key depends only on these, on the
                 unit's name and on the image's index within the unit.
         """
-        size = sum(p.numel() for p in model.parameters())
+        size = sum(p.numel() for p in trainable_of(model).values())
         chunk = self.chunk or max(1, min(64, 2**26 // size))  # at most 256 MiB of gradients
         for begin in range(0, len(chosen), chunk):
             units = chosen[begin : begin + chunk]
@@ -240,18 +258,24 @@ class DPSGD(LocalTraining):
             keys = torch.tensor([key_of(*step, unit.name, nth) for unit in units for nth in range(len(unit.images))])
             parts = []
             for part in torch.arange(len(positions)).split(chunk):
-                x, y = self._viewed(data[positions[part]], keys[part])
+                x, y = self._sampled(data, positions[part], keys[part])
                 parts.append((of[part].to(device), keys[part].to(device), (x.to(device), y.to(device))))
             yield torch.tensor([float(len(unit.images)) for unit in units], device=device), parts
 
-    def _viewed(self, batch: Batch, keys: Tensor) -> Batch:
-        """Augment each image separately with its own generator."""
+    def _sampled(self, data: Any, positions: Tensor, keys: Tensor) -> Batch:
+        """Return the images at ``positions``, each drawn and augmented with a generator of its own."""
+        if hasattr(data, "draw") or self.augmentation is not None:
+            sampler = Sampler(data, self.augmentation)
+            samples = [sampler(i, key) for i, key in zip(positions.tolist(), keys.tolist(), strict=True)]
+            batch = torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples])
+        else:
+            batch = data[positions]
         if self.augment is None:
             return batch
         x, y = batch
         views = [
-            self.augment((x[i : i + 1], y[i : i + 1]), torch.Generator().manual_seed(int(key)))
-            for i, key in enumerate(keys)
+            self.augment((x[i : i + 1], y[i : i + 1]), torch.Generator().manual_seed(key))
+            for i, key in enumerate(keys.tolist())
         ]
         return torch.cat([view[0] for view in views]), torch.cat([view[1] for view in views])
 

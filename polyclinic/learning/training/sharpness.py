@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at, still
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.training.local import Loss
 
 
@@ -23,7 +24,7 @@ def sharpened(loss: Loss, rho: float, adaptive: bool = False) -> Loss:
     """
 
     def value(model: nn.Module, batch: Batch) -> Tensor:
-        named = dict(model.named_parameters())
+        named = trainable(model)
         with still(model):
             slopes = torch.autograd.grad(loss(model, batch), list(named.values()), allow_unused=True)
         found = {name: g for name, g in zip(named, slopes, strict=True) if g is not None}

@@ -88,7 +88,7 @@ class AutoFedAvg(Method[State]):
             else:
                 gradient = WeightedMean(tree.zeros(full_gradient(self.task, start, site, request.round)), 0.0)
             return Reply({"gradient": gradient}), memory
-        change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+        change = self.local.change(self.task, start, site, request.round)
         size = torch.tensor(float(len(site.data["train"])), dtype=torch.float64)
         return Reply({"change": PerSiteUniform({site.name: {**change, "/size": size}})}), memory
 

@@ -75,7 +75,7 @@ class FedCE(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
         error = risk(self.task, request.trees.get("without", start), site, request.round)
-        change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+        change = self.local.change(self.task, start, site, request.round)
         sent = {**change, "/error": torch.tensor(error, dtype=torch.float64)}
         return Reply({"update": PerSiteUniform({site.name: sent})}), memory
 

@@ -27,7 +27,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import encode_all, encoded, encoded_width
-from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.objectives.adversarial import Discriminator, confusion, moments
 from polyclinic.learning.tasks.task import InEncoder, Task
 from polyclinic.learning.training.local import LocalTraining, seeded
@@ -132,6 +132,6 @@ class FedHarmony(Method[State]):
 def _distance(model: nn.Module, origin: Tree) -> Tensor:
     """Return ``‖θ − θ_g‖``, not squared."""
     distance: Tensor = torch.linalg.vector_norm(
-        torch.cat([(p - origin[n]).flatten() for n, p in model.named_parameters()])
+        torch.cat([(p - origin[n]).flatten() for n, p in trainable(model).items()])
     )
     return distance

@@ -31,7 +31,7 @@ class QFFL(FedAvg):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, learned = request.trees["params"], trained(self.task)
         loss = risk(self.task, start, site, request.round) + 1e-10
-        change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+        change = self.local.change(self.task, start, site, request.round)
         L = 1 / self.local.rate(request.round)
         # Δw_k = L (w - w_k);  h_k = q F_k^{q-1} ‖Δw_k‖² + L F_k^q;  w ← w - Σ F_k^q Δw_k / Σ h_k
         square = L**2 * tree.norm(tree.select(change, learned.__contains__)) ** 2

@@ -19,6 +19,7 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at, still
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.training.dp_sgd import refuse_private
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -52,7 +53,7 @@ class PerFedAvg(FedAvg):
         half = min(self.local.batch_size, -(-len(x) // 2))
         first = (x[:half], y[:half])
         second = (x[half:], y[half:]) if len(x) > 1 else first
-        named = dict(model.named_parameters())
+        named = trainable(model)
         with still(model):
             inner = self.task.loss(model, first)
         slopes = torch.autograd.grad(inner, list(named.values()), create_graph=self.second_order, allow_unused=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
+from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.latent import head_width, pooled
 from polyclinic.learning.networks.model_tree import initial
-from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.task import Task
 
 
@@ -34,15 +34,15 @@ class GatedHead(nn.Module):
 
 
 @dataclass(frozen=True)
-class Gated(Network):
-    """A network whose head is replaced by ``experts`` of the given ``width``, a gate and a tower."""
+class Gated(Composed):
+    """``network`` whose head is replaced by ``experts`` of the given ``width``, a gate and a tower."""
 
     experts: int = 4
     width: int = 32
 
     def __call__(self) -> nn.Module:
         """Build a module with random parameters."""
-        model, base = super().__call__(), Network(self.name, self.inputs, self.outputs, self.options)
+        model, base = self.network(), self.network
         place = next(name for name, _ in model.named_modules() if self.in_head(f"{name}."))
         parent, _, last = place.rpartition(".")
         setattr(model.get_submodule(parent), last, GatedHead(head_width(base), self.outputs, self.experts, self.width))
@@ -55,8 +55,7 @@ class Gated(Network):
 
 def gated(task: Task, experts: int, width: int) -> Task:
     """Return ``task`` with a gated mixture-of-experts head."""
-    own = task.network
-    return task.with_network(Gated(own.name, own.inputs, own.outputs, own.options, experts, width))
+    return task.with_network(Gated(task.network, experts, width))
 
 
 def begin(task: Task, params: Tree) -> Tree:

@@ -17,7 +17,7 @@ from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.model_tree import BATCH_NORMS, cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, live_batch_norms, params_of
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 
@@ -115,7 +115,7 @@ def restored(task: Task, params: Tree, data: Any, device: str = "cpu", size: int
     Targets are not used and no weight changes. Every statistic is the mean over batches of nearly equal size.
     """
     model = cached_model(task, params, device).eval()
-    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+    norms: list[Any] = [m for m in live_batch_norms(model) if m.track_running_stats]
     if not norms or not len(data):
         return params
     momenta = [m.momentum for m in norms]

@@ -8,7 +8,6 @@ of models. The mean is the same, and the server can scale its step.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
@@ -49,8 +48,8 @@ class FedAvg(SizeWeighted[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
-        update = tree.sub(self.local.fit(self.task, start, site, request.round), start)
-        return Reply({"update": WeightedMean.of(update, self.site_weight(site))}), memory
+        update = self.local.change(self.task, start, site, request.round)
+        return Reply({"update": WeightedMean.of_own(update, self.site_weight(site))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return State(state.round + 1, reply.mean("update").apply_to(state.params, self.lr))

@@ -17,6 +17,7 @@ from polyclinic.core.tree import Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.risk import trained
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -45,7 +46,7 @@ class FedLESAM(FedAvg):
         shift = {name: leaf.to(site.device) for name, leaf in tree.scale(back, self.rho / (length + 1e-7)).items()}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            moved = {name: p + shift[name] for name, p in model.named_parameters()}
+            moved = {name: p + shift[name] for name, p in trainable(model).items()}
             return at(model, moved, self.task.loss, batch)
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss if length else None)

@@ -17,6 +17,7 @@ from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.site_weights import SizeWeighted
@@ -60,7 +61,7 @@ class FedOpt(SizeWeighted[State]):
     uniform: bool = False
 
     def init(self, params: Tree) -> State:
-        trained = {name for name, _ in self.task.model().named_parameters()}
+        trained = trainable(self.task.model())
         zero = tree.zeros(tree.select(params, trained.__contains__))
         # v₋₁ ≥ τ², as the algorithm asks
         return State(0, params, zero, tree.zip_with(lambda x: x + self.tau**2, zero))

@@ -13,7 +13,7 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
-from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.training.local import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -39,5 +39,5 @@ class FedSGD(FedAvg):
                 (self.task.loss(model, (x.to(site.device), y.to(site.device))) * share).backward()
         statistics = tree.sub(params_of(model), start)  # 0 for everything that a gradient moves
         # w ← w − η g
-        steps = {name: -self.local.lr * p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        steps = {name: -self.local.lr * p.grad.cpu() for name, p in trainable(model).items() if p.grad is not None}
         return Reply({"update": WeightedMean.of({**statistics, **steps}, self.site_weight(site))}), memory

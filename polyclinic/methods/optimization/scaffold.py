@@ -16,6 +16,7 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.site_weights import SizeWeighted
@@ -55,7 +56,7 @@ class Scaffold(SizeWeighted[State]):
             )
 
     def init(self, params: Tree) -> State:
-        trained = {name for name, _ in self.task.model().named_parameters()}
+        trained = trainable(self.task.model())
         return State(0, params, tree.zeros(tree.select(params, trained.__contains__)))
 
     def request(self, state: State) -> Request:

@@ -16,7 +16,7 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import at
-from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.training.local import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -42,7 +42,7 @@ class APFL(FedAvg):
         rng, first = site.rng(request.round, "train", "train", ""), self.adaptive  # the minibatches of FedAvg
         with seeded(rng, site.device):
             for batch in self.local.batches(data, rng, site.device):
-                shared, own = dict(w.named_parameters()), dict(v.named_parameters())
+                shared, own = trainable(w), trainable(v)
                 mixed = {name: alpha * p + (1 - alpha) * shared[name].detach() for name, p in own.items()}
                 global_loss = self.task.loss(w, batch)
                 loss = at(v, mixed, self.task.loss, batch)
@@ -57,7 +57,7 @@ class APFL(FedAvg):
     def site_model(self, request: Request, memory: Trees) -> Tree:
         if "own" not in memory:
             return request.trees["params"]
-        trained = {name for name, _ in self.task.model().named_parameters()}
+        trained = trainable(self.task.model())
         mixed = tree.lerp(request.trees["params"], memory["own"], float(memory["mixing"]["alpha"]))
         return {name: leaf if name in trained else memory["own"][name] for name, leaf in mixed.items()}
 

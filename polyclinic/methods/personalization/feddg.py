@@ -26,6 +26,7 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at, still
 from polyclinic.learning.networks.latent import represent
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, restyle, spectrum
 from polyclinic.learning.training.local import LocalTraining
@@ -121,7 +122,7 @@ class FedDG(SizeWeighted[State]):
         low = styles[torch.randint(len(styles), (len(x),), generator=rng)].to(x)
         shares = torch.rand(len(x), generator=rng).to(x).view(-1, *[1] * (x.ndim - 1))  # λ ~ U(0, 1)
         other = restyle(x, low, self.window, shares)
-        named = dict(model.named_parameters())
+        named = trainable(model)
         inner = self.task.loss(model, batch)
         slopes = torch.autograd.grad(inner, list(named.values()), retain_graph=True, allow_unused=True)
         pairs = [(name, p, g) for (name, p), g in zip(named.items(), slopes, strict=True) if g is not None]

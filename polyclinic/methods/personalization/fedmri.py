@@ -24,6 +24,7 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import InEncoder, Not, Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.site_weights import SizeWeighted
@@ -89,7 +90,7 @@ class Contrasted(SizeWeighted[State]):
     def _contrast(self, model: nn.Module, server: Tree, old: Sequence[Tree]) -> Tensor:
         """Return ``‖θ − θ_server‖₁ / Σ_k ‖θ − θ_k‖₁``."""
         inside = InEncoder(self.task)
-        shared = {name: p for name, p in model.named_parameters() if inside(name)}
+        shared = {name: p for name, p in trainable(model).items() if inside(name)}
 
         def distance(other: Tree) -> Tensor:
             return torch.stack([(p - other[name]).abs().sum() for name, p in shared.items()]).sum()

@@ -88,7 +88,7 @@ class FedNorm(SizeWeighted[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = self.site_model(request, memory)
-        change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+        change = self.local.change(self.task, start, site, request.round)
         weight, mine = self.site_weight(site), self.modality_of[site.name]
         own = tree.scale(tree.select(change, InNormalization(self.task)), weight)
         sums: dict[str, torch.Tensor] = {}

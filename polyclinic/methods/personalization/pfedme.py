@@ -12,7 +12,7 @@ from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.training.local import Proximal, seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -34,13 +34,13 @@ class PFedMe(FedAvg):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, towards = request.trees["params"], Proximal(self.lam)
         model = cached_model(self.task, start, site.device)
-        w = {name: p.detach().clone() for name, p in model.named_parameters()}
+        w = {name: p.detach().clone() for name, p in trainable(model).items()}
         step, rng = self.local.stepper(model, request.round), site.rng(request.round, "train", "train", "")
         with seeded(rng, site.device):
             for batch in self.local.batches(site.data["train"], rng, site.device):
                 for _ in range(self.steps):
                     step(self.task.loss(model, batch) + towards(model, w))
-                theta = dict(model.named_parameters())
+                theta = trainable(model)
                 w = {name: leaf - self.eta * self.lam * (leaf - theta[name].detach()) for name, leaf in w.items()}
         own = params_of(model)
         shared = {**own, **{name: leaf.to(own[name].device) for name, leaf in w.items()}}

@@ -26,7 +26,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.learning.networks.batch_statistics import batches, recomputed
 from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.model_mixture import prediction
-from polyclinic.learning.networks.model_tree import NORMALIZATIONS, cached_model, initial, params_of
+from polyclinic.learning.networks.model_tree import cached_model, initial, inspect, params_of, trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import seeded
 from polyclinic.learning.training.optimizers import Adam
@@ -131,8 +131,9 @@ class Adaptation:
         """Return the ``params`` of ``task``, whose network is ``Routed``, adapted to the inputs of ``data``."""
         model = cached_model(task, params, device)
         model.train()
-        adapted = [p for m in model.modules() if isinstance(m, NORMALIZATIONS) for p in m.parameters(recurse=False)]
-        adapted += [p for name, p in model.named_parameters() if ".router." in name]
+        named, normalization = trainable(model), inspect(model).normalization
+        adapted = [p for name, p in named.items() if name in normalization]
+        adapted += [p for name, p in named.items() if ".router." in name]
         optimizer = Adam(adapted, self.lr)
         with torch.inference_mode(False), torch.enable_grad(), seeded(rng, device):
             for _ in range(self.passes):

@@ -6,7 +6,7 @@ Analysis 2018, for populations. The graph is that of a minibatch, so that predic
 patients.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.latent import features, head_width
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.task import Task
@@ -72,15 +73,14 @@ class Population(nn.Module):
 
 
 @dataclass(frozen=True)
-class Populated(Network):
-    """A network with a population graph before its head, in which each patient has ``count`` neighbors."""
+class Populated(Composed):
+    """``network`` with a population graph before its head, in which each patient has ``count`` neighbors."""
 
     count: int = 5
 
     def __call__(self) -> nn.Module:
         """Build a module with random parameters."""
-        base = Network(self.name, self.inputs, self.outputs, self.options)
-        return Population(base, head_width(base), self.count)
+        return Population(self.network, head_width(self.network), self.count)
 
     def in_head(self, name: str) -> bool:
         """Return whether a tensor belongs to the base's head."""
@@ -89,8 +89,7 @@ class Populated(Network):
 
 def populated(task: Task, count: int) -> Task:
     """Return ``task`` with a population graph before its head."""
-    own = task.network
-    return replace(task, network=Populated(own.name, own.inputs, own.outputs, own.options, count))
+    return task.with_network(Populated(task.network, count))
 
 
 @dataclass(frozen=True)

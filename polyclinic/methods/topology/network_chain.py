@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.networks.network_catalog import Classifier
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
@@ -72,7 +72,7 @@ class Piece:
         """
         model, inside = cached_model(self, self.of(params), device), _fresh(x, device).requires_grad_()
         value = loss(model(inside))
-        if any(True for _ in model.parameters()):
+        if trainable(model):
             local.stepper(model, round)(value)
         else:
             value.backward()  # type: ignore[no-untyped-call]

@@ -80,7 +80,7 @@ class Swarm(SizeWeighted[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
         if request.job == "train":
-            change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+            change = self.local.change(self.task, start, site, request.round)
             weight = torch.tensor(self.site_weight(site), dtype=torch.float64)
             return Reply({"change": PerSiteUniform({site.name: {**change, "/weight": weight}})}), memory
         sent = {name: t for name, t in sorted(request.trees.items()) if name.startswith("from/")}

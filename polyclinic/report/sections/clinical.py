@@ -6,17 +6,26 @@ from typing import Any
 import numpy as np
 
 from polyclinic.evaluation import calibration as cal
+from polyclinic.evaluation.net_benefit import NetBenefit, decision_curve, gain
 from polyclinic.evaluation.operating_points import OperatingPoint, operating_point
 from polyclinic.evaluation.records.predictions import Cases, as_cases
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.evaluation.run_evaluation import MethodResult
 from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
-from polyclinic.report.formatting import amount, cell, digits_of, number, whole, with_interval
+from polyclinic.report.formatting import amount, cell, digits_of, listed, number, whole, with_interval
 from polyclinic.report.page_blocks import Cell, Folded, Pair, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.statistics.undefined import Undefined
 
 TRAINING, EXTERNAL = "Training sites", "External"
+SPACES = {
+    "": "",
+    "native": "Predictions were brought back to the original grid of each file and compared with its mask there.",
+    "grid": (
+        "Masks were compared on the network’s grid, after resampling and cropping. On the original images, if "
+        "these are finer, the values can be lower."
+    ),
+}
 
 
 def task_section(page: ReportContext) -> Section | None:
@@ -53,43 +62,79 @@ def _calibration(page: ReportContext, first: MethodResult) -> Section:
     groups = _groups(page, first)
     bins = {name: cal.reliability(c.score, c.target) for name, c in groups.items()}
     alt = "Observed frequency against predicted probability in ten bins; all points are in the table."
-    text = "Below the diagonal the probabilities are too high, above it too low. Larger markers represent more cases."
+    text = (
+        "Below the diagonal the probabilities are too high, above it too low. Larger markers represent more cases, of "
+        "all sites and seeds together; the tables show single sites."
+    )
     pictures = [Picture(figures.reliability_plot("reliability", alt, bins), text)]
     blocks: list[Any] = [_summary(page, first)]
     binary = next(iter(groups.values())).score.shape[1] == 2 and page.run.info.task == "classification"
     if binary:
-        where, cases = (EXTERNAL, groups[EXTERNAL]) if EXTERNAL in groups else (TRAINING, groups[TRAINING])
-        curve = cal.decision_curve(cases.score[:, 1], cases.target == 1)
-        place = "external patients" if where == EXTERNAL else "test patients of the training sites"
-        alt = f"Decision curve: net benefit over threshold probabilities, {place}; values in the table."
-        text = f"Decision curve, {place}: the model has a clinical net benefit where its line is above both others."
+        away = [s for s in external_sites(page.run) if s in first.sites]
+        sites = away or [s for s in training_sites(page.run) if s in first.sites]
+        curve = decision_curve(page.data, first.label, sites)
+        place = "external sites" if away else "training sites"
+        alt = f"Decision curve: net benefit over threshold probabilities, mean over {place}; values in the table."
+        text = (
+            f"Decision curve, mean over the {place}, with the {page.level} interval of the model’s: acting on the "
+            "model has a net benefit where its line is above both others. Which thresholds matter is a clinical "
+            "question; at the prevalence of other patients the curve is another."
+        )
         pictures.append(Picture(figures.decision_plot("decision", alt, curve), text))
-        blocks += [*_operating(page, first), _curve_table(curve, place)]
+        blocks += [_by_site(page, first), *_operating(page, first), _curve_table(page, curve, place)]
+        blocks.append(_gains_by_site(page, first))
     title = "Calibration and clinical use" if binary else "Calibration"
     return Section("calibration", title, [Pair(pictures), *blocks, _bins_table(bins)])
 
 
+IDEAL = {"observed_to_expected": " (1 is ideal)", "calibration_slope": " (1 is ideal)"}
+IDEAL["calibration_intercept"] = " (0 is ideal)"
+
+
 def _summary(page: ReportContext, first: MethodResult) -> Table:
-    ideal = {"calibration_slope": " (1 is ideal)", "calibration_intercept": " (0 is ideal)"}
+    names = ("calibration_error", "brier", *IDEAL)
     rows: list[Row] = [
         {
-            "metric": page.metrics[k].label + ideal.get(k, ""),
-            "training": cell(first.pooled.get(k), 3),
+            "metric": page.metrics[k].label + IDEAL.get(k, ""),
+            "training": cell(first.means.get(k), 3),
             "external": cell(first.external.get(k), 3),
         }
-        for k in ("ece", "brier", "calibration_slope", "calibration_intercept")
-        if k in first.pooled or k in first.external
+        for k in names
+        if k in first.means or k in first.external
     ]
     columns = words(metric="Measure") + numbers(training=f"{TRAINING} ({page.level}\u00a0CI)")
     columns += numbers(external=f"{EXTERNAL} ({page.level}\u00a0CI)") if first.external else []
     note = {
         "multilabel": "Over all labels. ",
-        "classification": "" if "calibration_slope" in first.pooled else "Of the most likely class. ",
+        "classification": "" if "calibration_slope" in first.means else "Of the most likely class. ",
     }[page.run.info.task]
     note += (
-        "Ten bins of equal width. A slope below 1 means that predictions are too extreme, above 1 not extreme enough."
+        "Means over sites. Calibration error: ten bins of equal width, root mean square, without the bias that "
+        "sampling adds; it has no interval. A slope below 1 means that predictions are too extreme, above 1 not "
+        "extreme enough."
     )
+    for k in names:
+        parts = [e.without for e in (first.means.get(k), first.external.get(k)) if e is not None and e.without]
+        if parts:
+            left = dict.fromkeys(s for part in parts for s in part)
+            note += f" {page.metrics[k].label}: without {listed(list(left))}, where it is undefined."
     return Table("calibration", f"{page.title(first.label)}, test patients.", columns, rows, note)
+
+
+def _by_site(page: ReportContext, first: MethodResult) -> Table:
+    """Return calibration at every site, with intervals: a mean hides sites that err in opposite directions."""
+    rows: list[Row] = [
+        {"site": s, "patients": whole(page.result.patients[s]), **{k: cell(found.get(k), 2) for k in IDEAL}}
+        for s, found in first.sites.items()
+    ]
+    columns = words(site="Site") + numbers(patients="Patients")
+    columns += numbers(**{k: page.metrics[k].label + ideal for k, ideal in IDEAL.items()})
+    marks = {i: "external" for i, s in enumerate(first.sites) if s in external_sites(page.run)}
+    note = (
+        f"{page.level} intervals. “none”: the patients do not determine it, for example because a threshold separates "
+        "the classes. Below 1, observed/expected means that probabilities are too high."
+    )
+    return Table("calibration_by_site", "Calibration at every site.", columns, rows, note, marks)
 
 
 def _bins_table(bins: Mapping[str, Sequence[cal.Bin]]) -> Folded:
@@ -156,13 +201,32 @@ def _drop(training: OperatingPoint, external: OperatingPoint) -> str:
     return ", ".join(parts) or "not determined"
 
 
-def _curve_table(curve: Sequence[cal.NetBenefit], place: str) -> Folded:
+def _curve_table(page: ReportContext, curve: Sequence[NetBenefit], place: str) -> Folded:
     rows: list[Row] = [
-        {"t": amount(p.threshold, 2), "model": amount(p.model), "all": amount(p.treat_all)} for p in curve
+        {"t": amount(p.threshold, 2), "model": cell(p.model, 3), "all": amount(p.treat_all.value)}
+        | {"gain": cell(p.gain, 3, signed=True)}
+        for p in curve
     ]
-    columns = numbers(t="Threshold", model="Model", all="Treat all")
-    table = Table("decision_curve", f"Net benefit, {place}; treating none gives 0.", columns, rows)
-    return Folded("Values of the decision curve", [table])
+    ci = f"({page.level}\u00a0CI)"
+    columns = numbers(t="Threshold", model=f"Model {ci}", all="Treat all", gain=f"Model minus the better default {ci}")
+    note = (
+        "The better default is treating all or treating none, at each site. Intervals are pointwise: they do not cover "
+        "the whole curve at once."
+    )
+    caption = f"Net benefit for each patient, mean over the {place}; treating none gives 0."
+    return Folded("Values of the decision curve", [Table("decision_curve", caption, columns, rows, note)])
+
+
+def _gains_by_site(page: ReportContext, first: MethodResult) -> Folded:
+    shown = (0.1, 0.2, 0.3, 0.5)
+    rows: list[Row] = []
+    for site in first.sites:
+        if page.result.patients[site] >= page.result.options.min_cell:
+            estimates = [page.data.estimate(first.label, [site], gain(t), True) for t in shown]
+            rows.append({"site": site, **{f"t{t}": cell(e, 3, True) for t, e in zip(shown, estimates, strict=True)}})
+    columns = words(site="Site") + numbers(**{f"t{t}": f"At threshold {t}" for t in shown})
+    caption = f"Net benefit of the model minus the better of treating all and none, by site ({page.level}\u00a0CI)."
+    return Folded("Net benefit at every site", [Table("net_benefit_by_site", caption, columns, rows)])
 
 
 def _agreement(page: ReportContext, first: MethodResult) -> Section | None:
@@ -205,8 +269,9 @@ def _values(page: ReportContext, first: MethodResult) -> Section:
         return Section("cases", "Image quality", [Table("cases", f"{title}, mean over patients.", columns, rows)])
     note = (
         "An empty prediction for a non-empty target counts as Dice 0, surface Dice 0 and a distance of the image’s "
-        "diagonal. A class that neither the prediction nor the target of a case contains is left out of the means. "
-        "“Empty predictions” is the number of the first kind, mean over seeds."
+        "diagonal. A class that neither the prediction nor the target of a case contains is left out of the means, "
+        "except in “Dice, both empty = 1”, which counts it as 1. "
+        "“Empty predictions” is the number of the first kind, mean over seeds. " + SPACES[page.run.info.space]
     )
     columns += numbers(empty="Empty predictions")
     return Section(

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.report.context import ReportContext
-from polyclinic.report.formatting import count, interval, listed, many, number, with_interval
+from polyclinic.report.formatting import count, interval, listed, many, number, outcome, with_interval
 from polyclinic.report.sections.clinical import empty_predictions
 from polyclinic.statistics.paired_tests import BETTER, FEWEST, UNDECIDED, WORSE
 
@@ -17,8 +17,9 @@ class Finding:
     """A warning or limitation.
 
     Attributes:
-        weight: The severity, by which findings are ordered: 6, values are missing; 5 and 4, the model is of no use; 3,
-            the result can be invalid; 1, information.
+        weight: The severity, by which findings are ordered: 7, test data are not independent of training; 6, values
+            are missing; 5 and 4, the model is of no use, or the result is not what it seems; 3, the result can be
+            invalid; 1, information.
         text: The statement.
     """
 
@@ -62,8 +63,21 @@ def in_short(page: ReportContext) -> list[Markup]:
                 "On held-out patients of the training sites the mean {} over sites was <strong>{} ({})</strong>."
             ).format(page.label, number(mean.value, d), interval(mean.low, mean.high, d))
         )
-    sentences += [*_against(page), *_among_methods(page)]
+    sentences += [*_declared(page), *_against(page), *_among_methods(page)]
     return sentences
+
+
+def _declared(page: ReportContext) -> Iterator[Markup]:
+    """Report the comparisons that the study declared before the run."""
+    for c in page.result.declared:
+        d, margin = c.difference, f" and the margin {number(c.difference.margin, page.digits)}"
+        text = f"Declared before the run: {page.title(c.method)} compared with {page.title(c.reference)}"
+        text += f" by {page.label}, question {d.question}{margin if d.margin is not None else ''}: "
+        yield Markup("{}<strong>{}</strong>{}.").format(
+            text,
+            outcome(d),
+            f", difference {with_interval(d, page.digits, signed=True)}" if d.value is not None else "",
+        )
 
 
 def _against(page: ReportContext) -> Iterator[Markup]:
@@ -123,6 +137,7 @@ def findings(page: ReportContext) -> list[Finding]:
 
 def _about_run(page: ReportContext) -> Iterator[Finding]:
     run = page.run
+    yield from _about_split(page)
     if run.missing:
         yield Finding(
             3, f"This run is not finished: {'; '.join(run.missing)}. The results below cover the available records."
@@ -131,7 +146,10 @@ def _about_run(page: ReportContext) -> Iterator[Finding]:
         yield Finding(3, f"The hash chain of the journal is broken: {page.journal[2]}")
     twice = [f"{page.title(m)} (seed {s}): {k} times" for (m, s), k in run.opened.items() if k > 1]
     if twice:
-        yield Finding(3, f"The sealed test set was opened more than once: {listed(twice)}.")
+        text = (
+            f"The sealed test set was opened more than once: {listed(twice)}. A later choice can depend on test results"
+        )
+        yield Finding(4, f"{text}.")
     for (label, seed), sites in run.arms.items():
         if silent := sum(p.silent for p in sites.values()):
             text = f"{page.title(label)} (seed {seed}) diverged: its outputs are not finite for {count(silent)} of "
@@ -153,6 +171,30 @@ def _about_run(page: ReportContext) -> Iterator[Finding]:
     if lost:
         times = listed([f"{s} ({many(n, 'round')})" for s, n in lost.items()])
         yield Finding(1, f"Sites that did not reply in time: {times}.")
+
+
+def _about_split(page: ReportContext) -> Iterator[Finding]:
+    """Report test data that training has seen, and a validation result that the test result contradicts."""
+    result, d = page.result, page.digits
+    if leak := result.leak:
+        parts = []
+        if leak.patients:
+            parts.append(f"{many(leak.patients, 'patient')} occur{'s' if leak.patients == 1 else ''} in both")
+        if leak.inputs:
+            parts.append(f"{count(leak.inputs)} of {many(leak.examples, 'test example')} occur in both, byte for byte")
+        text = f"Test data and training or validation data overlap at {listed(leak.sites)}: {'; '.join(parts)}. "
+        text += "The results below are therefore too good by an unknown amount."
+        yield Finding(7 if leak.patients or leak.inputs > 0.01 * leak.examples else 3, text)
+    if (away := result.disagreement) and page.first is not None and away.validation.value and away.test.value:
+        gap = away.validation.value - away.test.value
+        text = (
+            f"Validation and test results of {page.title(page.first.label)} disagree: {page.label} "
+            f"{with_interval(away.validation, d)} on validation patients and {with_interval(away.test, d)} on test "
+            f"patients, mean over sites; the interval of the difference, {number(gap, d, signed=True)} "
+            f"({interval(away.low, away.high, d, signed=True)}), excludes 0. Check how the split was made, and how "
+            "many choices were made on validation patients."
+        )
+        yield Finding(4, text)
 
 
 def _rising(page: ReportContext) -> Iterator[Finding]:
@@ -192,8 +234,14 @@ def _about_sites(page: ReportContext) -> Iterator[Finding]:
         else:
             yield Finding(2, f"{text}.")
     for site, estimates in first.sites.items():
-        if estimates[metric.name].value is None:
-            yield Finding(2, f"{metric.label} is undefined at {site}: {estimates[metric.name].why}.")
+        e = estimates[metric.name]
+        if e.value is None and site in first.macro.without:
+            yield Finding(4, f"The mean over sites is without {site}, where {metric.label} is undefined: {e.why}.")
+        elif e.value is None:
+            yield Finding(2, f"{metric.label} is undefined at {site}: {e.why}.")
+    for site, missing in result.uneven.items():
+        text = f"The test patients of {site} lack {listed(missing)}: its {metric.label} is a mean over fewer classes"
+        yield Finding(2, f"{text} and cannot be compared with other sites’.")
     small = [f"{s} ({n})" for s, n in result.patients.items() if n < result.options.few]
     if small:
         yield Finding(1, f"Few test patients, and therefore wide intervals, at {listed(small)}.")

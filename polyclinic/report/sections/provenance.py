@@ -41,7 +41,28 @@ def data_section(page: ReportContext) -> Section:
         row |= {f"examples_{r}": whole(s.examples.get(r, 0)) for r in named}
         table.append(row)
     blocks.append(Table("data_sites", "Patients and examples at each site.", columns, table))
-    return Section("data", "Data card", [*blocks, *_classes(page, named)])
+    return Section("data", "Data card", [*blocks, *_classes(page, named), *_start(page)])
+
+
+def _start(page: ReportContext) -> list[Table]:
+    """Return the facts on the start weights."""
+    start = page.run.info.start
+    if start is None:
+        return []
+    facts = {
+        "Weights": start.name,
+        "SHA-256": start.sha256,
+        "License": start.license,
+        "Source": start.source or "not stated",
+        "Trained on": start.trained_on or "not stated: test images of this study may be among them",
+        "Cite": start.citation,
+        "Loaded": start.account,
+        "Adapted": "; ".join(start.adapted),
+        "Trained here": f"{', '.join(start.train)}: {count(start.trained)} of {count(start.numbers)} numbers",
+        "Redistribution": "" if start.redistribute else "forbidden by the license",
+    }
+    rows: list[Row] = [{"what": k, "value": v} for k, v in facts.items() if v]
+    return [Table("start", "Start weights of the network.", words(what="", value=""), rows)]
 
 
 def _classes(page: ReportContext, roles: Sequence[str]) -> list[Table]:

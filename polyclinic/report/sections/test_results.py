@@ -15,6 +15,7 @@ from polyclinic.report.formatting import (
     cell,
     digits_of,
     interval,
+    listed,
     many,
     number,
     outcome,
@@ -27,7 +28,7 @@ from polyclinic.statistics.paired_tests import FEWEST, Difference
 
 SHOWN = {  # of a task's metrics, those in the table of sites
     "classification": ("auc", "balanced_accuracy", "sensitivity", "specificity", "brier"),
-    "multilabel": ("auc", "average_precision", "f1", "ece"),
+    "multilabel": ("auc", "average_precision", "f1", "calibration_error"),
 }
 
 _CONSTANT = {
@@ -43,7 +44,7 @@ def methods_section(page: ReportContext) -> Section:
     title, result = "Comparison of methods", page.result
     if not result.methods:
         return Section("methods", title, [Text("No method has test predictions yet.")])
-    blocks: list[Any] = [_methods_picture(page), _levels(page)]
+    blocks: list[Any] = [_methods_picture(page), *_declared(page), _levels(page)]
     if result.comparisons and result.reference:
         blocks.append(_differences(page, result.reference))
     return Section("methods", title, [*blocks, *_ranking(page)])
@@ -76,25 +77,30 @@ def _levels(page: ReportContext) -> Table:
             "mean": cell(m.macro, d),
             "spread": amount(m.spread, d),
             "seeds": amount(m.seed_sd, d),
-            "pooled": cell(m.pooled.get(name), d),
-            "worst": Cell(f"{number(m.worst[1], d)} {m.worst[0]}", m.worst[1]) if m.worst else NONE,
+            "worst": _lowest(m, d),
             "external": cell(m.external.get(name), d),
         }
         for m in (*result.methods, *([result.constant] if result.constant else []))
     ]
-    columns = words(method="Method") + numbers(mean=f"Mean over sites ({page.level}\u00a0CI)", spread="SD over sites")
+    columns = words(method="Method") + numbers(
+        mean=f"Mean over sites ({page.level}\u00a0CI)", spread="SD between sites (τ)"
+    )
     if any(m.seed_sd is not None for m in result.methods):
         columns += numbers(seeds="SD over seeds")
-    columns += numbers(pooled="Pooled patients", worst="Worst site")
+    columns += numbers(worst=f"Worst site, shrunken ({page.level}\u00a0CI)")
     if any(m.external for m in result.methods):
         columns += numbers(external="External")
-    ways = dict.fromkeys(e.how for m in result.methods for e in (m.macro, *m.pooled.values()) if e.how)
+    ways = dict.fromkeys(m.macro.how for m in result.methods if m.macro.how)
     note = f"Intervals: {'; '.join(ways) or 'none'}"
     note += (
-        ". Values are means over seeds. “Pooled patients” combines the test patients of all training sites, and "
-        "therefore also "
-        "compares scores between sites."
+        ". Values are means over seeds and sites; no patient of one site is compared with one of another. τ is the "
+        "standard deviation between sites without sampling variation (random effects). The worst of several observed "
+        "values is too low by selection; the shrunken value (empirical Bayes) corrects for that."
     )
+    without = {page.title(m.label): m.macro.without for m in result.methods if m.macro.without}
+    if without:
+        left = "; ".join(f"{m}: {listed(s)}" for m, s in without.items())
+        note += f" Sites without a value are left out of means: {left}."
     if result.constant:
         note += f" “{page.title(result.constant.label)}” predicts {_CONSTANT[page.run.info.task]} for every patient."
     if any(m.external for m in result.methods):
@@ -102,6 +108,47 @@ def _levels(page: ReportContext) -> Table:
     note += f" Fidelity to the methods' papers: {'; '.join(_by_method(page, 'fidelity'))}."
     chosen = {i: "chosen" for i, m in enumerate(result.methods) if m.label == result.headline}
     return Table("methods", f"{page.label} on test patients.", columns, rows, note, chosen)
+
+
+def _declared(page: ReportContext) -> Iterator[Table]:
+    """Yield the comparisons that the study declared before the run."""
+    result, d = page.result, page.digits
+    if not result.declared:
+        return
+    rows: list[Row] = [
+        {
+            "method": page.title(c.method),
+            "reference": page.title(c.reference),
+            "question": c.difference.question,
+            "margin": amount(c.difference.margin, d),
+            "difference": cell(c.difference, d, signed=True),
+            "p": Cell(p_value(c.difference.p), c.difference.p),
+            "adjusted": Cell(p_value(c.difference.adjusted), c.difference.adjusted),
+            "verdict": outcome(c.difference),
+        }
+        for c in result.declared
+    ]
+    columns = words(method="Method", reference="Compared with", question="Question") + numbers(margin="Margin")
+    columns += numbers(difference=f"Difference ({page.level}\u00a0CI)", p="p", adjusted="p after Holm")
+    columns += words(verdict="Result")
+    note = (
+        f"{page.label}, mean over sites, paired by patient; + is better. Margins are part of the study’s hash. A "
+        "difference is tested two-sided at 5 %; non-inferiority and equivalence by one-sided tests at 2.5 %, so that "
+        f"their p is compared with 0.025. Holm’s correction is for {many(len(rows), 'declared comparison')}."
+    )
+    left = [f"{page.title(c.method)}: {listed(c.without)}" for c in result.declared if c.without]
+    note += f" Sites at which one of two was not tested are left out: {'; '.join(left)}." if left else ""
+    if page.result.options.level != 0.95:
+        note += " Tests use these levels whatever the level of the intervals."
+    yield Table("declared", "Comparisons that the study file declared before the run.", columns, rows, note)
+
+
+def _lowest(m: MethodResult, d: int) -> Cell | str:
+    """Return the site with the worst shrunken value, or without one the worst value."""
+    if m.lowest is not None:
+        site, e = m.lowest
+        return Cell(f"{with_interval(e, d)} {site}", e.value)
+    return Cell(f"{number(m.worst[1], d)} {m.worst[0]}, not shrunken", m.worst[1]) if m.worst else NONE
 
 
 def _by_method(page: ReportContext, field: Literal["unseen", "fidelity"]) -> Iterator[str]:
@@ -135,8 +182,9 @@ def _differences(page: ReportContext, reference: str) -> Table:
     columns += numbers(sites="p over sites") if result.over_sites else []
     columns += words(verdict="Result")
     seeds = ", plus the variance between seeds" if any(len(m.seeds) > 1 for m in result.methods) else ""
+    also = "These comparisons were not declared before the run: they describe, and the declared ones decide. "
     note = (
-        f"Mean over sites, paired by patient{seeds}; + is better. "
+        f"{also if result.declared else ''}Mean over sites, paired by patient{seeds}; + is better. "
         f"Holm’s correction for {many(len(rows), 'comparison')}. A difference is significant if the interval "
         f"excludes 0 "
         f"and the corrected p is below 0.05. It is not tested if fewer than {FEWEST} patients have different results."
@@ -184,15 +232,12 @@ def sites_section(page: ReportContext) -> Section | None:
         e = first.sites[s.name][name]
         text = with_interval(e, d) if e.value is not None else "no value"
         points.append(figures.Point.of(s.name, e, text, "external" if s.role == "external" else "plain"))
-    pooled = first.pooled.get(name)
-    line = pooled.value if pooled else None
+    line = first.macro.value
     alt = f"{page.label} of {page.title(first.label)} at each site with {page.level} intervals: "
     alt += "; ".join(f"{p.name} {p.text}" for p in points)
     text = Markup("{} on each site’s own held-out patients.").format(page.title(first.label))
     if line is not None:
-        text += Markup(" The dotted line is the value over all patients of the training sites ({}).").format(
-            number(line, d)
-        )
+        text += Markup(" The dotted line is the mean over the training sites ({}).").format(number(line, d))
     if any(p.kind == "external" for p in points):
         text += Markup(" Diamonds are sites that did not take part in training.")
     if first.random is not None:
@@ -205,7 +250,7 @@ def sites_section(page: ReportContext) -> Section | None:
                 interval(*first.random.prediction, d), page.level
             )
     picture = Picture(figures.points("sites", alt, points, f"{page.label} ({page.level}\u00a0CI)", line), text)
-    blocks = [picture, _sites_table(page, first), *_matrix(page)]
+    blocks = [picture, _sites_table(page, first), *_classes_table(page, first), *_matrix(page)]
     return Section("sites", "Results at every site", blocks)
 
 
@@ -237,6 +282,23 @@ def _sites_table(page: ReportContext, first: MethodResult) -> Table:
     note = f"Intervals: {'; '.join(ways) or 'none'}."
     note += f" No value or no interval at {'; '.join(why)}." if why else ""
     return Table("sites", f"{page.title(first.label)}, on test patients.", columns, rows, note + _unit(page), marks)
+
+
+def _classes_table(page: ReportContext, first: MethodResult) -> Iterator[Table]:
+    if not first.by_class:
+        return
+    own = [s.name for s in page.run.info.sites if s.role == "training" and s.name in first.sites]
+    rows: list[Row] = [
+        {"label": name, "auc": cell(e, 3), "sites": f"{len(own) - len(e.without)} of {len(own)}"}
+        for name, e in first.by_class.items()
+    ]
+    known = [e.value for e in first.by_class.values() if e.value is not None]
+    if len(known) == len(first.by_class):
+        mean = sum(known) / len(known)
+        rows.append({"label": "Mean over these classes", "auc": amount(mean), "sites": NONE})
+    columns = words(label="Class") + numbers(auc=f"AUC against the rest ({page.level}\u00a0CI)", sites="Sites")
+    note = "For each class, the mean over the training sites whose test patients include and lack it."
+    yield Table("classes", f"AUC of every class, {page.title(first.label)}.", columns, rows, note)
 
 
 def _matrix(page: ReportContext) -> Iterator[Folded]:

@@ -20,6 +20,7 @@ from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import RunError
 from polyclinic.evaluation.records.record_schema import Privacy
+from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.methods.registry import Setting, build
@@ -75,7 +76,7 @@ def audit_training(
         raise NotAudited(f"{site} does not train under {plan.method}")
     claimed, delta, unit = _claimed(local, roles["train"], claim, rounds)
     wanted = min(max(FEWEST, canary.needed(claimed, delta) or 0), MOST) if canaries is None else canaries
-    parameters = sum(p.numel() for p in plan.build_task().model().parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in trainable(plan.build_task().model()).values() if p.requires_grad)
     count = min(wanted, parameters // 2)
     here, quiet = Site(site, roles, seed=seed, entropy=entropy), replace(local, noise=QUIET)
     motion = Motion(plan.build_task())

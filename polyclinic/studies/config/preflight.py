@@ -42,6 +42,8 @@ def _packages(study: Study) -> Iterator[str]:
             extra, purpose, packages = _TRANSFORMS.get(name, ("", "", ()))
             if any(find_spec(package) is None for package in packages):
                 yield str(MissingDependency(extra, purpose))
+    if study.engine.kind == "ray" and find_spec("ray") is None:
+        yield str(MissingDependency("ray", 'kind = "ray" needs Ray'))
     if find_spec("matplotlib") is None:
         yield "the report needs matplotlib, which is not installed: pip install matplotlib"
 

@@ -1,19 +1,77 @@
 """The tables of a study file, each as a value: task, training, methods, privacy, evaluation, engine."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from polyclinic.errors import ConfigError
+from polyclinic.studies.config.augmentation_schema import AugmentationSpec
+from polyclinic.studies.config.table_model import Table as Table
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Table(BaseModel):
-    """A table of a study file: its keys are known, its values of the right kind, and nothing changes it."""
+class WeightsSpec(Table):
+    """Start weights: a file in the store of ``polyclinic weights``, and how it is matched with the network."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    file: str = ""
+    """The name of weights in the store, or the path of the file that was added."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """The hash of the weights in the store; ``polyclinic weights add`` prints it. It must be that of ``file``."""
+    strip: str = ""
+    """A prefix that is removed from the names in the file; tensors without it are not used."""
+    rename: dict[str, str] = Field(default={})
+    """Prefixes of names in the file, and the network's prefixes that replace them."""
+    skip: tuple[str, ...] = ()
+    """Patterns of names: of the network's tensors that start at random, and of the file's that are not used."""
+    head: bool = False
+    """Whether the head is loaded too; by default it starts at random."""
+    stem: Literal["refuse", "sum", "mean"] = "refuse"
+    """How convolutions of another number of input channels are adapted."""
+    inflate: Literal["refuse", "mean", "center"] = "refuse"
+    """How 2-D convolutions become 3-D."""
+    inflate_axis: Annotated[int, Field(ge=0, le=2)] = 2
+    """The axis of the volumes that the 2-D weights lack, counted from 0 without the channels."""
+    grid: Literal["refuse", "interpolate"] = "refuse"
+    """How position embeddings of another grid of patches are adapted."""
+
+    @model_validator(mode="after")
+    def _named(self) -> "WeightsSpec":
+        if not self.file and self.sha256 is None:
+            raise ConfigError("needs file, the name of weights in the store, or sha256")
+        return self
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of ``StartWeights``, without those that are not set."""
+        value = self.model_dump(mode="json", exclude={"file", "rename"}, exclude_defaults=True)
+        return {**value, **({"rename": sorted(map(list, self.rename.items()))} if self.rename else {})}
+
+
+class LoRASpec(Table):
+    """Low-rank adapters (LoRA) parallel to layers of the network, whose own weights stay as they are."""
+
+    where: tuple[str, ...] = ()
+    """Patterns of the names of linear layers and convolutions; by default all outside the head that can have one."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """The rank of the change of a layer."""
+    alpha: Positive = 16.0
+    """The change is scaled by ``alpha / rank``."""
+
+
+def _weights(value: Any) -> Any:
+    return {"file": value} if isinstance(value, str) else value
 
 
 class TaskSpec(Table):
@@ -23,7 +81,7 @@ class TaskSpec(Table):
     """What the model predicts."""
     network: str = "cnn"
     """The name of a network, as listed by ``polyclinic networks``."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Options of the network."""
     class_weights: tuple[Positive, ...] | None = None
     """The weight of each class in the loss (classification)."""
@@ -41,6 +99,16 @@ class TaskSpec(Table):
     """The size of the sliding window at inference, in voxels (segmentation)."""
     residual: bool | None = None
     """Whether the network predicts the difference from its input (reconstruction)."""
+    weights: Annotated[WeightsSpec, BeforeValidator(_weights)] | None = None
+    """Start weights: the name or file of weights in the store, or a table."""
+    lora: LoRASpec | None = None
+    """Low-rank adapters."""
+    train: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """What is trained: patterns of names, ``head``, ``encoder``, ``adapters``, ``norm:*``, ``stats:*`` and ``bias:*``.
+
+    All else keeps the start weights, and is neither sent nor counted. By default everything is trained, or with
+    ``lora`` the adapters and the head.
+    """
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
@@ -58,12 +126,29 @@ class TaskSpec(Table):
         }[self.kind]
         if wrong := self.settings.keys() - allowed:
             raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
+        if self.weights is None and (self.lora is not None or self.train not in (None, ("*",))):
+            key = "train" if self.train else "lora"
+            raise ConfigError(f"{key} needs weights: what is not trained would keep random values")
         return self
 
     @property
     def settings(self) -> dict[str, Any]:
         """What is set of the task's own options."""
-        return self.model_dump(exclude={"kind", "network", "options"}, exclude_none=True)
+        others = {"kind", "network", "options", "weights", "lora", "train"}
+        return self.model_dump(exclude=others, exclude_none=True)
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """Start weights, adapters and what is trained, as a plan holds them; empty if nothing is set."""
+        train = self.train or (("adapters", "head") if self.lora else ("*",))
+        found: dict[str, Any] = {}
+        if self.weights is not None:
+            found["weights"] = self.weights.fields
+        if self.lora is not None:
+            found["lora"] = self.lora.model_dump(mode="json")
+        if train != ("*",):
+            found["train"] = list(train)
+        return found
 
 
 class PrivateSpec(Table):
@@ -117,7 +202,48 @@ class TrainingSpec(Table):
     """The largest norm of a batch's gradient."""
     amp: bool = False
     """Whether to use automatic mixed precision (bfloat16) on a GPU."""
+    recipe: Literal["nnunet"] | None = None
+    """Settings of nnU-Net for all keys that are not set, and its augmentation; see the guide on training options."""
+    nesterov: bool | None = None
+    """Whether the momentum of SGD is Nesterov's."""
+    schedule: Literal["poly"] | None = None
+    """``"poly"``: the learning rate falls to 0 as a power of the share of steps left, over all rounds."""
+    power: Positive | None = None
+    """The exponent of ``schedule``; 0.9 by default."""
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Numbers of rounds after each of which the learning rate is multiplied with ``milestone_factor``."""
+    milestone_factor: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The factor of ``milestones``; 0.1 by default."""
+    keep_optimizer: bool | None = None
+    """Whether a site keeps the optimizer's state between rounds (it is never sent); by default if momentum ≥ 0.95."""
+    foreground: Share | None = None
+    """The probability that a random patch is placed around foreground, drawn for each patch (segmentation)."""
+    balance: Share | None = None
+    """How far classes are made equally frequent in training: 0 for as in the data, 1 for equal (classification)."""
+    balance_patients: bool | None = None
+    """Whether patients are equally frequent in training, whatever their number of examples."""
     private: PrivateSpec | None = None
+
+    UNSET: ClassVar[frozenset[str]] = frozenset(
+        {
+            "recipe",
+            "nesterov",
+            "schedule",
+            "power",
+            "milestones",
+            "milestone_factor",
+            "keep_optimizer",
+            "foreground",
+            "balance",
+            "balance_patients",
+        }
+    )
+    """Keys that are left out of the hash and of plans if they are not set."""
+
+    @model_serializer(mode="wrap")
+    def _set_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if value is not None or key not in self.UNSET}
 
 
 class MethodSpec(Table):
@@ -137,8 +263,10 @@ class MethodSpec(Table):
     """The transforms that replies pass through, in order."""
     downlink: tuple[dict[str, Any], ...] = ()
     """The transforms that requests pass through, in order."""
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     """Keys of ``[training]`` that differ for this method."""
+    augmentation: AugmentationSpec | None = None
+    """Replaces the study's ``[augmentation]`` for this method."""
 
     @field_validator("name")
     @classmethod
@@ -166,6 +294,34 @@ class MethodSpec(Table):
         return self.label or self.name
 
 
+class CompareSpec(Table):
+    """A comparison of two methods that is declared before the run, by the primary metric, mean over training sites.
+
+    The margin is in units of the metric: 0.02 is two points of AUC. It is part of the study's hash, so that it cannot
+    be chosen after the results are known.
+    """
+
+    method: str
+    """The label of a method of this study."""
+    reference: str
+    """The label of the method that it is compared with."""
+    kind: Literal["difference", "non-inferiority", "equivalence"] = "difference"
+    """The question: whether they differ, whether the method is not worse by more than the margin, or whether both are
+    equal within the margin."""
+    margin: Positive | None = None
+    """The largest difference that does not matter, for non-inferiority and equivalence."""
+
+    @model_validator(mode="after")
+    def _with_margin(self) -> "CompareSpec":
+        if self.kind != "difference" and self.margin is None:
+            raise ConfigError(f"{self.kind} needs a margin, such as margin = 0.02")
+        if self.kind == "difference" and self.margin is not None:
+            raise ConfigError('a margin is for kind = "non-inferiority" or "equivalence"')
+        if self.method == self.reference:
+            raise ConfigError("method and reference are the same")
+        return self
+
+
 class EvaluationSpec(Table):
     """How models are judged: every ``every`` rounds on validation data, and once on the test data.
 
@@ -181,6 +337,21 @@ class EvaluationSpec(Table):
     """Validate each time after this number of rounds."""
     select: Literal["best", "last"] = "best"
     """Whether the model of the best round, by validation, or of the last round is tested."""
+    space: Literal["native", "grid"] | None = None
+    """Where masks are compared: on the original grid of each file, or on the network's grid after resampling and
+    cropping (segmentation). By default the original grid wherever the data come from image files."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Rounds without improvement on validation data after which ``local`` and ``pooled`` end; federated methods run on.
+    """
+    compare: tuple[CompareSpec, ...] = ()
+    """Comparisons that are declared before the run, each a table ``[[evaluation.compare]]``."""
+    subgroups: tuple[str, ...] = ()
+    """Columns of the data by which results are shown, in addition to the usual ones, such as sex, age and scanner."""
+
+    @property
+    def unset(self) -> set[str]:
+        """The keys without a value, which are no part of a study's hash."""
+        return {key for key in ("space", "patience", "compare", "subgroups") if not getattr(self, key)}
 
 
 class EngineSpec(Table):
@@ -190,14 +361,34 @@ class EngineSpec(Table):
     each. ``"auto"`` chooses method runs if there are at least twice as many as workers.
     """
 
-    kind: Literal["workers", "in-process"] = "workers"
-    """Worker processes, or one process."""
-    workers: Annotated[int, Field(ge=1, le=256)] | None = None
-    """The number of worker processes; by default one that fits the machine."""
+    kind: Literal["workers", "in-process", "ray"] = "workers"
+    """Worker processes, one process, or workers on the machines of a Ray cluster."""
+    workers: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """The number of worker processes; by default one that fits the machine or the cluster."""
     parallel: Literal["auto", "sites", "arms"] = "auto"
     """What worker processes share: the sites of one method, or whole methods."""
     device: str = "cpu"
-    """The device of PyTorch, such as ``cpu`` or ``cuda:0``."""
+    """The device of PyTorch, such as ``cpu`` or ``cuda:0``; ``auto`` for a GPU if there is one."""
+    threads: Annotated[int, Field(ge=0, le=64)] = 0
+    """Threads of each worker that draw and augment samples ahead of training; they change no bit of a result."""
+    channels_last: bool = False
+    """Whether images are stored with channels last. The last bits of results may differ."""
+    compile: bool = False
+    """Whether networks are compiled by ``torch.compile``. The last bits of results may differ."""
+    address: str = "auto"
+    """The Ray cluster: ``auto`` for the one on this machine, ``local`` to start one, or the address of its head."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of each worker on a Ray cluster; a fraction shares one between workers."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "EngineSpec":
+        if self.kind != "ray" and self.model_fields_set & {"address", "gpus"}:
+            raise ConfigError('address and gpus are for kind = "ray"')
+        if self.kind != "ray" and (self.workers or 0) > 256:
+            raise ConfigError("workers: at most 256 worker processes run on one machine")
+        if self.gpus and self.device == "cpu":
+            raise ConfigError('gpus: set device = "cuda" to use the GPUs of the workers')
+        return self
 
 
 class MachineSpec(Table):
@@ -221,7 +412,7 @@ class MachinesSpec(MachineSpec):
 
     minutes: Positive | None = None
     """The virtual time after which each method ends."""
-    sites: dict[str, MachineSpec] = {}
+    sites: dict[str, MachineSpec] = Field(default_factory=dict)
     """What differs at single sites, by name."""
 
     def of(self, site: str) -> dict[str, float]:
@@ -260,3 +451,29 @@ class AttackSpec(Table):
     def options(self) -> dict[str, Any]:
         """What the study sets for the attack."""
         return dict(self.model_extra or {})
+
+
+NNUNET_STEPS = 5000
+"""The total number of steps from which nnU-Net's optimizer is used. With fewer, its momentum of 0.99 has hardly begun:
+after 300 steps on the hippocampus it predicted background only, where AdamW reached a Dice of 0.84."""
+
+
+def with_recipe(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the tables of a study with the settings of ``training.recipe``; keys that are set remain.
+
+    Raises:
+        ConfigError: If the number of steps cannot be known.
+    """
+    training = data.get("training")
+    if not isinstance(training, Mapping) or training.get("recipe") != "nnunet":
+        return data
+    if "epochs" in training:
+        raise ConfigError('training.recipe = "nnunet" counts steps: set steps (250 by default) instead of epochs')
+    steps, rounds = training.get("steps", 250), data.get("rounds")
+    usual: dict[str, Any] = {"steps": 250, "schedule": "poly", "foreground": 0.33, "clip_norm": 12.0, "amp": True}
+    if isinstance(steps, int) and isinstance(rounds, int) and steps * rounds >= NNUNET_STEPS:
+        usual |= {"optimizer": "sgd", "lr": 0.01, "momentum": 0.99, "nesterov": True, "weight_decay": 3e-5}
+        usual |= {"keep_optimizer": True}
+    else:
+        usual |= {"optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01}
+    return {"augmentation": {"recipe": "nnunet"}, **data, "training": {**usual, **training}}

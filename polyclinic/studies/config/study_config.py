@@ -15,8 +15,10 @@ from pydantic import Field, PlainValidator
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import DataSpec
 from polyclinic.engines.policy.coverage import declared_problem, ways
-from polyclinic.errors import ConfigError
+from polyclinic.errors import ConfigError, PolyclinicError
+from polyclinic.learning.weights import store
 from polyclinic.methods import registry as methods
+from polyclinic.studies.config.augmentation_schema import AugmentationSpec
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
 from polyclinic.studies.config.schema import (
@@ -30,9 +32,13 @@ from polyclinic.studies.config.schema import (
     Table,
     TaskSpec,
     TrainingSpec,
+    with_recipe,
 )
 from polyclinic.studies.config.search_space import NotChosen, SearchSpec, changed, count, extremes
 from polyclinic.studies.config.validation import attack_problems, method_problems, validated
+
+PROPORTIONS = ("auc", "accuracy", "balanced_accuracy", "dice", "ssim")
+"""Metrics between 0 and 1."""
 
 
 def _folds(value: Any) -> int | Literal["sites"] | None:
@@ -67,6 +73,7 @@ class Study(Table):
     data: DataSpec
     task: TaskSpec = TaskSpec()
     training: TrainingSpec = TrainingSpec()
+    augmentation: AugmentationSpec | None = None
     methods: Annotated[tuple[MethodSpec, ...], Field(min_length=1)]
     evaluation: EvaluationSpec = EvaluationSpec()
     search: SearchSpec | None = None
@@ -89,16 +96,36 @@ class Study(Table):
     @property
     def hash(self) -> str:
         """SHA-256 of everything that a result depends on."""
-        unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
+        optional = ("folds", "search", "machines", "attack", "augmentation")
+        unset = {key for key in optional if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
+        for key in self.evaluation.unset:
+            del value["evaluation"][key]
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
+            if method["augmentation"] is None:
+                del method["augmentation"]
+        for key in ("weights", "lora", "train"):
+            del value["task"][key]
+        value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The options of the task that the study sets, with those under ``[evaluation]``."""
+        space = self.evaluation.space
+        return {**self.task.settings, **({} if space is None else {"space": space})}
+
     def training_of(self, method: MethodSpec) -> dict[str, Any]:
-        """The fields of ``LocalTraining`` for one method."""
-        return {**self.training.model_dump(exclude_none=True), **method.training}
+        """The fields of ``LocalTraining`` for one method, with ``private`` and ``augmentation`` as tables."""
+        found = {**self.training.model_dump(exclude_none=True), **method.training}
+        found.pop("recipe", None)
+        if found.get("schedule"):
+            found["schedule_rounds"] = self.rounds
+        if (changes := method.augmentation or self.augmentation) is not None and (table := changes.expanded()):
+            found["augmentation"] = table
+        return found
 
 
 def read(path: Path, changes: Mapping[str, Any] | None = None) -> Study:
@@ -130,8 +157,20 @@ def parse(
 
 
 def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None, list[Problem]]:
-    """Validate ``data``; return the study, or None and every problem. ``covered`` is that of ``parse``."""
+    """Validate ``data``; return the study, or None and every problem. ``covered`` is that of ``parse``.
+
+    The settings of ``training.recipe`` are added to those of ``data``.
+    """
+    recipe = list[Problem]()
+    try:
+        data = with_recipe(data)
+    except ConfigError as error:
+        recipe.append(Problem(("training", "recipe"), str(error)))
     study, problems = validated(Study, data, ())
+    problems = [*recipe, *problems]
+    if isinstance(study, Study) and study.task.weights is not None:
+        study, unknown = with_weights(study)
+        problems += unknown
     items = data.get("methods")
     for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict) and isinstance(item.get("name"), str):
@@ -141,6 +180,21 @@ def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None
         return None, problems
     problems += [*_together(study), *(_uncovered(study) if covered else ())]
     return (None if problems else study), problems
+
+
+def with_weights(study: Study) -> tuple[Study, list[Problem]]:
+    """Return ``study`` with the hash of its start weights, looked up in the store; and the problems of its weights."""
+    weights = study.task.weights
+    assert weights is not None
+    try:
+        found = store.find(weights.file or weights.sha256 or "")
+    except PolyclinicError as error:
+        return study, [Problem(("task", "weights"), str(error))]
+    if weights.sha256 not in (None, found.sha256):
+        says = f"{weights.file} in the store has the hash {found.sha256}, not {weights.sha256}"
+        return study, [Problem(("task", "weights", "sha256"), says)]
+    known = weights.model_copy(update={"sha256": found.sha256})
+    return study.model_copy(update={"task": study.task.model_copy(update={"weights": known})}), []
 
 
 def _together(study: Study) -> list[Problem]:
@@ -157,7 +211,34 @@ def _together(study: Study) -> list[Problem]:
             problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
-    return [*problems, *_folded(study), *_searched(study), *_simulated(study)]
+    if study.evaluation.space is not None and study.task.kind != "segmentation":
+        problems.append(Problem(("evaluation", "space"), f"is for segmentation, not for {study.task.kind}"))
+    return [
+        *problems,
+        *_trained(study),
+        *_compared(study),
+        *_folded(study),
+        *_searched(study),
+        *_simulated(study),
+        *_distributed(study),
+    ]
+
+
+def _compared(study: Study) -> Iterator[Problem]:
+    """Yield declared comparisons of unknown methods, with margins that cannot be meant, or given twice."""
+    labels, seen = [method.called for method in study.methods], set[tuple[str, str, str]]()
+    for i, c in enumerate(study.evaluation.compare):
+        place = ("evaluation", "compare", i)
+        for key in ("method", "reference"):
+            if (label := getattr(c, key)) not in labels:
+                says = f'no method of this study is called "{label}". There are {", ".join(labels)}'
+                yield Problem((*place, key), says)
+        if c.margin is not None and c.margin >= 0.5 and study.metric in PROPORTIONS:
+            says = f"{study.metric} lies between 0 and 1, so a margin is a fraction, such as 0.02 for two points"
+            yield Problem((*place, "margin"), says)
+        if (c.method, c.reference, c.kind) in seen:
+            yield Problem(place, "the same comparison twice would be corrected for twice")
+        seen.add((c.method, c.reference, c.kind))
 
 
 def _uncovered(study: Study) -> Iterator[Problem]:
@@ -165,6 +246,33 @@ def _uncovered(study: Study) -> Iterator[Problem]:
     for i, method in enumerate(study.methods):
         if says := declared_problem(method.name, ways(study.training_of(method), method.uplink)):
             yield Problem(("methods", i, "name"), says)
+
+
+def _trained(study: Study) -> Iterator[Problem]:
+    """Yield the training settings that do not go together, once for each set of methods that has them."""
+    told = set[str]()
+    for i, method in enumerate(study.methods):
+        table = study.training_of(method)
+        found = list[str]()
+        if table.get("nesterov") and not (table["optimizer"] == "sgd" and table["momentum"] > 0):
+            found.append('nesterov is a momentum of SGD: set optimizer = "sgd" and momentum, or leave nesterov out')
+        if table.get("schedule") and table.get("cosine_rounds"):
+            found.append("schedule and cosine_rounds both lower the learning rate: leave one of them out")
+        if table.get("power") and not table.get("schedule"):
+            found.append('power is the exponent of schedule = "poly", which is not set')
+        if table.get("milestone_factor") and not table.get("milestones"):
+            found.append("milestone_factor needs milestones")
+        if table.get("balance") and study.task.kind != "classification":
+            found.append(f"balance is for classification, not for {study.task.kind}")
+        if table.get("foreground") and study.task.kind != "segmentation":
+            found.append(f"foreground is for segmentation, not for {study.task.kind}")
+        if table.get("augmentation") and study.task.kind == "reconstruction":
+            found.append("augmentation would change images, and not the measurements that they come from: leave it out")
+        for says in found:
+            if says not in told:
+                told.add(says)
+                own = says.split(" ")[0] in method.training
+                yield Problem(("methods", i, "training") if own else ("training",), says)
 
 
 def _folded(study: Study) -> Iterator[Problem]:
@@ -193,6 +301,16 @@ def _simulated(study: Study) -> Iterator[Problem]:
     if study.sites_per_round is not None and any(method.name == "fedbuff" for method in study.methods):
         says = "fedbuff sends the next request to a site as soon as it replies: leave sites_per_round out"
         yield Problem(("sites_per_round",), says)
+
+
+def _distributed(study: Study) -> Iterator[Problem]:
+    """Yield what workers on other machines cannot do if they share the sites of one method run."""
+    if study.engine.kind != "ray" or study.engine.parallel != "sites":
+        return
+    for key in ("attack", "privacy", "machines"):
+        if getattr(study, key) is not None:
+            says = f'a study with [{key}] distributes whole method runs: set parallel = "arms", or leave it out'
+            yield Problem(("engine", "parallel"), says)
 
 
 def _searched(study: Study) -> Iterator[Problem]:

@@ -31,7 +31,7 @@ def method_problems(item: dict[str, Any], at: tuple[str | int, ...]) -> list[Pro
         entry = methods.entry(item["name"])
     except methods.UnknownMethod as error:
         return [Problem((*at, "name"), str(error))]
-    fixed = {"name", "label", "uplink", "downlink", "training"}
+    fixed = {"name", "label", "uplink", "downlink", "training", "augmentation"}
     fields = {key: (p.annotation, p.default) for key, p in methods.options(entry).items()}
     problems = _options(item, fields, fixed, at)
     if isinstance(training := item.get("training", {}), dict):

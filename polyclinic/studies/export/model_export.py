@@ -1,4 +1,4 @@
-"""Export of a trained model to formats of other tools: ONNX, torch.export, a MONAI bundle.
+"""Export of a trained model to formats of other tools: ONNX, torch.export, a MONAI bundle, adapters of peft.
 
 The bundle follows the layout of MONAI's bundle specification (``configs/metadata.json``, ``configs/inference.json``,
 ``docs/README.md``; https://docs.monai.io/en/stable/mb_specification.html), with one difference: weights are
@@ -8,6 +8,7 @@ safetensors, since nothing is pickled. Its network is built from the plan, as da
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from polyclinic.engines.plan import Plan
 from polyclinic.errors import MissingDependency, PolyclinicError, RunError
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.evaluation.records.run_reader import Run, read_run
-from polyclinic.learning.networks.model_tree import load
+from polyclinic.learning.networks.adapters import DOWN, UP, Adapted, is_factor, merge_adapters
+from polyclinic.learning.networks.model_tree import load, params_of
+from polyclinic.learning.weights import store
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.run_directory import read_plan, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
-FORMATS = ("safetensors", "onnx", "pt2", "bundle")
+FORMATS = ("safetensors", "onnx", "pt2", "bundle", "peft")
+FOLDERS = ("bundle", "peft")
 
 
 class NotExported(RunError, ValueError):
@@ -35,6 +39,9 @@ class NotExported(RunError, ValueError):
 
 def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", seed: int | None = None) -> Path:
     """Write the model of one method run. A warning is logged if the run's data have changed or cannot be read.
+
+    A model with start weights is written whole, with its adapters merged into its layers; as ``peft``, only the trained
+    tensors are written.
 
     Args:
         run_dir: The run folder.
@@ -48,7 +55,8 @@ def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", see
 
     Raises:
         NotARun: If the folder is not a run.
-        NotExported: If the method run has no model yet, or the model cannot be written in this format.
+        NotExported: If the method run has no model yet, the model cannot be written in this format, or the license of
+            its start weights forbids to pass them on.
         MissingDependency: If ONNX is requested and not installed.
     """
     if form not in FORMATS:
@@ -67,8 +75,15 @@ def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", see
             f"{file} is not a whole model: with {plan.method} each site keeps layers of its own, which no file has "
             f"({error}). Choose another method with label"
         ) from error
+    (out if form in FOLDERS else out.parent).mkdir(parents=True, exist_ok=True)
+    if form == "peft":
+        write_peft(out, plan, model)
+        return out
+    if plan.tuning:
+        _require_redistribution(plan, form)
+        plan, model = replace(plan, tuning={}), merge_adapters(model)
+        params = {name: leaf for name, leaf in model.state_dict().items() if leaf.is_floating_point()}
     example = torch.zeros(2, *plan.inputs)
-    (out if form == "bundle" else out.parent).mkdir(parents=True, exist_ok=True)
     if form == "safetensors":
         write_tensors(out, params, {"plan": plan.to_json()})
     elif form == "bundle":
@@ -85,6 +100,52 @@ def network(plan: Mapping[str, Any]) -> nn.Module:
     built = Plan.from_json(json.dumps(dict(plan)))
     module: nn.Module = (built.build_method().prediction_task or built.build_task()).model()
     return module
+
+
+def _require_redistribution(plan: Plan, form: str) -> None:
+    """Require that the start weights in the model may be passed on.
+
+    Raises:
+        NotExported: If their license forbids it.
+    """
+    item = store.find(plan.tuning["weights"]["sha256"])
+    if not item.card.redistribute:
+        raise NotExported(
+            f"the license of the start weights {item.card.name} ({item.card.license}) forbids to pass them on, and "
+            f"{form} would contain them: write what was trained alone, with --form peft"
+        )
+
+
+def write_peft(out: Path, plan: Plan, model: nn.Module) -> None:
+    """Write the adapters of ``model`` as a folder of the library ``peft``, together with the other trained tensors.
+
+    Raises:
+        NotExported: If it has no adapters.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    if not layers:
+        raise NotExported(
+            "peft holds adapters, and this model has none: train with [task.lora], or choose another format"
+        )
+    names = {DOWN: ".lora_A.weight", UP: ".lora_B.weight"}
+    leaves: dict[str, Any] = {}
+    for name, leaf in params_of(model).items():
+        theirs = next((name.removesuffix(ours) + end for ours, end in names.items() if name.endswith(ours)), name)
+        leaves[f"base_model.model.{theirs}"] = leaf
+    write_tensors(out / "adapter_model.safetensors", leaves, {"format": "pt"})
+    heads = {name.rpartition(".")[0] for name in params_of(model) if not is_factor(name)}
+    config = {
+        "peft_type": "LORA",
+        "r": plan.tuning["lora"]["rank"],
+        "lora_alpha": plan.tuning["lora"]["alpha"],
+        "target_modules": sorted(layers),
+        "modules_to_save": sorted(heads) or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "base_model_name_or_path": f"sha256:{plan.tuning['weights']['sha256']}",
+        "inference_mode": True,
+    }
+    atomic.write_json(out / "adapter_config.json", config)
 
 
 def _warn_of_other_data(run: Run) -> None:

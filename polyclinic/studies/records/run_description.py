@@ -5,13 +5,17 @@ import platform
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from polyclinic import __version__
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, SiteSummary
+from polyclinic.learning.networks.fine_tuning import FineTuned
+from polyclinic.learning.networks.model_tree import frozen
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.weights import store
 from polyclinic.methods import registry
 from polyclinic.studies.config import simulation_schema
 from polyclinic.studies.config.schema import MethodSpec
@@ -82,7 +86,30 @@ def method_facts(method: MethodSpec) -> dict[str, Any]:
     return {"label": method.called, **known, "options": options}
 
 
-def information(study: Study, splits: Sequence[Federated], parameters: int) -> dict[str, Any]:
+def start_facts(task: Task) -> dict[str, Any]:
+    """Return the entry ``start`` of ``run.json``, on the start weights of the task's network; empty without any."""
+    network: Any = task.network
+    if not isinstance(network, FineTuned) or network.start is None or (account := network.account()) is None:
+        return {}
+    item, model = store.find(network.start.sha256), task.model()
+    constant = frozen(model)
+    sizes = {name: leaf.numel() for name, leaf in model.state_dict().items() if leaf.is_floating_point()}
+    card = {key: getattr(item.card, key) for key in ("license", "source", "trained_on", "citation", "redistribute")}
+    return {
+        "start": {
+            "name": item.card.name,
+            "sha256": item.sha256,
+            **card,
+            "account": account.summary,
+            "adapted": [f"{name}: {how}" for name, how in account.adapted.items()],
+            "train": list(network.train),
+            "trained": sum(size for name, size in sizes.items() if name not in constant),
+            "numbers": sum(sizes.values()),
+        }
+    }
+
+
+def information(study: Study, splits: Sequence[Federated], parameters: int, task: Task) -> dict[str, Any]:
     """Return the content of ``run.json``. ``splits`` are those of the first seed, one for each fold."""
     data = splits[0]
     by = "sites" if study.folds == "sites" else "patients"
@@ -94,6 +121,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "task": study.task.kind,
         "classes": list(data.info.classes),
+        **({"space": space_of(study, data)} if study.task.kind == "segmentation" else {}),
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,
         "data": {
@@ -113,10 +141,26 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
         "seeds": list(study.seeds),
         **folded,
         **simulation_schema.facts(study, data.training),
+        **declared(study),
         "engine": study.engine.model_dump(),
         "environment": environment(),
         "parameters": parameters,
+        **start_facts(task),
     }
+
+
+def space_of(study: Study, data: Federated) -> Literal["native", "grid"]:
+    """Return where masks are compared: on the original grid of the files, if it is known, or on the network's grid."""
+    known = all(
+        getattr(e, "measured", None) is not None for roles in data.sites.values() for e in roles.values() if len(e)
+    )
+    return "native" if known and study.evaluation.space != "grid" else "grid"
+
+
+def declared(study: Study) -> dict[str, Any]:
+    """Return the comparisons that the study declares, for ``run.json``; nothing without any."""
+    compare = [c.model_dump(exclude_none=True) for c in study.evaluation.compare]
+    return {"compare": compare} if compare else {}
 
 
 def patients_apart(data: Federated) -> bool:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from polyclinic.studies.run.run_lock import STOP
+
 if TYPE_CHECKING:
     from polyclinic.studies.run.run_directory import Folder
 
@@ -36,8 +38,6 @@ def stopping(folder: "Folder", console: Console) -> Iterator[Signals]:
 
     A shell starts background commands with SIGINT ignored, which Python keeps; here the signal is handled.
     """
-    from polyclinic.studies.run.run_directory import STOP
-
     signals = Signals()
 
     def stop(number: int, frame: FrameType | None) -> None:

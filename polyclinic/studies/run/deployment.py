@@ -21,7 +21,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.methods import registry
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.records.run_description import environment, method_facts
+from polyclinic.studies.records.run_description import declared, environment, method_facts, start_facts
 from polyclinic.studies.run.run_directory import write_tensors
 
 WHERE = ("use", "path", "kind", "sites", "external", "min_patients", "max_patients", "annotations", "public")
@@ -74,13 +74,14 @@ def method_runs(
                 "method": method.name,
                 "rounds": study.rounds,
                 "seed": seed,
-                "task": study.task.settings,
+                "task": study.task_options,
                 "network_options": study.task.options,
                 "sites": trainers,
                 "training": study.training_of(method),
                 "options": method.options,
                 "uplink": [dict(item) for item in method.uplink],
                 **({"downlink": [dict(item) for item in method.downlink]} if method.downlink else {}),
+                **({"tuning": study.task.tuning} if study.task.tuning else {}),
                 **(shape or {}),
             }
             external = [name for name in study.data.external if entry.newcomers]
@@ -222,6 +223,7 @@ def _info(
         "task": study.task.kind,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": [] if continuous else classes or [f"class {i}" for i in range(outputs)],
+        **({"space": study.evaluation.space or "native"} if study.task.kind == "segmentation" else {}),
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,
         "data": {"title": f"the data of {len(names)} hospitals", "notes": notes, "sites_are": "hospitals"},
@@ -230,8 +232,10 @@ def _info(
         "rounds": study.rounds,
         "seeds": list(study.seeds),
         "engine": {"kind": "flare"},
+        **declared(study),
         "environment": environment(),
         "parameters": sum(leaf.numel() for leaf in plan.build_task().first(0).values()),
+        **start_facts(plan.build_task()),
     }
 
 

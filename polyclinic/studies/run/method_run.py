@@ -25,6 +25,8 @@ from polyclinic.engines.best_round import BestRound
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.virtual_time import Unequal
 from polyclinic.engines.local.worker_pool import Workers
+from polyclinic.engines.plan import build_method
+from polyclinic.engines.ray.site_actors import RaySites
 from polyclinic.evaluation.site_scores import scores_on_test
 from polyclinic.learning.tasks.task_evaluation import evaluate
 from polyclinic.methods import registry
@@ -35,9 +37,10 @@ from polyclinic.studies.config.method_plan import POOLED
 from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.records import site_outliers
 from polyclinic.studies.records.checkpoint import Checkpoint
-from polyclinic.studies.run import run_budgets
+from polyclinic.studies.run import round_progress, run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.resolved_study import ResolvedMethod
+from polyclinic.studies.run.round_progress import WatchedFederation
 from polyclinic.studies.run.run_directory import MethodRunFolder, write_tensors
 
 
@@ -97,6 +100,7 @@ class MethodRun:
             finally:
                 engine.close()
         finally:
+            (self.path / round_progress.NAME).unlink(missing_ok=True)
             self.folder.close()
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
@@ -148,7 +152,7 @@ class MethodRun:
         sampler, need = UniformSampler(trainers, size, self.seed), min(study.min_replies, size)
         how: Any = {"rounds": study.rounds, "sampler": sampler, "deadline": study.deadline, "min_replies": need}
         if study.machines is None:
-            return train(self.method, engine, state, **how)
+            return train(self.method, WatchedFederation(engine, self.path / round_progress.NAME), state, **how)
         return simulation_schema.steps(study.machines, self.method, engine, state, trainers=trainers, **how)
 
     def _ends(self, state: Any, done: int) -> bool:
@@ -262,6 +266,9 @@ class MethodRun:
             )
         if chosen.kind == "in-process":
             return InProcess(self.method, sites, memory, policies, self.seed, held)
+        if chosen.kind == "ray":
+            recipe = self.plan.to_json()
+            return RaySites(build_method, recipe, sites, memory, self.seed, chosen.workers, held, chosen.gpus)
         workers = chosen.workers or min(len(sites), cores())
         return Workers(self.method, sites, memory, policies, self.seed, workers, held)
 

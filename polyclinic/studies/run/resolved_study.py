@@ -16,15 +16,17 @@ from polyclinic.data.source import Source
 from polyclinic.data.splits import Fold
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import uncovered
+from polyclinic.evaluation.subgroup_results import MANY, groups_of
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.methods.frozen_networks import frozen_problem
 from polyclinic.studies.config import simulation_schema
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.records.run_description import patients_apart
+from polyclinic.studies.records.run_description import patients_apart, space_of
 from polyclinic.studies.run.events import Job
 
 
@@ -96,6 +98,7 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
         DataError: If the data cannot be read or used. The message lists every problem.
     """
     source = study.data.source()
+    _require_columns(study, source)
     patients = sorted(set(source.table().patients))
     folds: list[Fold | None] = [None]
     if study.folds == "sites":
@@ -107,6 +110,27 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
     splits = _splits(study, source, jobs)
     methods = _methods(study, text, splits[0], folds[0])
     return ResolvedStudy(study, text, source, splits, jobs, methods, {name: i for i, name in enumerate(patients)})
+
+
+def _require_columns(study: Study, source: Source) -> None:
+    """Check that the columns of subgroups exist and form groups.
+
+    Raises:
+        DataError: If not. The message lists every problem.
+    """
+    columns, problems = source.table().columns, []
+    for name in study.evaluation.subgroups:
+        if name not in columns:
+            listed = ", ".join(columns) or "none"
+            problems.append(f'evaluation.subgroups: the data have no column "{name}". There are: {listed}')
+        elif not groups_of(source.table(), dict.fromkeys(source.table().patients, 0), [name]).get(name):
+            many = len(set(columns[name]))
+            problems.append(
+                f'evaluation.subgroups: column "{name}" has {many} values and forms no 2 to {MANY} groups of patients. '
+                "Leave it out, or give the data a column with fewer values"
+            )
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def _splits(study: Study, source: Source, jobs: tuple[Job, ...]) -> tuple[Federated, ...]:
@@ -133,6 +157,12 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
     """
     methods = dict[str, ResolvedMethod]()
     problems = list[Problem]()
+    if study.task.tuning:
+        try:
+            plan_of(study, study.methods[0], data, study.seeds[0]).build_task().model()
+        except ValueError as error:
+            key, _, says = str(error).partition(": ")
+            raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), [Problem(_place(key), says)]) from None
     for i, spec in enumerate(study.methods):
         first = Job(spec, study.seeds[0], fold)
         try:
@@ -140,7 +170,7 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
             for seed in study.seeds[1:] if study.attack else ():
                 _build(study, Job(spec, seed, fold), data)
             plan = methods[first.name].plan
-            if reason := uncovered(plan):
+            if reason := frozen_problem(plan.method, methods[first.name].method.task) or uncovered(plan):
                 problems.append(Problem(("methods", i, "name"), reason))
             elif isinstance(local := plan.build_local(), DPSGD):
                 labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]
@@ -155,6 +185,11 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
     if problems:
         raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), problems)
     return methods
+
+
+def _place(key: str) -> tuple[str, ...]:
+    """Return the key of a study that a message on the fine-tuned network begins with."""
+    return {"task.weights": ("task", "weights"), "lora": ("task", "lora")}.get(key, ("task", "train"))
 
 
 def _build(study: Study, job: Job, data: Federated) -> ResolvedMethod:
@@ -172,6 +207,11 @@ def _require_task(study: Study, data: Federated) -> None:
     if kind != expected:
         fast = "accelerate = 4 in [data], or " if kind == "reconstruction" else ""
         raise DataError(f'{data.info.name} is data for {expected}: set {fast}task.kind = "{expected}", not "{kind}"')
+    if study.evaluation.space == "native" and space_of(study, data) != "native":
+        raise DataError(
+            f"{data.info.name} does not come from image files, so the original grid of its masks is not known: leave "
+            '[evaluation] space out, or set space = "grid"'
+        )
     if kind == "classification":
         present = [
             any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))

@@ -10,6 +10,7 @@ runs/<name>-<hash8>/
                        model.safetensors        the tested model;  predictions.safetensors   its predictions
                        search.jsonl             trials of a search;  chosen.toml   the chosen values, editable
                        records.jsonl            records of the method run, until the run ends and joins them
+                       now.json                 progress within the current round
   data.safetensors   hashes of the data's examples      stop   makes it stop after the current round
   .lock           held by the process of the run
 ```
@@ -34,9 +35,9 @@ from polyclinic.core import atomic
 from polyclinic.core.audit_log import Journal, verify
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import IntegrityError, PolyclinicError, RunError
+from polyclinic.studies.run.run_lock import LOCK, STOP, holder
 
 log = logging.getLogger(__name__)
-LOCK, STOP = ".lock", "stop"
 
 
 class RunExists(RunError, ValueError):
@@ -238,27 +239,6 @@ def _is_at(file: IO[str], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def holder(path: Path) -> int:
-    """Return the process that works on the run in the folder at ``path``, or 0."""
-    try:
-        with open(path / LOCK, encoding="ascii") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(lock.read() or -1)
-    except (OSError, ValueError):
-        return 0
-    return 0
-
-
-def ask_to_stop(path: Path) -> int:
-    """Ask the process that works on the run at ``path`` to stop after the current round; return its number, or 0."""
-    pid = holder(path)
-    if pid:
-        (path / STOP).touch()
-    return pid
 
 
 def _identity(entry: Mapping[str, Any]) -> str:

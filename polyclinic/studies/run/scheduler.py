@@ -5,31 +5,37 @@ one after the other or in parallel processes, with bit-identical results.
 """
 
 import dataclasses
+import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from polyclinic.core import atomic
 from polyclinic.core import serialization as states
-from polyclinic.data.federation import Federated, federate
+from polyclinic.data.federation import DataError, Federated, federate
 from polyclinic.data.splits import Fold
+from polyclinic.engines.ray import cluster
+from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.run_reader import read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.studies.config import search_space, simulation_schema
-from polyclinic.studies.config.study_config import Study, with_values
+from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.records.run_description import described, information
 from polyclinic.studies.run import data_identity
+from polyclinic.studies.run.cluster_runs import on_cluster
 from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.method_run import MethodRun, external_in
 from polyclinic.studies.run.parallel_runs import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
-from polyclinic.studies.run.run_directory import STOP, Folder, MethodRunFolder, Note, Stopped, held
+from polyclinic.studies.run.run_directory import Folder, MethodRunFolder, Note, Stopped, held
+from polyclinic.studies.run.run_lock import STOP
 
 
 def run(
@@ -54,13 +60,13 @@ def run(
         Stopped: If the file ``stop`` in the folder asked for it, between two rounds; ``resume`` continues from there.
         NotChosen: If what a search chose was changed after training had begun with it.
     """
-    with nullcontext(folder) if folder is not None else held(path) as own:
+    with nullcontext(folder) if folder is not None else held(path) as own, _cluster(study):
         yield from _run_in(own, resolve(study, text), resume, fresh)
 
 
 def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> Iterator[Event]:
     """Run a resolved study. The arguments and errors are those of ``run``."""
-    with held(path) as folder:
+    with held(path) as folder, _cluster(resolved.study):
         yield from _run_in(folder, resolved, resume)
 
 
@@ -77,8 +83,8 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
             data_identity.require_unchanged(path, read_info(path).data.fingerprint, first, resolved.source)
         elif not folder.begun:
             data_identity.write_identity(path, first, resolved.source)
-        folder.begin(resolved.text, information(study, splits, parameters), resume)
-        write_groups(path, resolved.source.table(), resolved.numbers)
+        folder.begin(resolved.text, information(study, splits, parameters, resolved.task), resume)
+        write_groups(path, resolved.source.table(), resolved.numbers, study.evaluation.subgroups)
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
         notes = [*simulation_schema.told(study), *(note for data in splits for note in described(data))]
         yield Event("data", notes=(*dict.fromkeys(notes), *network.warnings))
@@ -89,10 +95,15 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
                 scores = done[job.name]
                 told = {"scores": scores, "external": external_in(scores, study, first)}
                 yield job.event("tested", round=study.rounds, rounds=study.rounds, **told)
-        workers = study.engine.workers or cores()
+        workers = study.engine.workers or _capacity(study)
         if jobs and possible() and any(study.training_of(method).get("private") for method in study.methods):
             warm_up()
-        if _whole_arms(study, len(jobs), workers):
+        if jobs and study.engine.kind == "ray" and _whole_arms(study, len(jobs), workers):
+            recipe = _recipe(resolved, path)
+            yield from on_cluster(
+                jobs, work_from, recipe, path.absolute(), folder.note, study.engine.workers, study.engine.gpus
+            )
+        elif _whole_arms(study, len(jobs), workers):
             inside = study.engine.model_copy(update={"kind": "in-process"})  # each method run has one process
             work.study = study.model_copy(update={"engine": inside})
             yield from side_by_side(jobs, work, folder.note, workers)
@@ -107,13 +118,61 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
         folder.close_journal()
 
 
+def _cluster(study: Study) -> AbstractContextManager[None]:
+    """Return the connection to the Ray cluster of ``study``, if it runs on one."""
+    engine = study.engine
+    return cluster.connected(engine.address, engine.workers) if engine.kind == "ray" else nullcontext()
+
+
+def _capacity(study: Study) -> int:
+    """Return the number of worker processes that run at once."""
+    return cluster.slots(1, study.engine.gpus) if study.engine.kind == "ray" else cores()
+
+
 def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
     """Return whether worker processes share method runs rather than the sites of one method run."""
     engine = study.engine
+    if engine.kind == "ray":
+        alone = any(table is not None for table in (study.attack, study.privacy, study.machines))
+        return engine.parallel == "arms" or (engine.parallel == "auto" and (alone or jobs >= 2 * workers))
     if engine.kind != "workers" or engine.parallel == "sites" or not possible():
         return False
     usual = engine.device == "cpu" and (study.deadline is None or study.machines is not None) and jobs >= 2 * workers
     return engine.parallel == "arms" or (usual and workers > 1)
+
+
+def _recipe(resolved: ResolvedStudy, path: Path) -> str:
+    """Return what a worker on another machine needs in order to execute the method runs of a study, as JSON."""
+    told = {
+        "text": resolved.text,
+        "folder": str(path.absolute()),
+        "current": os.getcwd(),
+        "study": resolved.study.hash,
+        "data": resolved.splits[0].fingerprint,
+        "device": resolved.study.engine.device,
+    }
+    return json.dumps(told)
+
+
+def work_from(recipe: str) -> tuple["_Work", dict[str, Job]]:
+    """Build, on another machine, the executor of the method runs of a study and all method runs by name.
+
+    Raises:
+        PolyclinicError: If the study or its data differ from those of the process that made ``recipe``.
+    """
+    told = json.loads(recipe)
+    if Path(told["current"]).is_dir():  # paths in the study may be relative
+        os.chdir(told["current"])
+    study = parse(told["text"])
+    if study.hash != told["study"]:
+        raise ConfigError("the study was changed on the command line: write the changes into its file")
+    resolved = resolve(study, told["text"])
+    if resolved.splits[0].fingerprint != told["data"]:
+        raise DataError("the data differ from those of the machine that started the run")
+    engine = study.engine.model_copy(update={"kind": "in-process", "device": told["device"]})
+    study = study.model_copy(update={"engine": engine})
+    latest = (study.seeds[0], resolved.jobs[0].fold, resolved.splits[0])
+    return _Work(resolved, study, Path(told["folder"]), latest), {job.name: job for job in resolved.jobs}
 
 
 @dataclasses.dataclass
@@ -145,8 +204,6 @@ class _Work:
         return found
 
     def _tests(self) -> Iterator[tuple[Job, Mapping[str, Any]]]:
-        import json
-
         from polyclinic.evaluation.records.record_schema import record_files
 
         by_key = {(j.method.called, j.seed, j.fold.index if j.fold else 0): j for j in self.resolved.jobs}

@@ -303,6 +303,8 @@ HASH = "0123456789abcdef" * 4
         (f"[approve]\nautomatically = ['{HASH.upper()}']", False),
         ("[allow]\npackages = ['mine==1.2']", True),
         ("[allow]\npackages = ['*']", False),
+        (f"[allow]\nweights = ['*', '{'0' * 64}']", True),
+        ("[allow]\nweights = ['given']", False),
         ("[privacy]\nepsilon = 1e6\ndelta = 0.5", True),
         ("[privacy]\nepsilon = 1000001.0\ndelta = 0.5", False),
         ("[privacy]\nepsilon = 1e-9\ndelta = 1e-9", True),
@@ -340,6 +342,7 @@ def test_the_default_policy_is_the_documented_one() -> None:
         "stats": ("WeightedMean", "ElementwiseMean"),
         "gather": ("score", "describe"),
         "packages": (),
+        "weights": ("*",),
         "class_names": False,
     }
     assert policy.require.model_dump() == {"transforms": (), "secure": False, "min_sites": 3}

@@ -147,7 +147,7 @@ def test_segmentation_learns_discs() -> None:
     end = LocalTraining(epochs=15, batch_size=4, optimizer="adam", lr=0.01).fit(task, task.first(0), site, 0)
     found = outputs(task, end, site.data["test"], full_metrics=True)
     assert found["dice"].mean() > 0.8
-    assert set(found) == {"dice", "empty", "absent", "hd95", "nsd", "volume_error", "patient"}
+    assert set(found) == {"dice", "empty", "absent", "hd95_px", "volume_error", "volume_px", "patient"}
     windows = replace(task, window=(16, 16))
     assert close(outputs(windows, end, site.data["test"])["dice"], found["dice"])
 
@@ -164,7 +164,7 @@ def test_empty_masks_are_decided_not_averaged_away() -> None:
         "truth empty": (full, none, 0.0, diagonal, 0.0, False),
     }
     for name, (p, t, rng, hd95, nsd, empty) in cases.items():
-        found = agreement(p, t, 2, spacing, 1.0)
+        found = agreement(p, t, 2, spacing, 1.0, full_metrics=True)
         assert found["dice"].item() == rng, name
         assert np.isclose(found["hd95"].item(), hd95), name
         assert found["nsd"].item() == nsd, name
@@ -176,7 +176,7 @@ def test_absent_classes_do_not_raise_the_mean() -> None:
     task = Segmentation(Network("unet", (1, 8, 8), 6, (("width", 4),)))
     truth, predicted = torch.zeros(2, 8, 8, dtype=torch.long), torch.zeros(2, 8, 8, dtype=torch.long)
     truth[:, 2:6], predicted[:, 2:4] = 1, 1
-    found = agreement(predicted, truth, 6, None, 1.0)
+    found = agreement(predicted, truth, 6, None, 1.0, full_metrics=True)
     assert found["absent"].sum() == 2 * 4
     summary = task.summary(found)
     assert summary["dice"] == pytest.approx(2 * 16 / (16 + 32))
@@ -222,7 +222,7 @@ def test_distances_are_in_millimeters_and_monais() -> None:
     rng = torch.Generator().manual_seed(1)
     blob = torch.nn.functional.avg_pool2d(torch.rand(2, 1, 40, 40, generator=rng), 9, 1, 4)[:, 0]
     p, t = (blob > 0.5).long(), (blob > 0.52).long()
-    ours = agreement(p, t, 2, (0.5, 2.0), 1.0)["hd95"]
+    ours = agreement(p, t, 2, (0.5, 2.0), full_metrics=True)["hd95"]
     theirs = compute_hausdorff_distance(
         p[:, None].float(), t[:, None].float(), include_background=True, percentile=95, spacing=(0.5, 2.0)
     )

@@ -16,7 +16,12 @@ WHOLE = {
     "seeds": [0, 1],
     "folds": 4,
     "data": {"use": "lidc-nodules", "annotations": {"lyon": "boxes"}},
-    "task": {"kind": "classification"},
+    "task": {
+        "kind": "classification",
+        "weights": {"file": "given", "sha256": "0" * 64},
+        "lora": {"where": ["encoder.*"]},
+        "train": ["head"],
+    },
     "training": {"private": {"noise": 1.0}},
     "methods": [
         {"name": "fedprox", "mu": 0.1, "uplink": [{"name": "clip", "bound": 1.0}], "downlink": [{"name": "int8"}]}
@@ -25,6 +30,10 @@ WHOLE = {
         "trials": 2,
         "space": {"training.lr": {"low": 0.1, "high": 0.2}},
         "methods": {"fedprox": {"mu": [0.1, 1.0]}},
+    },
+    "evaluation": {
+        "compare": [{"method": "a", "reference": "b", "kind": "equivalence", "margin": 0.02}],
+        "subgroups": ["ward"],
     },
     "privacy": {"epsilon": 1.0, "delta": 1e-5},
     "machines": {"up": 1e6, "sites": {"lyon": {"down": 1e6}}},
@@ -48,6 +57,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "spacing_mm": (1.0, 1.0),
     "tolerance_mm": 1.0,
     "window": (8, 8),
+    "space": "grid",
     "residual": True,
     "chunk": 4,
     "steps": 7,
@@ -61,7 +71,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "rounds": 2,
     "workers": 2,
 }
-CHANGE_NOTHING = {"title", "engine.kind", "engine.workers", "engine.parallel", "engine.device"}
+CHANGE_NOTHING = {"title", "task.weights.file", "engine.kind", "engine.workers", "engine.parallel", "engine.device"}
 STUDY = Study.model_validate_json(json.dumps(WHOLE))
 
 

@@ -37,6 +37,13 @@ name = "fedprox"
 mu = 0.1
 uplink = [{ name = "clip", bound = 1.0 }]
 """
+COMPARE = """
+[[evaluation.compare]]
+method = "fedprox"
+reference = "fedavg"
+kind = "non-inferiority"
+margin = 0.02
+"""
 
 
 def problems(text: str) -> str:
@@ -107,6 +114,24 @@ WRONG = {
         GOOD.replace('network = "cnn"', 'network = "cnn"\nspacing_mm = [1.0, 1.0]'),
         "not for",
     ),
+    "a comparison with nobody": (
+        GOOD + '[[evaluation.compare]]\nmethod = "fedprox"\nreference = "fedavgg"\n',
+        'no method of this study is called "fedavgg". There are fedavg, fedprox',
+    ),
+    "a question that needs a margin": (
+        GOOD + '[[evaluation.compare]]\nmethod = "fedprox"\nreference = "fedavg"\nkind = "equivalence"\n',
+        "equivalence needs a margin, such as margin = 0.02",
+    ),
+    "a margin in points": (
+        GOOD + COMPARE.replace("0.02", "2.0"),
+        "auc lies between 0 and 1, so a margin is a fraction, such as 0.02 for two points",
+    ),
+    "a negative margin": (GOOD + COMPARE.replace("0.02", "-0.02"), "must be more than 0"),
+    "a margin for a difference": (
+        GOOD + COMPARE.replace("non-inferiority", "difference"),
+        'a margin is for kind = "non-inferiority" or "equivalence"',
+    ),
+    "a comparison twice": (GOOD + 2 * COMPARE, "the same comparison twice would be corrected for twice"),
     "a method's own training": (GOOD.replace("mu = 0.1", "training = { lrr = 1.0 }"), 'Did you mean "lr"?'),
 }
 
@@ -131,6 +156,16 @@ def test_the_hash_follows_what_a_result_depends_on() -> None:
     assert parse(GOOD + '[engine]\nkind = "in-process"').hash == study.hash
     assert parse(GOOD.replace("mu = 0.1", "mu = 0.2")).hash != study.hash
     assert parse(GOOD, changes={"methods.1.mu": 0.2}).hash == parse(GOOD.replace("mu = 0.1", "mu = 0.2")).hash
+
+
+def test_declared_comparisons_and_subgroups_are_part_of_the_hash_if_there_are_any() -> None:
+    study = parse(GOOD)
+    assert study.hash == parse(GOOD + "[evaluation]\ncompare = []\nsubgroups = []").hash
+    declared = parse(GOOD + COMPARE)
+    assert len({study.hash, declared.hash, parse(GOOD + COMPARE.replace("0.02", "0.03")).hash}) == 3
+    assert parse(GOOD + '[evaluation]\nsubgroups = ["ward"]').hash != study.hash
+    found = declared.evaluation.compare[0]
+    assert (found.method, found.reference, found.kind, found.margin) == ("fedprox", "fedavg", "non-inferiority", 0.02)
 
 
 def test_a_study_survives_being_written() -> None:

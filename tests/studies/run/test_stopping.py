@@ -18,7 +18,8 @@ from polyclinic.core.audit_log import verify
 from polyclinic.data.examples import DataError
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.cancellation import stopping
-from polyclinic.studies.run.run_directory import STOP, Folder, RunHeld, Stopped, ask_to_stop, held, holder
+from polyclinic.studies.run.run_directory import Folder, RunHeld, Stopped, held
+from polyclinic.studies.run.run_lock import STOP, ask_to_stop, holder
 from polyclinic.studies.run.scheduler import run
 from tests.studies.run.test_scheduler import facts, npz, tensors
 

@@ -27,24 +27,24 @@ def read(home: SiteFolder) -> dict[str, Any]:
     """
     given = site_setup.settings(home)
     up = site_setup.is_up(home)
-    server = _server(home, up) if "project" in given else {"state": "not joined"}
-    doing, problems = _runs(home)
+    connection = server(home, up) if "project" in given else {"state": "not joined"}
+    doing, problems = runs(home)
     waiting = [review.what.run for review in Reviews(home.reviews).all() if review.state == WAITING]
     left_over = [] if up else flare_processes.working_in(home.kit)
-    problems += [{"run": "", "problem": problem, "since": 0.0} for problem in _keeper_problems(home, up)]
+    problems += [{"run": "", "problem": problem, "since": 0.0} for problem in keeper_problems(home, up)]
     return {
         "site": given["site"],
         "running": up,
         "processes_without_keeper": len(left_over),
-        "server": server,
+        "server": connection,
         "doing": doing,
         "problems": problems,
         "waiting": waiting,
-        "well": up and server["state"] == "connected" and not problems,
+        "well": up and connection["state"] == "connected" and not problems,
     }
 
 
-def _server(home: SiteFolder, up: bool) -> dict[str, Any]:
+def server(home: SiteFolder, up: bool) -> dict[str, Any]:
     """Return whether the server can be reached, and whether it admits this site."""
     last = read_json(home.path / "connection.json", default={"heard": 0.0, "refused": ""})
     heard, started = float(last["heard"]), float(site_setup.status(home).get("started", 0.0))
@@ -60,7 +60,7 @@ def _server(home: SiteFolder, up: bool) -> dict[str, Any]:
     return {"state": state, "heard": heard, "refused": last["refused"]}
 
 
-def _runs(home: SiteFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def runs(home: SiteFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the current work and the problems of each run."""
     doing, problems = list[dict[str, Any]](), list[dict[str, Any]]()
     for path in sorted((home.path / "memory").glob("*/status.json")):
@@ -75,7 +75,7 @@ def _runs(home: SiteFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     return doing, problems
 
 
-def _keeper_problems(home: SiteFolder, up: bool) -> Iterator[str]:
+def keeper_problems(home: SiteFolder, up: bool) -> Iterator[str]:
     """Yield problems of FLARE's process and of the site's supervisor."""
     last = site_setup.status(home)
     if up and time.time() - float(last.get("beat", 0.0)) > SILENT_AFTER:

@@ -28,6 +28,19 @@ def examine(home: SiteFolder) -> list[Finding]:
     return list(_examine(home, given))
 
 
+def probe(home: SiteFolder, handshake: bool) -> list[Finding]:
+    """Return the quick checks of the connection: the port and, with ``handshake``, the server's certificate."""
+    try:
+        given = site_setup.settings(home, joined=True)
+    except SetupError as error:
+        return [("folder", False, str(error))]
+    proxy = proxies.of(given)
+    found = [_try("port", lambda: _connect(given["host"], given["port"], proxy))]
+    if handshake and found[0][1]:
+        found.append(_try("server", lambda: _handshake(home, given, proxy)))
+    return found
+
+
 def _examine(home: SiteFolder, given: dict[str, Any]) -> Iterator[Finding]:
     proxy = proxies.of(given)
     yield _try("clock", lambda: _clock(home))

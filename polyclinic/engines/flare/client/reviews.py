@@ -33,13 +33,19 @@ from polyclinic.engines.flare.client.decisions import (
     this_person,
     to_json,
 )
+from polyclinic.engines.flare.protocol import data_restrictions
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.engines.flare.protocol.paths import SetupError, private_folder, read_json
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, private_folder, read_json, read_toml
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
+from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
-__all__ = ["APPROVED", "REFUSED", "WAITING", "Review", "Reviews"]
+__all__ = ["APPROVED", "REFUSED", "WAITING", "NotShown", "Review", "Reviews", "record_decision"]
 PREFIX = 8
 COUNTED = {"classification": "classes", "segmentation": "classes", "multilabel": "labels"}
+
+
+class NotShown(SetupError):
+    """A decision about something else than what the person was shown."""
 
 
 class Reviews:
@@ -122,19 +128,21 @@ class Reviews:
             state: ``approved`` (exactly what was shown) or ``refused`` (the whole study).
             by: The person's name; empty for the account's.
             reason: Reason of the decision.
-            shown: Hash of what was shown, or its beginning; empty for what was last shown to this account.
+            shown: Hash of what was shown, or its beginning; empty for what was last shown to this account. A refusal
+                without it covers whatever has arrived.
 
         Raises:
-            SetupError: If the name matches nothing, the content differs from what was shown, the code has changed since
-                it arrived, or the policy refuses it.
+            NotShown: If the content differs from what was shown.
+            SetupError: If the name matches nothing, the code has changed since it arrived, or the policy refuses it.
         """
         person = this_person(by)
         if reason != printable(reason, 2000):
             raise SetupError("a reason is at most 2000 characters on one line")
         with self._locked():
             found, now = self.subject(name), ""
-            if state == APPROVED:
+            if state == APPROVED or shown:
                 now = self._check_shown(name, found, shown)
+            if state == APPROVED:
                 found = _approvable(found)
             else:
                 found = self.group(found[0])
@@ -203,14 +211,14 @@ class Reviews:
         now, again = shown_hash(found), f"read it again: `polyclinic site review {name}`"
         if shown:
             if len(shown) < PREFIX or not now.startswith(shown):
-                raise SetupError(f"this is not what you were shown (now {now[:16]}, not {shown[:16]}); {again}")
+                raise NotShown(f"this is not what you were shown (now {now[:16]}, not {shown[:16]}); {again}")
             return now
         names = {known for review in found for known in review.names}
         last = read_json(self._shown, default={}).get(name if name in names else found[0].what.run)
         if last is None:
-            raise SetupError(f"this is not what you were shown: nothing was shown to you under this name yet; {again}")
+            raise NotShown(f"this is not what you were shown: nothing was shown to you under this name yet; {again}")
         if last != now:
-            raise SetupError(f"this is not what you were shown: it has changed since; {again}")
+            raise NotShown(f"this is not what you were shown: it has changed since; {again}")
         return now
 
     def _taken(self, order: RunRequest) -> list[str]:
@@ -256,6 +264,40 @@ class Reviews:
         with open(self._records / ".lock", "w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+
+def record_decision(
+    home: SiteFolder, name: str, state: str, reason: str, by: str = "", shown: str = "", place: str = ""
+) -> list[Review]:
+    """Record a person's decision in the reviews and in the journal of the site in ``home``.
+
+    Args:
+        home: The site.
+        name: A run, a study, or the first characters of a run request's hash.
+        state: ``approved`` or ``refused``.
+        reason: Reason of the decision.
+        by: The person's name; empty for the account's.
+        shown: Hash of what was shown, as of ``Reviews.decide``.
+        place: Place of the decision, for the journal; empty for the command line.
+
+    Raises:
+        SetupError: As of ``Reviews.decide``, or if an approved study contradicts this hospital's data.toml, so that it
+            could not run.
+    """
+    reviews = Reviews(home.reviews)
+    if state == APPROVED:
+        order = reviews.subject(name)[0].what
+        data = Path(read_toml(home.settings, "polyclinic site init")["data"])
+        own = None if order.rehearsal else data_restrictions.of_hospital(data)
+        if own and (differ := data_restrictions.conflicts(own, order.data)):
+            raise SetupError("\n".join(differ.values()))
+    decided = reviews.decide(name, state, by, reason, shown)
+    journal = SharedJournal(home.journal)
+    for review in decided:
+        about = {"run": review.what.run, "rehearsal": review.what.rehearsal, **({"place": place} if place else {})}
+        journal.write(f"{state} by a person", {**about, **review.statement, "signature": review.signature})
+    journal.close()
+    return decided
 
 
 def _approvable(reviews: Sequence[Review]) -> list[Review]:

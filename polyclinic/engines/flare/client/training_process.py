@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import SiteFolder
+from polyclinic.engines.flare.protocol.paths import WEIGHTS, SiteFolder
 from polyclinic.errors import RunError
 
 DEATHS = 3
@@ -102,6 +102,7 @@ class TrainingProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        env[WEIGHTS] = str(SiteFolder(self.home).weights)
         with open(self.log, "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "polyclinic.engines.flare.client.training_process", str(self.home), self.run],

@@ -12,6 +12,7 @@ server/                                     site/
   server.log                                  certificates/   every certificate of this site
                                               journal.jsonl   requests, results, refusals, replies
                                               opened-sums.jsonl  secure sums that were opened
+                                              weights/        start weights that the site added
 ```
 """
 
@@ -29,6 +30,8 @@ from polyclinic.errors import ConfigError
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
 MAX_TEXT = 2**20
+WEIGHTS = "POLYCLINIC_WEIGHTS"
+"""The environment variable with the folder of start weights, as ``learning.weights.store`` reads it."""
 
 
 class SetupError(ConfigError):
@@ -151,6 +154,11 @@ class SiteFolder:
     def ledgers(self) -> Path:
         """Folder of privacy ledgers, one file per data set; ``ledger-heads.json`` holds their latest hashes."""
         return self.path / "ledgers"
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the start weights that this site has added."""
+        return self.path / "weights"
 
     @property
     def opened(self) -> Path:

@@ -1,0 +1,1 @@
+"""Start weights: files of pretrained networks as data, and how they are matched with a network's tensors."""

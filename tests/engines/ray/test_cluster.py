@@ -1,0 +1,294 @@
+"""The Ray engine: the same bits as in process, on two nodes, after workers and nodes die; nothing left behind.
+
+The cluster is started by the test: two nodes on this machine, each with its own object store.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polyclinic.core.audit_log import verify
+from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
+from polyclinic.data.examples import DataError, Examples
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.engines.plan import Plan, build_method
+from polyclinic.engines.ray import cluster
+from polyclinic.engines.ray.site_actors import RaySites, decode_data, encode_data
+from polyclinic.studies.config.schema import EngineSpec
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run.cluster_runs import SHARED
+from polyclinic.studies.run.run_directory import Stopped
+from polyclinic.studies.run.scheduler import run as run_study
+from polyclinic.testing import equal
+from tests.studies.run.test_scheduler import facts, go, npz, study, tensors
+
+METHODS = ("fedavg", "fedprox", "scaffold", "fedbn", "feddyn", "ditto", "krum", "ifca", "mime", "fedopt")
+
+
+def examples(seed: int, n: int) -> Examples:
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 2, (n,), generator=rng)
+    y[:2] = torch.tensor([0, 1])
+    names = tuple(f"{seed}-{i}" for i in range(n))
+    return Examples(torch.randn(n, 1, 8, 8, generator=rng) + y.view(-1, 1, 1, 1), y, names, names)
+
+
+def small_sites(count: int = 4) -> dict[str, Site]:
+    return {
+        f"site-{k}": Site(f"site-{k}", {"train": examples(k, 16 + 4 * k), "val": examples(100 + k, 8)})
+        for k in range(count)
+    }
+
+
+def plan(method: str = "fedavg", sites: int = 4, **training: Any) -> Plan:
+    return Plan(
+        "classification",
+        "cnn",
+        (1, 8, 8),
+        2,
+        method,
+        tuple(small_sites(sites)),
+        3,
+        network_options={"width": 4, "depth": 2},
+        training={"batch_size": 8, "lr": 0.05, **training},
+    )
+
+
+def run(plan: Plan, engine: Any, rounds: int = 3) -> tuple[Any, list[dict[str, str]]]:
+    method = plan.build_method()
+    state, lost = method.init(method.task.first(0)), []
+    for step in train(method, engine, state, rounds=rounds):
+        state = step.state
+        lost.append(dict(step.lost))
+    return state, lost
+
+
+def test_data_return_as_they_were_sent() -> None:
+    data = {
+        "train": examples(0, 5),
+        "val": Examples(
+            torch.zeros(2, 3, dtype=torch.uint8),
+            torch.tensor([0.5, 1.0])[:, None],
+            ("a", "b"),
+            ("c", "d"),
+            positions=torch.tensor([0.0, 1.0]),
+        ),
+    }
+    back = decode_data(encode_data("lyon", data))
+    for role, given in data.items():
+        for name, value in vars(given).items():
+            found = getattr(back[role], name)
+            assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+
+
+def test_data_that_stay_on_disk_are_refused_with_the_remedy() -> None:
+    with pytest.raises(DataError, match=r'site lyon: its data stay on disk.*parallel = "arms"'):
+        encode_data("lyon", {"train": [1, 2, 3]})
+
+
+def test_another_installation_is_refused_by_name() -> None:
+    other = json.loads(cluster.installation()) | {"torch": "2.0.0"}
+    with pytest.raises(cluster.ClusterError, match=r"the machine node-7 has torch 2\.0\.0 instead of"):
+        cluster.require_same_installation(json.dumps(other), "node-7")
+    cluster.require_same_installation(cluster.installation(), "node-7")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"address": "auto"}, 'address and gpus are for kind = "ray"'),
+        ({"workers": 300}, "at most 256"),
+        ({"kind": "ray", "gpus": 0.5}, 'set device = "cuda"'),
+    ],
+)
+def test_engine_options_that_do_not_fit_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        EngineSpec(**given)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Any]:
+    """A cluster of two nodes with one core each, to which this process is connected."""
+    pytest.importorskip("ray", reason='needs pip install "polyclinic[ray]"')
+    cluster.ray()
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    with cluster.connected(nodes.address):
+        yield nodes
+    nodes.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+@pytest.mark.parametrize("name", METHODS)
+def test_two_nodes_give_the_bits_of_one_process(two_nodes: Any, name: str) -> None:
+    described = plan(name)
+    reference = InProcess(described.build_method(), small_sites())
+    expected = run(described, reference)[0]
+    with RaySites(build_method, described.to_json(), small_sites(), workers=2) as engine:
+        state, lost = run(described, engine)
+        assert not any(lost)
+        assert equal(state, expected)
+        assert equal(engine.memory, reference.memory)
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_a_run_resumes_with_the_same_bits(two_nodes: Any) -> None:
+    described = plan("scaffold")
+    expected = run(described, InProcess(described.build_method(), small_sites()))[0]
+    with RaySites(build_method, described.to_json(), small_sites(), workers=2) as engine:
+        state, _ = run(described, engine, rounds=2)
+        memory = engine.memory
+    method = described.build_method()
+    with RaySites(build_method, described.to_json(), small_sites(), memory, workers=1) as engine:
+        for step in train(method, engine, state, rounds=3):
+            state = step.state
+    assert equal(state, expected)
+
+
+def worker_pids(name: str = "SiteWorker") -> list[int]:
+    """Processes of the engine's workers on this machine."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"ray::{name}".encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_killed_workers_change_nothing(two_nodes: Any) -> None:
+    described = plan("fedbn", epochs=20)
+    expected = run(described, InProcess(described.build_method(), small_sites()), 6)[0]
+    killed = []
+    with RaySites(build_method, described.to_json(), small_sites(), workers=2) as engine:
+        stop = threading.Event()
+
+        def kill() -> None:
+            while len(killed) < 2 and not stop.wait(0.7):
+                if pids := worker_pids():
+                    os.kill(pids[0], signal.SIGKILL)
+                    killed.append(pids[0])
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        state, lost = run(described, engine, 6)
+        stop.set()
+        thread.join()
+    assert killed
+    assert not any(lost)
+    assert equal(state, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_a_node_that_dies_costs_time_only(two_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = two_nodes.add_node(num_cpus=1)
+    described = plan("scaffold", epochs=40)
+    expected = run(described, InProcess(described.build_method(), small_sites()), 4)[0]
+    with RaySites(build_method, described.to_json(), small_sites(), workers=3) as engine:
+        assert len(engine._workers) == 3
+        monkeypatch.setattr("polyclinic.engines.ray.site_actors.START", 10.0)  # there is no room for a third worker
+        timer = threading.Timer(1.0, lambda: two_nodes.remove_node(node, allow_graceful=False))
+        timer.start()
+        state, lost = run(described, engine, 4)
+        timer.join()
+        assert len(engine._workers) == 2
+    assert not any(lost)
+    assert equal(state, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_a_late_site_is_lost_and_the_round_goes_on(two_nodes: Any) -> None:
+    described = plan("fedavg", 2)
+    sites = small_sites(2)
+    sites["site-1"] = Site("site-1", {"train": examples(1, 20_000)})
+    with RaySites(build_method, described.to_json(), sites, workers=2) as engine:
+        method = described.build_method()
+        state = method.init(method.task.first(0))
+        step = next(train(method, engine, state, rounds=1, deadline=1.0))
+    assert list(step.lost) == ["site-1"]
+    assert "no answer within 1 s" in step.lost["site-1"]
+
+
+def on_ray(folder: Path, parallel: str) -> str:
+    return study(folder, "ray").replace('kind = "ray"', f'kind = "ray"\nparallel = "{parallel}"\nworkers = 2')
+
+
+@pytest.fixture(scope="module")
+def on_one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, and the run of a study of them in one process."""
+    folder = tmp_path_factory.mktemp("study")
+    npz(folder)
+    go(study(folder), folder / "in-process")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+@pytest.mark.parametrize("parallel", ["arms", "sites"])
+def test_a_study_over_two_nodes_has_the_bits_of_one_machine(
+    two_nodes: Any, on_one_machine: Path, parallel: str
+) -> None:
+    go(on_ray(on_one_machine, parallel), on_one_machine / parallel)
+    assert equal(tensors(on_one_machine / parallel), tensors(on_one_machine / "in-process"))
+    assert facts(on_one_machine / parallel) == facts(on_one_machine / "in-process")
+    assert sum(1 for _ in verify(on_one_machine / parallel / "journal.jsonl")) > 10
+    assert not (on_one_machine / parallel / SHARED).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_a_killed_worker_continues_its_method_run_from_the_checkpoint(two_nodes: Any, on_one_machine: Path) -> None:
+    text, path, killed = on_ray(on_one_machine, "arms"), on_one_machine / "killed", 0
+    for event in run_study(parse(text), text, path):
+        if event.what == "round" and event.round == 2 and killed < 2:
+            os.kill(worker_pids("Runner")[0], signal.SIGKILL)
+            killed += 1
+    assert killed == 2
+    assert equal(tensors(path), tensors(on_one_machine / "in-process"))
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_a_stopped_study_resumes_on_the_cluster(two_nodes: Any, on_one_machine: Path) -> None:
+    text, path = on_ray(on_one_machine, "arms"), on_one_machine / "stopped"
+    events = run_study(parse(text), text, path)
+    next(event for event in events if event.what == "round")
+    (path / "stop").touch()
+    with pytest.raises(Stopped):
+        list(events)
+    go(text, path, resume=True)
+    assert equal(tensors(path), tensors(on_one_machine / "in-process"))
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_a_cluster_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason='needs pip install "polyclinic[ray]"')
+    script = "from polyclinic.engines.ray.cluster import connected\nwith connected('127.0.0.1:1'): pass"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"},
+        check=False,
+    )
+    assert "no Ray cluster can be reached at 127.0.0.1:1" in done.stderr

@@ -43,6 +43,8 @@ class Entry:
             "gaussian" if replies pass a clip and noise (or the sparse vector technique).
             ``tests/attacks/test_release_audit.py`` verifies this for every method by the release audit.
         exposes: What DP-SGD does not cover, or why it cannot be used; empty if it covers everything.
+        stacks: Whether it takes all images of a site at once, so that these must be in memory (no ``patch`` in
+            ``[data]``).
         fixed: Arguments that distinguish this name from others of the same class. They are not options.
         defaults: Defaults of options that differ from those of the class.
     """
@@ -62,6 +64,7 @@ class Entry:
     uplink: tuple[str, ...] = ()
     private: tuple[Way, ...] = ()
     exposes: str = ""
+    stacks: bool = False
     fixed: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
 
@@ -704,6 +707,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("gaussian",),
             exposes="it sends exact sums of features, and they enter every gradient",
+            stacks=True,
         ),
         Entry(
             "vafl",
@@ -714,6 +718,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes="it sends the exact variation of the images, and generated images",
             fidelity=ABSTRACT,
+            stacks=True,
         ),
         Entry(
             "stain-norm",
@@ -1020,6 +1025,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Li et al. 2020 (MLSys)",
             private=BOTH,
             fidelity="departs: draws steps instead of epochs",
+        ),
+        Entry(
+            "asym-fedavg",
+            "heterogeneity.asym_fedavg:AsymFedAvg",
+            "sites with different networks average the tensors that all of them have",
+            "Skorupko et al. 2025",
+            "the change of the common tensors",
+            stateful=True,
+            unseen=NOTHING,
+            private=BOTH,
         ),
     ),
     "Server end: weight aggregation": (
@@ -1353,6 +1368,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes=OWN_STEPS,
             fixed={"u_shaped": True},
+        ),
+    ),
+    "Data statistics": (
+        Entry(
+            "case-statistics",
+            "statistics.case_statistics:CaseStatistics",
+            "counts of spacings, sizes and intensities of all sites' images, for a plan; trains nothing",
+            "Isensee et al. 2021; Skorupko et al. 2025",
+            "sums over the images of a site: counts by spacing, size and foreground value",
+            fidelity="departs: sums in public bins in place of values of single images",
         ),
     ),
     "Communication: one-shot merging": (

@@ -18,7 +18,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
-from polyclinic.learning.networks.latent import encode_all, head_of, head_width
+from polyclinic.learning.networks.latent import encode_all, head_name, head_width
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, plain
@@ -49,7 +49,7 @@ class Head:
     def model(self) -> nn.Module:
         """Build the head."""
         model = self.task.model()
-        return model.get_submodule(head_of(self.task.network, model))
+        return model.get_submodule(head_name(self.task.network, model))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the task's loss, of a batch of features and classes."""
@@ -103,7 +103,7 @@ class Calibrated(Method[State]):
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         drawn = virtual_features(reply.mean("sums").total, self.samples, server.rng(state.round, "features"))
-        head, name = Head(self.task), head_of(self.task.network, self.task.model())
+        head, name = Head(self.task), head_name(self.task.network, self.task.model())
         training = replace(
             plain(self.local), epochs=self.epochs, steps=None, augment=None, penalty=None, keep_optimizer=False
         )

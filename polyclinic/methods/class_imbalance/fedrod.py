@@ -18,7 +18,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.composite import Composed
-from polyclinic.learning.networks.latent import head_of, represent
+from polyclinic.learning.networks.latent import head_name, represent
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.distillation_loss import Said
 from polyclinic.learning.tasks.data_sums import class_counts
@@ -50,7 +50,7 @@ class _TwoHeaded(nn.Module):
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network, self.net = network, network()
-        self.personal = copy.deepcopy(self.net.get_submodule(head_of(network, self.net)))
+        self.personal = copy.deepcopy(self.net.get_submodule(head_name(network, self.net)))
         self.register_buffer("use", torch.zeros(()))  # 0 at a site that did not train
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,5 +95,5 @@ class FedRoD(FedAvg):
         """Return the leaves of the network with both heads; without a private one, a copy of the shared is unused."""
         own, use = memory.get("personal"), torch.tensor(float("personal" in memory))
         if own is None:
-            own = tree.under(head_of(self.task.network, self.task.model()), shared)
+            own = tree.under(head_name(self.task.network, self.task.model()), shared)
         return {**tree.prefixed("net", shared), **tree.prefixed("personal", own), "use": use}

@@ -93,7 +93,8 @@ class HarmoFL(SizeWeighted[State]):
 
     def _amplitude(self, site: Site, round: int) -> Tensor:
         """Return ``Â ← (1 − v) Â + v · mean A(x)`` over the minibatches of an epoch, low frequencies: [C, *window]."""
-        once, rng = replace(self.local, epochs=1, steps=None, augment=None), site.rng(round, "amplitude")
+        once = replace(self.local, epochs=1, steps=None, augment=None, augmentation=None)
+        once, rng = replace(once, balance=0.0, balance_patients=False), site.rng(round, "amplitude")
         running: Tensor | None = None
         for x, _ in once.batches(site.data["train"], rng):
             mean = crop(spectrum(x)[0], self.window).mean(0)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from polyclinic.engines.flare.protocol.paths import (
 )
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
-TIDY_EVERY = 60.0
+TIDY_EVERY, NOTIFY_EVERY = 60.0, 10.0
 
 
 def init(home: SiteFolder, site: str, organization: str, renew: bool = False, new_keys: bool = False) -> Path:
@@ -95,16 +95,20 @@ def join(
     table: Mapping[str, Any],
     data: Path,
     device: str = "cpu",
+    threads: int = 0,
     proxy: str = "",
     data_name: str = "",
 ) -> str:
     """Install a checked join file for the data in the folder ``data``; return the data set's name.
 
     Args:
+        device: Device for training.
+        threads: Number of threads that prepare training samples.
         data_name: Name of the data set in the site's privacy ledgers, independent of its location. By default as
             before, or that of the folder.
 
     Raises:
+        ConfigError: If the device does not exist here.
         SetupError: If the folder does not exist, the proxy or a name is invalid, or the site is running.
     """
     require()
@@ -117,6 +121,12 @@ def join(
         raise SetupError(
             f"the site in {home.path} is running: `polyclinic site stop` first; runs wait for it or continue without it"
         )
+    if device != "cpu":
+        from polyclinic.engines.devices import chosen_device  # imports PyTorch, which joining does not need otherwise
+
+        chosen_device(device)
+    if not 0 <= threads <= 64:
+        raise SetupError(f"--threads {threads}: give a number from 0 to 64")
     if proxy:
         proxies.check(proxy, table["scheme"])
     if not data.is_dir():
@@ -132,7 +142,13 @@ def join(
     private_folder(home.certificates)
     write_private(home.certificates / f"{certificate.serial_number:x}.crt", table["certificate"])
     given = {key: table[key] for key in ("site", "organization", "project", "host", "port", "scheme", "expires")}
-    own = {"data": str(data.resolve()), "data_name": data_name, "device": device, "proxy": proxy}
+    own = {
+        "data": str(data.resolve()),
+        "data_name": data_name,
+        "device": device,
+        "threads": str(threads),
+        "proxy": proxy,
+    }
     write_private(home.settings, toml({**given, **own}))
     SharedJournal(home.journal).write(
         "joined",
@@ -163,8 +179,14 @@ def settings(home: SiteFolder, joined: bool = False) -> dict[str, Any]:
     return given
 
 
-def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0) -> None:
+def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Callable[[], None] = lambda: None) -> None:
     """Keep FLARE's client running until SIGTERM or Ctrl-C, and then end everything that was started.
+
+    Args:
+        home: The site.
+        stopped: Returns whether to end; by default a signal ends it.
+        pause: Seconds between two checks.
+        notify: Called every ``NOTIFY_EVERY`` seconds to send the notifications that are due.
 
     Raises:
         SetupError: If the site has not joined, or is running already.
@@ -179,7 +201,7 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ending.update(now=True))
     process: subprocess.Popen[bytes] | None = None
-    crashes, start_time, started, tidied = 0, 0.0, time.time(), 0.0
+    crashes, start_time, started, tidied, notified = 0, 0.0, time.time(), 0.0, 0.0
     journal = SharedJournal(home.journal)
     journal.write("site started", {"pid": os.getpid(), "polyclinic": __version__})
     try:
@@ -199,6 +221,9 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0) -> None:
                 tidied = time.time()
                 for run_ in run_archive.retire(home):
                     journal.write("memory of an ended run removed", {"run": run_})
+            if time.time() - notified > NOTIFY_EVERY:
+                notified = time.time()
+                notify()
             time.sleep(pause)
     finally:
         flare_processes.end(home.kit)
@@ -271,14 +296,10 @@ def start(home: SiteFolder) -> int:
     settings(home, joined=True)
     if is_up(home):
         raise SetupError(f"the site in {home.path} is already running (process {status(home)['pid']})")
-    return flare_processes.keep("site", "polyclinic.engines.flare.client.site_setup", home.path, lambda: is_up(home))
+    return flare_processes.keep("site", "polyclinic.engines.flare.site_keeper", home.path, lambda: is_up(home))
 
 
 def _write_status(home: SiteFolder, state: str, **more: float) -> None:
     me = os.getpid()
     content = {"state": state, "pid": me, "birth": flare_processes.birth(me), "beat": time.time(), **more}
     write_private(home.path / "status.json", json.dumps(content), durable=False)
-
-
-if __name__ == "__main__":
-    run(SiteFolder(Path(sys.argv[1])))

@@ -276,7 +276,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "optimization.fedcm:FedCM",
             "the server's last direction in every local gradient",
             "Xu et al. 2021",
-            "the change of the model, and the number of steps",
+            "the change of the model, and the sum of the learning rates of a round",
             private=BOTH,
             fidelity="departs: K is the mean number of local steps if sites differ",
         ),

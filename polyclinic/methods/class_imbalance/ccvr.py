@@ -104,7 +104,9 @@ class Calibrated(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         drawn = virtual_features(reply.mean("sums").total, self.samples, server.rng(state.round, "features"))
         head, name = Head(self.task), head_name(self.task.network, self.task.model())
-        training = replace(plain(self.local), epochs=self.epochs, steps=None, augment=None, penalty=None)
+        training = replace(
+            plain(self.local), epochs=self.epochs, steps=None, augment=None, penalty=None, keep_optimizer=False
+        )
         end = training.fit(head, tree.under(name, state.params), server, state.round, data=drawn)
         return State(state.round + 1, {**state.params, **tree.prefixed(name, end)})
 

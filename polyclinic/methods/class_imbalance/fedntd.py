@@ -1,4 +1,4 @@
-"""FedNTD: sites keep the shared model's knowledge of the classes that they do not see.
+"""FedNTD: sites keep the shared model's knowledge of the classes of which they have few examples.
 
 Lee, Jeong, Shin, Bae and Yun, "Preservation of the Global Knowledge by Not-True Distillation in Federated Learning",
 NeurIPS 2022, equations 4 and 5, https://arxiv.org/abs/2106.03097.

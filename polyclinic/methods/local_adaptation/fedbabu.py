@@ -13,7 +13,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.tasks.task import InHead, Not, Task
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.local_adaptation.fine_tuned import FineTuned, Part
+from polyclinic.methods.local_adaptation.fine_tuned import LocallyTuned, Part
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -29,11 +29,11 @@ class BodyOnly(FedAvg):
 
 def fedbabu(
     task: Task, local: LocalTraining, *, epochs: int = 5, part: Part = "all", lr: float = 1.0, uniform: bool = False
-) -> FineTuned:
+) -> LocallyTuned:
     """Compose federated training of the body with fine-tuning at each site.
 
     Args:
         epochs: Passes of the fine-tuning over the site's training examples; 0 to predict with the fixed head.
         part: The layers to fine-tune: "all", the "head", or the "body".
     """
-    return FineTuned(BodyOnly(task, local, lr, uniform), task, local, epochs, part)
+    return LocallyTuned(BodyOnly(task, local, lr, uniform), task, local, epochs, part)

@@ -21,7 +21,7 @@ Part = Literal["all", "head", "body"]
 
 
 @dataclass(frozen=True)
-class FineTuned(MethodWrapper[Any]):
+class LocallyTuned(MethodWrapper[Any]):
     """Any method, whose model each training site fine-tunes before it predicts. Other sites use it unchanged.
 
     Attributes:
@@ -44,7 +44,7 @@ class FineTuned(MethodWrapper[Any]):
     @property
     def tuning(self) -> LocalTraining:
         """The training settings of the fine-tuning, without privacy."""
-        return replace(plain(self.local), epochs=self.epochs, steps=None)
+        return replace(plain(self.local), epochs=self.epochs, steps=None, keep_optimizer=False)
 
     def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
         params = self.inner.adapted_model(request, memory, site, role)
@@ -66,7 +66,7 @@ def fine_tuned(
     epochs: int = 1,
     part: Part = "all",
     uniform: bool = False,
-) -> FineTuned:
+) -> LocallyTuned:
     """Build the method ``over`` with fine-tuning at each site.
 
     Args:
@@ -76,4 +76,4 @@ def fine_tuned(
         uniform: Whether all sites have equal weight. If false, ``over`` weights them as it does by default.
     """
     inner = build(over, Setting(task, local, tuple(sites), rounds), {"uniform": True} if uniform else {})
-    return FineTuned(inner, task, local, epochs, part)
+    return LocallyTuned(inner, task, local, epochs, part)

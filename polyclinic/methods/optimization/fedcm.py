@@ -1,8 +1,9 @@
 """FedCM: sites mix the server's last direction into every local gradient.
 
 Xu, Wang, Wang and Yao, "FedCM: Federated Learning with Client-level Momentum", 2021, Algorithm 1,
-https://arxiv.org/abs/2106.10874. All sites have equal weight, as in the paper. Departure: the number of local steps K
-is the sites' mean if they differ. The direction is divided by the learning rate, so that training must use plain SGD.
+https://arxiv.org/abs/2106.10874. All sites have equal weight, as in the paper. Departure: η_l K, the sum of the
+learning rates of the local steps, is the sites' mean if they differ. The direction is divided by it, so that training
+must use plain SGD.
 """
 
 from dataclasses import dataclass
@@ -70,12 +71,13 @@ class FedCM(Method[State]):
             # x ← x − η_l (α ∇f(x; ζ) + (1 − α) Δ)
             gradient_hook=lambda name, g: self.alpha * g + (1 - self.alpha) * towards[name].to(g.device),
         )
-        steps = {"steps": torch.tensor(float(self.local.count(site.data["train"])), dtype=torch.float64)}
-        return Reply({"update": WeightedMean.of(tree.sub(end, start)), "work": WeightedMean.of(steps)}), memory
+        far = self.local.distance(request.round, self.local.count(site.data["train"]))  # η_l K
+        work = {"distance": torch.tensor(far, dtype=torch.float64)}
+        return Reply({"update": WeightedMean.of(tree.sub(end, start)), "work": WeightedMean.of(work)}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         mean = reply.mean("update").value
-        work = max(float(reply.mean("work").value["steps"]), 1.0) * self.local.rate(state.round)
+        work = float(reply.mean("work").value["distance"]) or 1.0
         # Δ ← −1 / (η_l K |S|) Σ (x_i − x)
         direction = tree.scale(tree.select(mean, state.direction.__contains__), -1 / work)
         return State(state.round + 1, tree.shift(state.params, mean, self.lr), direction)

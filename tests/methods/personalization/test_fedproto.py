@@ -25,7 +25,7 @@ LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 def test_two_rounds_are_the_published_ones(kind: str) -> None:
     """Features towards the prototype of their class, and prototypes as unweighted means over the sites that have one.
 
-    Of three classes, one site has two, and no site has the third: it has no prototype.
+    Of four classes, one site has two, and no site has the fourth: it has no prototype.
     """
     task, sites = place(kind, classes=4)
     for k, (name, site) in enumerate(sites.items()):

@@ -172,6 +172,24 @@ def stop(*, home: Home = HERE, json_: Json = False) -> None:
 
 
 @app.command
+def notify(*, home: Home = HERE, json_: Json = False) -> None:
+    """Send a test message as notify.toml in this folder says. Exit code 1 if a way fails.
+
+    A running server notifies people of runs that failed and of studies that stopped.
+    """
+    from polyclinic.cli.site import send_test
+
+    server = _server(home)
+    with document(json_) as emit:
+        failures = send_test(
+            server.path, f"This is a test from the server of {server_setup.settings(server)['project']}."
+        )
+        emit({"failures": failures})
+    if failures:
+        raise SystemExit(1)
+
+
+@app.command
 def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
     """Print a systemd unit that keeps this server running.
 
@@ -192,6 +210,43 @@ def status(*, home: Home = HERE, json_: Json = False) -> None:
     from polyclinic.cli.server_status import show
 
     show(ServerFolder(home.resolve()), json_)
+
+
+@app.command
+def console(
+    *,
+    studies: Path | None = None,
+    port: int = 8767,
+    open_: Annotated[bool, Parameter(name="--open")] = False,
+    viewer: bool = False,
+    link: bool = False,
+    metrics_key: Path | None = None,
+    home: Home = HERE,
+) -> None:
+    """Show this server in the browser of this machine: sites, queue, progress, faults, and what a run waits for.
+
+    Sites can be admitted and revoked there, and studies queued, canceled and exported. The console is reached by this
+    machine only; see docs/how-to/console.md for another machine's browser.
+
+    Args:
+        studies: The folder with the study files that can be queued; the server's folder by default.
+        port: The port on the loopback interface; 0 for any free one.
+        open_: Open the page in this machine's browser.
+        viewer: Print a link that may look and change nothing.
+        link: Print another link of the console that runs.
+        metrics_key: A file with the key for /metrics; it is created if it does not exist.
+    """
+    from polyclinic.console import serve
+
+    server = _server(home)
+    if link:
+        line(f"open     {serve.new_link('server', server.path, viewer)}")
+        return
+    serve.require()
+    from polyclinic.console.server import ServerPage
+
+    page = ServerPage(server.path, studies)
+    serve.serve(page, server.path, port, line, open_browser=open_, viewer=viewer, metrics_key=metrics_key)
 
 
 @app.command

@@ -1,50 +1,13 @@
 """``polyclinic server status``: the state of the server, its sites, studies and runs."""
 
-import time
 from typing import Any
 
 from polyclinic.cli.queue import line_of
 from polyclinic.cli.rendering import document, line
-from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.protocol.paths import ServerFolder
-from polyclinic.engines.flare.server import server_setup, study_runs
+from polyclinic.engines.flare.server import study_runs
 from polyclinic.engines.flare.server.job_queue import ACTIVE, OVER, Queue
-
-SILENT_AFTER = 120.0
-"""Seconds without a status after which a supervisor counts as not responding; it may wait 40 s for FLARE."""
-
-
-def read(home: ServerFolder) -> dict[str, Any]:
-    """Return the state of the server, its sites, studies and runs, from the files that their processes write."""
-    given, last, queue = server_setup.settings(home), server_setup.status(home), Queue(home)
-    up = server_setup.is_up(home)
-    responds = up and time.time() - float(last.get("beat", 0.0)) < SILENT_AFTER
-    sites = {
-        site: {
-            "connected": responds and site in last["sites"],
-            "revoked": entry["revoked"],
-            "expires": entry["expires"],
-        }
-        for site, entry in server_setup.sites(home).items()
-    }
-    state = "not running" if not up else last["state"] if responds else "does not respond"
-    return {
-        "project": given["project"],
-        "host": given["host"],
-        "port": given["port"],
-        "state": state,
-        "well": responds,
-        "sites": sites,
-        "studies": study_runs.all_of(home),
-        "runs": {run: _run(queue.progress(run), entry) for run, entry in queue.all().items()},
-    }
-
-
-def _run(progress: dict[str, Any], entry: Any) -> dict[str, Any]:
-    alive = bool(progress) and flare_processes.alive(progress["pid"], progress.get("birth", ""))
-    known = ("round", "rounds", "waiting", "trained", "asked", "lost", "missing", "contributed")
-    facts = {key: progress[key] for key in known if key in progress}
-    return {"state": entry.state, "why": entry.why, "attempt": entry.attempt, "working": alive, **facts}
+from polyclinic.engines.flare.server.server_status import read
 
 
 def show(home: ServerFolder, as_json: bool) -> None:

@@ -11,6 +11,8 @@ from cyclopts import App, Parameter
 from polyclinic.cli.rendering import Json, confirmed, document, hint, line
 from polyclinic.cli.weights import site_app, use_site
 from polyclinic.core import atomic
+from polyclinic.engines import notifications
+from polyclinic.engines.flare import site_keeper
 from polyclinic.engines.flare.client import diagnosis, site_setup
 from polyclinic.engines.flare.client.decisions import this_person
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews, record_decision
@@ -18,6 +20,7 @@ from polyclinic.engines.flare.client.run_memory import RunMemory
 from polyclinic.engines.flare.client.study_description import before, describe, look, methods_of
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
+from polyclinic.errors import ConfigError
 
 app = App(name="site", help="Take part in studies with local data, which never leave.")
 app.command(site_app)
@@ -117,7 +120,7 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
         line(f"started  process {site_setup.start(site)}")
         return
     line(f"running  {site_setup.settings(site, joined=True)['site']}; Ctrl-C stops it")
-    site_setup.run(site)
+    site_keeper.run(site)
 
 
 @app.command
@@ -286,6 +289,39 @@ def console(
 
     page = SitePage(site.path)
     serve.serve(page, site.path, port, line, open_browser=open_, viewer=viewer, metrics_key=metrics_key)
+
+
+@app.command
+def notify(*, home: Home = HERE, json_: Json = False) -> None:
+    """Send a test message as notify.toml in this folder says. Exit code 1 if a way fails.
+
+    A running site notifies people of studies that wait for a decision and of problems that last.
+    """
+    site = SiteFolder(home.resolve())
+    name = site_setup.settings(site)["site"]
+    with document(json_) as emit:
+        failures = send_test(site.path, f"This is a test from the site {name}.")
+        emit({"failures": failures})
+    if failures:
+        raise SystemExit(1)
+
+
+def send_test(folder: Path, text: str) -> list[str]:
+    """Send ``text`` as notify.toml in ``folder`` says, print the result, and return what failed.
+
+    Raises:
+        ConfigError: If the file is missing or invalid.
+    """
+    ways = notifications.read(folder).ways
+    if not ways:
+        raise ConfigError(
+            f"{folder / notifications.FILE}: there is no way of notification; see docs/how-to/operations.md"
+        )
+    failures = notifications.send_now(folder, text)
+    for failure in failures:
+        line(f"failed   {failure}")
+    line(f"sent     by {len(ways) - len(failures)} of {len(ways)} ways")
+    return failures
 
 
 @app.command

@@ -11,11 +11,12 @@
 | ``GET /metrics`` | numbers for Prometheus | yes, or the key for metrics |
 | ``GET /healthz`` | ``{"ok": true}`` | no |
 
-Nothing is read from disk while nobody watches.
+Nothing is read from disk while no page is open.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import time
@@ -43,20 +44,27 @@ METRICS_SECONDS = 2.0
 class Console:
     """One page with its keys and its watchers."""
 
-    def __init__(self, page: Page, keys: Keys, interval: float = 1.0) -> None:
-        self.page, self.keys, self.interval = page, keys, interval
+    def __init__(self, page: Page, keys: Keys) -> None:
+        self.page, self.keys = page, keys
         self.closing = asyncio.Event()
         self.streams = 0
         self._ticks = 0
         self._tick = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
         self._looked = 0.0
+        files = sorted(path for path in STATIC.rglob("*") if path.suffix in TYPES)
+        self._edition = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+    @property
+    def files(self) -> str:
+        """The path below which the page's own files are served."""
+        return f"/static/{self._edition}"
 
     def app(self, port: int) -> Guard:
         """Return the application behind its guard."""
         routes: list[tuple[str, Callable[[Request], Awaitable[Response]], str]] = [
             ("/", self._shell, "GET"),
-            ("/static/{name:path}", self._static, "GET"),
+            ("/static/{edition}/{name:path}", self._static, "GET"),
             ("/api/login", self._login, "POST"),
             ("/api/link", self._link, "POST"),
             ("/api/events", self._events, "GET"),
@@ -65,16 +73,22 @@ class Console:
             ("/metrics", self._metrics, "GET"),
             ("/healthz", self._health, "GET"),
         ]
-        return Guard(Starlette(routes=[Route(at, to, methods=[how]) for at, to, how in routes]), self.keys, port)
+        app = Starlette(routes=[Route(at, to, methods=[how]) for at, to, how in routes])
+        app.router.redirect_slashes = False
+        return Guard(app, self.keys, port)
 
     async def _shell(self, request: Request) -> Response:
-        return HTMLResponse((STATIC / "index.html").read_text(encoding="utf-8"))
+        text = (STATIC / "index.html").read_text(encoding="utf-8")
+        return HTMLResponse(text.replace("@STATIC@", self.files).replace("@KIND@", self.page.kind))
 
     async def _static(self, request: Request) -> Response:
+        """Return one of the page's own files. Its path names the edition of all files, so that a browser keeps it."""
         path = (STATIC / request.path_params["name"]).resolve()
-        if not path.is_relative_to(STATIC) or path.suffix not in TYPES or not path.is_file():
+        known = request.path_params["edition"] == self._edition and path.is_relative_to(STATIC)
+        if not known or path.suffix not in TYPES or not path.is_file():
             return PlainTextResponse("not found", 404)
-        return FileResponse(path, media_type=TYPES[path.suffix], headers={"cache-control": "no-cache"})
+        headers = {"cache-control": "private, max-age=31536000, immutable"}
+        return FileResponse(path, media_type=TYPES[path.suffix], headers=headers)
 
     async def _login(self, request: Request) -> Response:
         body = await _json(request)
@@ -130,7 +144,7 @@ class Console:
             self._looked = time.monotonic()
             await self.wake()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.closing.wait(), self.interval)
+                await asyncio.wait_for(self.closing.wait(), self.page.pace)
         await self.wake()
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ class Child:
             return None
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """The last lines of its standard error."""
         with suppress(OSError), open(self.log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 8000))
@@ -79,7 +79,7 @@ class Child:
         """Return what a page shows of it."""
         words = " ".join(["polyclinic", *self.command])
         about = {"number": self.number, "what": self.what, "about": self.about, "command": words}
-        return {**about, "begun": self.begun, "code": self.code, "ended": self.ended, "said": self.said}
+        return {**about, "begun": self.begun, "code": self.code, "ended": self.ended, "output": self.output}
 
 
 class Children:

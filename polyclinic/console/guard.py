@@ -106,7 +106,7 @@ class Keys:
 
     @property
     def locked(self) -> bool:
-        """Whether so many wrong tokens were tried within a minute that none is accepted."""
+        """Whether no token is accepted, because too many wrong ones were tried within a minute."""
         now = self._clock()
         self._wrong = [then for then in self._wrong if then > now - 60]
         return len(self._wrong) >= GUESSES_PER_MINUTE

@@ -57,6 +57,11 @@ class Page(Protocol):
     title: str
     lock: threading.RLock
 
+    @property
+    def pace(self) -> float:
+        """Seconds between two readings while somebody watches."""
+        ...
+
     def look(self) -> bool:
         """Read what is new, and return whether anything is."""
         ...

@@ -1,6 +1,6 @@
 """One run folder, read as it grows: its summary and, for the run that is open, its curves. Requires no PyTorch.
 
-Test scores stay closed until every method run is done, so that nobody chooses by them.
+Test scores stay closed until every method run is done, so that no method is chosen by them.
 """
 
 import json
@@ -127,11 +127,10 @@ class RunReader:
     def look(self) -> bool:
         """Read what is new, and return whether anything is."""
         changed = self._look_at_lock()
-        if self.state == FINISHED and not self.behind:
+        if not changed and not self.process and not self.behind:  # it does not grow: its journal shows if it did
             stamp = _stamp(self.path / "journal.jsonl")
             if stamp == self._quiet:
-                self.version += changed
-                return changed
+                return False
             self._quiet = stamp
         changed |= self._read_journal()
         changed |= self._read_records()

@@ -50,6 +50,12 @@ class RunsPage:
         self._results: dict[str, Any] = {}
         self._stamp: Any = None
 
+    @property
+    def pace(self) -> float:
+        """Seconds between two readings: one while something runs."""
+        busy = any(reader.process or not reader.version for reader in self.readers.values())
+        return 1.0 if busy or any(child["code"] is None for child in self.children.facts()) else 2.0
+
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def look(self) -> bool:
@@ -76,7 +82,7 @@ class RunsPage:
                     self._note(reader.id)
         for child in self.children.look():
             self._take(child)
-        stamp = ([(c["number"], c["code"], c["said"]) for c in self.children.facts()], self.free // 2**24)
+        stamp = ([(c["number"], c["code"], c["output"]) for c in self.children.facts()], self.free // 2**24)
         if stamp != self._stamp:
             self._stamp, self.version = stamp, self.version + 1
             self.general = self.version
@@ -128,7 +134,7 @@ class RunsPage:
         """Keep the result of a comparison."""
         if child.what == COMPARE:
             rows = child.result
-            self._results[child.about] = {"rows": rows, "error": "" if rows is not None else child.said}
+            self._results[child.about] = {"rows": rows, "error": "" if rows is not None else child.output}
         self.version += 1
         self.general = self.version
 

@@ -36,6 +36,7 @@ class SitePage:
     """The page of one site."""
 
     kind, title = "site", "Hospital"
+    pace = 2.0
 
     def __init__(self, home: Path) -> None:
         """Show the site in the folder ``home``.
@@ -58,7 +59,8 @@ class SitePage:
         self._results: dict[str, dict[str, Any]] = {}
         self._stamp: Any = None
         self._now: dict[str, Any] = {}
-        threading.Thread(target=code_hash, daemon=True).start()  # it takes a second, once
+        self._hashing = threading.Thread(target=code_hash, daemon=True)  # two seconds of computing, once
+        self._hashing.start()
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -148,7 +150,7 @@ class SitePage:
         self._results[f"{child.what} {child.about}".strip()] = {
             "time": child.ended,
             "result": result,
-            "error": "" if result is not None else child.said or f"the command ended with the code {child.code}",
+            "error": "" if result is not None else child.output or f"the command ended with the code {child.code}",
         }
 
     # What is shown ----------------------------------------------------------------------------------------------------
@@ -299,6 +301,7 @@ class SitePage:
 
     def _review(self, run: str) -> dict[str, Any]:
         """Describe what a person would decide about, with the hash that a decision must carry."""
+        self._hashing.join()
         reviews = Reviews(self.home.reviews)
         first, *others = reviews.subject(run)
         earlier = before(reviews, first)

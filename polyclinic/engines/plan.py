@@ -21,6 +21,7 @@ from polyclinic.learning.networks.fine_tuning import ALL, FineTuned
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, MultiLabel
 from polyclinic.learning.tasks.mr_reconstruction import Reconstruction
+from polyclinic.learning.tasks.own_loss import with_loss
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
@@ -83,7 +84,9 @@ class Plan:
         network: Any = Network(self.network, self.inputs, self.outputs, options)
         if self.tuning:
             network = _tuned(network, self.tuning)
-        return TASKS[self.kind](network, **{key: _hashable(value) for key, value in self.task.items()})
+        given = {key: _hashable(value) for key, value in self.task.items() if key != "loss"}
+        task = TASKS[self.kind](network, **given)
+        return with_loss(task, str(self.task["loss"])) if "loss" in self.task else task
 
     def build_local(self) -> LocalTraining:
         """Build the local training."""

@@ -23,6 +23,9 @@ EXCEPTIONS = {  # with the reason; docs/reference/cli-json.md lists the same
     "site start": "runs until it is stopped",
     "server unit": "prints the text of a systemd unit",
     "site unit": "prints the text of a systemd unit",
+    "console": "runs until it is stopped",
+    "server console": "runs until it is stopped",
+    "site console": "runs until it is stopped",
 }
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "cli-json.md"
 LITTLE = {"ada": ("training", 40, 0.5, 0.0, 0.0), "bo": ("training", 30, 0.4, 0.2, 0.1)}
@@ -44,6 +47,7 @@ name = "fedavg"
 """
 OTHERS = {  # commands that are not called here, and the tests that read their JSON, or why none does
     "outliers": "test_outliers",
+    "plan-size": "tests/evaluation/test_study_size",
     "data drift": "test_data_commands",
     "audit": "tests/studies/audits/test_run_audit",
     "audit release": "tests/studies/audits/test_release_command",
@@ -210,6 +214,8 @@ def server(call: Call, tmp_path: Path) -> None:
     assert call("server", "wait", queued, *at)["states"] == {queued: FINISHED}
     assert call("server", "status", *at, code=1)["runs"].keys() == {"first", "second"}
     assert call("server", "stop", *at) == {"stopped": False}
+    (tmp_path / "coordinator" / "notify.toml").write_text('[desktop]\ncommand = ["true"]\n')
+    assert call("server", "notify", *at) == {"failures": []}
 
 
 def site(call: Call, tmp_path: Path) -> None:
@@ -229,6 +235,8 @@ def site(call: Call, tmp_path: Path) -> None:
     home.memory("run-1").mkdir(parents=True)
     assert call("site", "forget", "run-1", "--yes", *at)["deleted"]
     assert call("site", "stop", *at) == {"stopped": False}
+    (home.path / "notify.toml").write_text('[desktop]\ncommand = ["/no/such/command"]\n')
+    assert call("site", "notify", *at, code=1)["failures"][0].startswith("desktop:")
     assert call("site", "leave", "--yes", *at) == {"left": True}
 
 

@@ -18,7 +18,7 @@ from tests.support.console import HOST, PORT, request
 class Little:
     """A page with one action that reads and one that changes something."""
 
-    kind, title = "runs", "Test"
+    kind, title, pace = "runs", "Test", 1.0
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -122,7 +122,7 @@ def test_a_request_without_a_host_or_with_two_is_refused(app: Any) -> None:
         ("POST", "/api/act", {"sec-fetch-site": "cross-site"}, 403),
         ("POST", "/api/act", {"sec-fetch-site": "same-site"}, 403),
         ("GET", "/api/events", {"sec-fetch-site": "cross-site"}, 403),
-        ("GET", "/static/main.js", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+        ("GET", "/static/x/main.js", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
         ("POST", "/api/act", {"content-type": "text/plain"}, 415),
         ("POST", "/api/act", {"content-type": "application/x-www-form-urlencoded"}, 415),
         ("POST", "/api/act", {"content-type": "multipart/form-data; boundary=application/json"}, 415),
@@ -164,7 +164,7 @@ def test_a_long_body_without_its_length_is_refused(app: Any, keys: Keys, page: L
     assert page.done == [""]
 
 
-@pytest.mark.parametrize("path", ["/", "/static/main.js", "/healthz", "/api/events", "/nothing", "/report/x"])
+@pytest.mark.parametrize("path", ["/", "/static/x/main.js", "/healthz", "/api/events", "/nothing", "/report/x"])
 def test_every_response_has_the_headers(app: Any, path: str) -> None:
     headers = request(app, "GET", path).headers
     assert headers["content-security-policy"] == POLICY
@@ -184,19 +184,24 @@ def test_every_response_has_the_headers(app: Any, path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/static/../guard.py",
-        "/static/..%2fguard.py",
-        "/static//etc/passwd",
-        "/static/vendor/README.md",
-        "/static/%00",
-        "/static/",
-        "/static/x.js",
+        "@/../guard.py",
+        "@/../../guard.py",
+        "@//etc/passwd",
+        "@/vendor/README.md",
+        "@/index.html",
+        "@/%00",
+        "@/",
+        "@/x.js",
+        "/static/main.js",
+        "/static/0000000000000000/main.js",
     ],
 )
-def test_only_the_pages_own_files_are_served(app: Any, path: str) -> None:
-    from urllib.parse import unquote
-
-    assert request(app, "GET", unquote(path).replace("\0", "%00")).status == 404
+def test_only_the_pages_own_files_are_served(page: Little, keys: Keys, path: str) -> None:
+    console = Console(page, keys)
+    app = console.app(PORT)
+    assert request(app, "GET", f"{console.files}/main.js").status == 200
+    assert f"{console.files}/runs.js" in request(app, "GET", "/").body.decode()
+    assert request(app, "GET", path.replace("@", console.files)).status == 404
 
 
 def test_a_link_works_once_and_for_ten_minutes(app: Any, keys: Keys, clock: Clock, page: Little) -> None:
@@ -315,3 +320,39 @@ def test_old_keys_make_room(keys: Keys, clock: Clock) -> None:
         clock.now += 1
         key(keys)
     assert keys.session(first) is None
+
+
+def test_the_metrics_key_is_made_private_and_a_weak_one_is_refused(tmp_path: Any) -> None:
+    from polyclinic.console.serve import _metrics_key
+    from polyclinic.errors import ConfigError
+
+    file = tmp_path / "metrics.key"
+    key = _metrics_key(file)
+    assert len(key) >= 40
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert _metrics_key(file) == key
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        _metrics_key(file)
+    file.chmod(0o600)
+    file.write_text("short")
+    with pytest.raises(ConfigError, match="at least 20"):
+        _metrics_key(file)
+
+
+def test_a_port_in_use_is_told_from_a_free_one() -> None:
+    import socket
+
+    from polyclinic.console.serve import _listening
+    from polyclinic.errors import ConfigError
+
+    with _listening(0) as line:
+        address, port = line.getsockname()
+        line.listen()
+        assert address == "127.0.0.1"  # never another interface
+        with pytest.raises(ConfigError, match=f"--port {port}"), _listening(port):
+            pass
+        with socket.socket() as other, pytest.raises(OSError, match="refused"):
+            other.connect(("127.0.0.2", port))
+    with pytest.raises(ConfigError, match="--port 99999"), _listening(99999):
+        pass

@@ -146,7 +146,8 @@ def test_a_run_is_read_as_it_grows(run: Run, held: Any) -> None:
     assert reader.state == STOPPED
 
 
-def test_a_round_that_is_half_written_is_not_the_best(run: Run) -> None:
+def test_a_round_that_is_half_written_is_not_the_best(run: Run, held: Any) -> None:
+    held(run.path)
     run.round("fedavg", 1, {"lyon": 0.5, "oslo": 0.5})
     run.round("fedavg", 2, {"lyon": 0.9})
     reader = RunReader(run.path, "heart")

@@ -44,7 +44,7 @@ KINDS = {
     "training": r"client\.training_process",
     "site job": "worker_process",
     "site parent": "client_train",
-    "site keeper": r"flare\.client\.site_setup",
+    "site keeper": r"flare\.site_keeper",
     "server job": "runner_process",
     "server parent": "server_train",
     "supervisor": r"server\.supervisor",

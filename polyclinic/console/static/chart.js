@@ -1,7 +1,7 @@
 // Curves, drawn by uPlot. Lines differ by color and by dashes, and the legend shows each line's last value.
-import uPlot from "/static/vendor/uPlot.js";
-import { h } from "/static/dom.js";
-import { number } from "/static/format.js";
+import uPlot from "./vendor/uPlot.js";
+import { h } from "./dom.js";
+import { number } from "./format.js";
 
 const LIGHT = ["#0b6b6b", "#b84e08", "#5b4bbd", "#a8125e", "#1d63c4", "#3c7d22", "#7a4b12", "#5a6b80"];
 const DARK = ["#4fc4be", "#f2a35e", "#a99cf5", "#f073b0", "#78b0ff", "#8fd16f", "#d9a86a", "#a9bacb"];

@@ -1,4 +1,4 @@
-// Elements made from data. Text is always a text node, whoever wrote it, so that no name can become markup.
+// Elements made from data. Text is always a text node, so that no name can become markup.
 const SVG = new Set(["svg", "line", "path", "rect", "circle"]);
 const OWN = new Set(["open", "checked", "value", "selected"]); // what the person at the page sets
 
@@ -73,7 +73,7 @@ export const bar = (value, max, text, label) => h("span", { cls: "bar" },
 export const facts = (...rows) => h("dl", {}, rows.filter(Boolean).map(([name, ...value]) => [h("dt", {}, name), h("dd", {}, ...value)]));
 
 // A table. `heads`: names, or {t: name, n: 1} for numbers. `rows`: arrays of cells, the first of which names the row. On
-// a narrow screen every row becomes a block with the names beside the values.
+// a narrow screen every row becomes a block with the name of each value.
 export function table(caption, heads, rows, { empty = "Nothing yet.", keys, stack = true } = {}) {
   if (!rows.length) return note(empty);
   const name = (head) => head.t ?? head;

@@ -1,10 +1,10 @@
 // What the three pages share: the link, the stream, the route, the theme and the messages.
-import * as api from "/static/api.js";
-import { h, update } from "/static/dom.js";
+import * as api from "./api.js";
+import { h, update } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 const main = $("main"), root = document.documentElement;
-const PAGES = { runs: "/static/runs.js", site: "/static/site.js", server: "/static/server.js" };
+const PAGES = { runs: "./runs.js", site: "./site.js", server: "./server.js" };
 let page = null, hello = null, end = null, locked = false;
 
 export const route = () => decodeURIComponent(location.hash.slice(1)) || "/";
@@ -45,13 +45,13 @@ export function render() {
 }
 
 // Desktop notifications: each alert once, and only what was not there when the page was opened.
-const told = new Set();
+const notified = new Set();
 let first = true;
 function notify() {
   for (const alert of page.alerts?.() || []) {
-    if (told.has(alert.id)) continue;
-    told.add(alert.id);
-    if (!first && bell() && document.hidden) new Notification("Polyclinic", { body: alert.text, icon: "/static/icon.svg", tag: alert.id });
+    if (notified.has(alert.id)) continue;
+    notified.add(alert.id);
+    if (!first && bell() && document.hidden) new Notification("Polyclinic", { body: alert.text, icon: new URL("./icon.svg", import.meta.url).href, tag: alert.id });
   }
   first = false;
 }

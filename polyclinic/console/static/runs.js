@@ -1,12 +1,12 @@
 // The researcher's page.
-import { Chart } from "/static/chart.js";
-import { bar, button, call, card, h, note, pill, table, tile } from "/static/dom.js";
-import { ago, bytes, count, list, number, span, when } from "/static/format.js";
-import { ask, may, render, route } from "/static/main.js";
+import { Chart } from "./chart.js";
+import { bar, button, call, card, h, note, pill, table, tile } from "./dom.js";
+import { ago, bytes, count, list, number, span, when } from "./format.js";
+import { ask, may, render, route } from "./main.js";
 
 const chart = new Chart();
 const rows = new Map(), chosen = new Set();
-let house = null, run = null, arms = new Map(), search = "", shown = 50, view_ = "methods", seed = "mean", metric = "", armed = "", deleting = "";
+let house = null, run = null, arms = new Map(), search = "", shown = 30, view_ = "methods", seed = "mean", metric = "", armed = "", deleting = "";
 
 const KIND = { running: "good", stopped: "warn", finished: "" };
 export const name = () => (run && route().startsWith("/run/") ? run.title : "Runs");
@@ -40,7 +40,7 @@ export function alerts() {
   return [...failed, ...done];
 }
 export function set(what, value, data) {
-  if (what === "search") { search = value; shown = 50; }
+  if (what === "search") { search = value; shown = 30; }
   if (what === "view") view_ = value;
   if (what === "seed") seed = value;
   if (what === "metric" && value !== metric) {
@@ -128,7 +128,7 @@ function commands() {
   const failed = all.some((c) => c.code !== null && ![0, 3].includes(c.code));
   return h("details", { cls: "card", "data-key": "commands", open: failed || all.some((c) => c.code === null) }, h("summary", {}, `Commands of this console (${all.length})`),
     h("ul", { cls: "plain" }, all.slice(0, 8).map((c) => h("li", { "data-key": `c${c.number}` }, state(c), " ", h("code", {}, c.command), h("span", { cls: "why" }, ago(c.begun)),
-      c.said && c.code !== 0 ? h("pre", { tabindex: "0", role: "region", "aria-label": `Output of ${c.what}` }, c.said) : null))));
+      c.output && c.code !== 0 ? h("pre", { tabindex: "0", role: "region", "aria-label": `Output of ${c.what}` }, c.output) : null))));
 }
 
 const mean = (values) => {
@@ -178,7 +178,7 @@ function one() {
         may() && run.state !== "running" ? button(run.report ? "Write report again" : "Write report", "report", { run: run.id }) : null)),
     run.data.simulated ? call("", "", h("p", {}, h("b", {}, "Simulated sites. "), run.data.simulated)) : null,
     run.state === "stopped" ? call("", "Stopped", h("p", {}, `Every complete round is saved. ${run.resumable ? "It continues after the last one, with bit-identical results." : "The command polyclinic run FILE --resume continues it with the other studies of its file."}`)) : null,
-    busy.map((c) => call(c.code === null ? "good" : "bad", c.code === null ? `polyclinic ${c.what} runs` : `polyclinic ${c.what} failed`, c.said ? h("pre", { tabindex: "0", role: "region", "aria-label": "Output" }, c.said) : null)),
+    busy.map((c) => call(c.code === null ? "good" : "bad", c.code === null ? `polyclinic ${c.what} runs` : `polyclinic ${c.what} failed`, c.output ? h("pre", { tabindex: "0", role: "region", "aria-label": "Output" }, c.output) : null)),
     h("div", { cls: "tiles" }, tile(`${run.done} / ${run.total}`, "rounds of all method runs"), tile(`${run.tested} / ${run.runs}`, "method runs tested"),
       tile(top ? number(top.best) : "–", top ? `best ${run.metric}: ${top.label}` : `best ${run.metric}`), tile(top?.worst ? number(top.site[top.worst]) : "–", top?.worst ? `its worst site: ${top.worst}` : "worst site"),
       tile(bytes(run.bytes), "sent and received"), tile(bytes(run.disk), "on disk"), run.state === "running" ? tile(span(run.left), "left, about") : tile(String(run.faults), "faults", run.faults ? "bad" : "")),
@@ -190,7 +190,7 @@ function one() {
       chart.el, chart.tip, lines.length ? chart.legend() : note("The first scores arrive with the first scored round."),
       h("details", { "data-key": "numbers" }, h("summary", {}, "As numbers"), table(`${run.metric} by round`, ["Round", ...lines.map((l) => ({ t: l.name, n: 1 }))],
         [...new Set(lines.flatMap((l) => [...l.points.keys()]))].sort((a, b) => b - a).slice(0, 100).map((r) => [r, ...lines.map((l) => number(l.points.get(r) ?? null))]), { stack: false }))),
-      card("Methods", table(`At the best round of each method run, mean over ${count(run.seed.length, "seed")}. ${run.state === "finished" ? "" : "Test scores stay closed until every method run is done, so that nobody chooses by them."}`,
+      card("Methods", table(`At the best round of each method run, mean over ${count(run.seed.length, "seed")}. ${run.state === "finished" ? "" : "Test scores stay closed until every method run is done, so that no method is chosen by them."}`,
         ["Method", { t: "Validation", n: 1 }, { t: "Test", n: 1 }, "Worst site", { t: "Moved", n: 1 }, { t: "s/round", n: 1 }, ...(priv ? [{ t: "ε", n: 1 }] : [])],
         [...all].sort((a, b) => (a.best === null) - (b.best === null) || better(a.best, b.best)).map((r) => [r.label, r.best === most && most !== undefined ? h("b", {}, number(r.best)) : number(r.best), r.test === null ? "closed" : number(r.test),
           r.worst ? `${number(r.site[r.worst])} ${r.worst}` : "–", bytes(r.moved), number(r.pace, 2), ...(priv ? [r.spent ? (Math.ceil(r.spent * 100 - 1e-9) / 100).toFixed(2) : "–"] : [])])))),

@@ -1,8 +1,8 @@
 // The hospital's page.
-import { act } from "/static/api.js";
-import { bar, button, call, card, facts, h, note, pill, table, tile } from "/static/dom.js";
-import { ago, bytes, count, list, number, when } from "/static/format.js";
-import { ask, may, render, say } from "/static/main.js";
+import { act } from "./api.js";
+import { bar, button, call, card, facts, h, note, pill, table, tile } from "./dom.js";
+import { ago, bytes, count, list, number, when } from "./format.js";
+import { ask, may, render, say } from "./main.js";
 
 let state = null, review = null, missing = "", here = null, verified = null, filter = "", problem = "", busy = false;
 

@@ -81,6 +81,8 @@ class TaskSpec(Table):
     """The name of a network, as listed by ``polyclinic networks``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the network."""
+    loss: str | None = None
+    """The name of a loss of an installed package; by default that of the task."""
     class_weights: tuple[Positive, ...] | None = None
     """The weight of each class in the loss (classification)."""
     label_smoothing: Share | None = None
@@ -114,11 +116,16 @@ class TaskSpec(Table):
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
+        from polyclinic.core import extensions
         from polyclinic.core.config_problems import nearest
-        from polyclinic.learning.networks.network_catalog import ARCHITECTURES
+        from polyclinic.learning.networks.architectures import network_names
 
-        if self.network not in ARCHITECTURES:
-            raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, ARCHITECTURES)}')
+        if self.network not in (known := network_names()):
+            raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, known)}')
+        if self.loss is not None and self.loss not in (losses := extensions.names("losses")):
+            raise ConfigError(
+                f'no installed package provides a loss called "{self.loss}"; there are {", ".join(losses) or "none"}'
+            )
         allowed = {
             "classification": {"class_weights", "label_smoothing"},
             "multilabel": set[str](),
@@ -126,7 +133,7 @@ class TaskSpec(Table):
             "regression": {"center", "spread"},
             "reconstruction": {"residual"},
         }[self.kind]
-        if wrong := self.settings.keys() - allowed:
+        if wrong := self.settings.keys() - allowed - {"loss"}:
             raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
         if self.weights is None and (self.lora is not None or self.train not in (None, ("*",))):
             key = "train" if self.train else "lora"
@@ -338,6 +345,14 @@ class EvaluationSpec(Table):
     space: Literal["native", "grid"] | None = None
     """Where masks are compared: on the original grid of each file, or on the network's grid after resampling and
     cropping (segmentation). By default the original grid wherever the data come from image files."""
+    lesions: bool | None = None
+    """Whether lesions are also compared one by one on the test data: lesion-wise Dice and HD95 (BraTS 2023), and
+    sensitivity, F1 and false positives a case (segmentation)."""
+    lesion_dilation: Annotated[int, Field(ge=0, le=20)] | None = None
+    """The number of dilations before true lesions are separated: 3 in BraTS for gliomas (the default), 1 for
+    metastases, 0 to compare them as they are."""
+    lesion_smallest: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """The volume in mm³ up to which true lesions are left out, 50 by default; in pixels if spacings are unknown."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Rounds without improvement on validation data after which ``local`` and ``pooled`` end; federated methods run on.
     """
@@ -349,7 +364,22 @@ class EvaluationSpec(Table):
     @property
     def unset(self) -> set[str]:
         """The keys without a value, which are no part of a study's hash."""
-        return {key for key in ("space", "patience", "compare", "subgroups") if not getattr(self, key)}
+        lesions = ("lesions", "lesion_dilation", "lesion_smallest")
+        optional = ("space", *lesions, "patience", "compare", "subgroups")
+        return {key for key in optional if getattr(self, key) in (None, ())}
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The options of the task of segmentation that are set here."""
+        keys = ("space", "lesions", "lesion_dilation", "lesion_smallest")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+    @model_validator(mode="after")
+    def _lesions(self) -> "EvaluationSpec":
+        for key in ("lesion_dilation", "lesion_smallest"):
+            if getattr(self, key) is not None and not self.lesions:
+                raise ConfigError(f"{key} needs lesions = true")
+        return self
 
 
 class EngineSpec(Table):

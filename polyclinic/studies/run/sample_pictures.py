@@ -1,4 +1,4 @@
-"""A picture of a study's training samples: some images as they are stored, and samples that training would draw."""
+"""A picture of a study's training samples: some images as they are stored, next to samples that training would draw."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -70,7 +70,7 @@ def sample_rows(
 
 
 def picture(rows: Sequence[SampleRow]) -> bytes:
-    """Return the rows as a PNG: the stored view on the left, samples to its right, with outlines of masks.
+    """Return the rows as a PNG: the stored view on the left, samples on the right, with outlines of masks.
 
     Volumes are shown by the slice of the first axis with the most foreground, the middle one without any. All pictures
     of a row have the brightness window of the stored view, so that changes of intensity are visible.

@@ -84,6 +84,42 @@ def keeper_problems(home: SiteFolder, up: bool) -> Iterator[str]:
         yield f"FLARE's process ended {last['crashes']} times in a row: see site.log"
 
 
+class Conditions:
+    """What people at a site are notified of: studies that wait for a decision, and problems that last."""
+
+    def __init__(self, home: SiteFolder) -> None:
+        self.home = home
+        self._stamp: tuple[tuple[str, int], ...] | None = None
+        self._waiting: dict[str, str] = {}
+
+    def now(self) -> dict[str, str]:
+        """Return a text for each condition, by a key that stays the same as long as it lasts."""
+        given = site_setup.settings(self.home)
+        site, found = given["site"], dict(self._waits(given["site"]))
+        if "project" in given and server(self.home, True)["state"] in ("refused", "unreachable"):
+            why = server(self.home, True)["refused"] or "no message for a minute"
+            found["server"] = f"{site} is not connected to the server: {why}. polyclinic site diagnose says what to do."
+        for problem in runs(self.home)[1]:
+            key, about = f"problem {problem['run']}", f"{site}: {problem['run']}: {problem['problem']}"
+            found[key] = f"{about}. polyclinic site status shows more."
+        return found
+
+    def _waits(self, site: str) -> dict[str, str]:
+        """Return the studies that wait; the reviews are read again only if a file has changed."""
+        paths = sorted(self.home.reviews.glob("*.json"))
+        stamp = tuple((path.name, path.stat().st_mtime_ns) for path in paths)
+        if stamp != self._stamp:
+            self._stamp, self._waiting = stamp, {}
+            for review in Reviews(self.home.reviews).all():
+                if review.state == WAITING:
+                    name = review.what.study.get("name") or review.what.run
+                    self._waiting[f"waits {review.group}"] = (
+                        f"The study {name} waits for a decision at {site} (request {review.what.hash[:16]}): "
+                        f"polyclinic site review {name}"
+                    )
+        return self._waiting
+
+
 def ago(then: float) -> str:
     """Return the time since ``then`` in words."""
     seconds = max(0.0, time.time() - then)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic import __version__
+from polyclinic.engines import notifications
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.client import proxies, site_setup
 from polyclinic.engines.flare.pki import certificate_authority as authorities
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, read_small
+from polyclinic.errors import ConfigError
 
 PATIENCE = 5.0
 Finding = tuple[str, bool, str]
@@ -56,6 +58,8 @@ def _examine(home: SiteFolder, given: dict[str, Any]) -> Iterator[Finding]:
     yield _try("data", lambda: _data(Path(given["data"])))
     yield _try("policy", lambda: _policy(home))
     yield _try("disk", lambda: _disk(home.path))
+    if (home.path / notifications.FILE).exists():
+        yield _try("notify", lambda: _notify(home))
     yield _try("sockets", lambda: _sockets(home))
     yield _try("version", _version)
     running = len(flare_processes.working_in(home.kit))
@@ -167,6 +171,15 @@ def _policy(home: SiteFolder) -> str:
 
     policies.read(home.policy)
     return f"{home.policy} is valid"
+
+
+def _notify(home: SiteFolder) -> str:
+    try:
+        ways = notifications.read(home.path).ways
+    except ConfigError as error:
+        raise SetupError(str(error)) from None
+    names = ", ".join(type(way).__name__.lower() for way in ways) or "nothing"
+    return f"{notifications.FILE} is valid ({names}); polyclinic site notify sends a test"
 
 
 def _sockets(home: SiteFolder) -> str:

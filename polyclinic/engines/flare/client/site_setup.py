@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from polyclinic.engines.flare.protocol.paths import (
 )
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
-TIDY_EVERY = 60.0
+TIDY_EVERY, NOTIFY_EVERY = 60.0, 10.0
 
 
 def init(home: SiteFolder, site: str, organization: str, renew: bool = False, new_keys: bool = False) -> Path:
@@ -179,8 +179,14 @@ def settings(home: SiteFolder, joined: bool = False) -> dict[str, Any]:
     return given
 
 
-def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0) -> None:
+def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Callable[[], None] = lambda: None) -> None:
     """Keep FLARE's client running until SIGTERM or Ctrl-C, and then end everything that was started.
+
+    Args:
+        home: The site.
+        stopped: Returns whether to end; by default a signal ends it.
+        pause: Seconds between two checks.
+        notify: Called every ``NOTIFY_EVERY`` seconds to send the notifications that are due.
 
     Raises:
         SetupError: If the site has not joined, or is running already.
@@ -195,7 +201,7 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ending.update(now=True))
     process: subprocess.Popen[bytes] | None = None
-    crashes, start_time, started, tidied = 0, 0.0, time.time(), 0.0
+    crashes, start_time, started, tidied, notified = 0, 0.0, time.time(), 0.0, 0.0
     journal = SharedJournal(home.journal)
     journal.write("site started", {"pid": os.getpid(), "polyclinic": __version__})
     try:
@@ -215,6 +221,9 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0) -> None:
                 tidied = time.time()
                 for run_ in run_archive.retire(home):
                     journal.write("memory of an ended run removed", {"run": run_})
+            if time.time() - notified > NOTIFY_EVERY:
+                notified = time.time()
+                notify()
             time.sleep(pause)
     finally:
         flare_processes.end(home.kit)
@@ -287,14 +296,10 @@ def start(home: SiteFolder) -> int:
     settings(home, joined=True)
     if is_up(home):
         raise SetupError(f"the site in {home.path} is already running (process {status(home)['pid']})")
-    return flare_processes.keep("site", "polyclinic.engines.flare.client.site_setup", home.path, lambda: is_up(home))
+    return flare_processes.keep("site", "polyclinic.engines.flare.site_keeper", home.path, lambda: is_up(home))
 
 
 def _write_status(home: SiteFolder, state: str, **more: float) -> None:
     me = os.getpid()
     content = {"state": state, "pid": me, "birth": flare_processes.birth(me), "beat": time.time(), **more}
     write_private(home.path / "status.json", json.dumps(content), durable=False)
-
-
-if __name__ == "__main__":
-    run(SiteFolder(Path(sys.argv[1])))

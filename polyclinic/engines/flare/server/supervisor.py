@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +34,14 @@ from polyclinic.engines.flare.server.job_queue import (
     Entry,
     Queue,
 )
+from polyclinic.engines.notifications import Notifier
 
 TRIES = 20
 SILENCE = 180.0
 REINSTATE_EVERY = 120.0
+NOTIFY_EVERY = 10.0
+NEWS_SECONDS = 20 * 3600.0
+"""Seconds for which people are notified of a failure."""
 
 
 @dataclass
@@ -51,10 +56,13 @@ class Supervisor:
     _sites: dict[str, float] = field(default_factory=dict)
     _asked: float = 0.0
     _reinstated: dict[str, float] = field(default_factory=dict)
+    _problem: str = ""
+    _notified: float = 0.0
 
     def __post_init__(self) -> None:
         self.settings = read_toml(self.home.settings, "polyclinic server init")
         self.queue = Queue(self.home)
+        self.notifier = Notifier(self.home.path)
         self.journal = SharedJournal(self.home.path / "journal.jsonl")
         self.console = AdminConnection(self.home.admin, self.home.path / "console.log")
 
@@ -81,7 +89,11 @@ class Supervisor:
         self._keep_server()
         self._look_for_sites()
         study_runs.advance(self.home)
-        for run, entry in self.queue.all().items():
+        entries = self.queue.all()
+        if time.time() - self._notified > NOTIFY_EVERY:
+            self._notified = time.time()
+            self._notify(entries)
+        for run, entry in entries.items():
             if entry.state in OVER:
                 continue
             try:
@@ -89,6 +101,23 @@ class Supervisor:
             except NoAnswer as error:
                 self.journal.write("no answer from the server", {"run": run, "why": str(error)})
         self._write_status("up" if self._sites or time.time() - self._asked < 10 else "starting")
+
+    def _notify(self, entries: Mapping[str, Entry]) -> None:
+        """Notify people of runs that failed and of studies that stopped."""
+        project, news = self.settings["project"], time.time() - NEWS_SECONDS
+        conditions = {
+            f"failed {run}": f"{project}: the run {run} failed: {entry.why}. polyclinic server status shows more."
+            for run, entry in entries.items()
+            if entry.state == FAILED and entry.since > news
+        }
+        for title, study in study_runs.all_of(self.home).items():
+            changed = (self.home.path / "studies" / title / "study.json").stat().st_mtime
+            if study["state"] == study_runs.STOPPED and changed > news:
+                conditions[f"stopped {title}"] = f"{project}: the study {title} stopped: {study['why']}"
+        self.notifier.look(conditions)
+        if self.notifier.problem not in ("", self._problem):
+            print(self.notifier.problem, file=sys.stderr, flush=True)
+        self._problem = self.notifier.problem
 
     def _keep_server(self) -> None:
         if self._server is not None and self._server.poll() is None:

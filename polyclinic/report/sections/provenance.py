@@ -141,7 +141,7 @@ def reproduce_section(page: ReportContext) -> Section:
         {"method": page.title(label), "settings": ", ".join(f"{k} = {_setting(v)}" for k, v in table.items())}
         for label, table in info.training.items()
     ]
-    caption = "Local training of each method, with the settings that a recipe or a default stands for."
+    caption = "Local training of each method, with the settings of recipes and defaults."
     training = Table("training", caption, words(method="Method", settings="Settings"), settings)
     files = Table("hashes", "Files of the run folder.", words(what="File", value="SHA-256"), hashes)
     return Section(

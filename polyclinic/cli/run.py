@@ -117,7 +117,9 @@ def _one(scenario: Any, held: Any, resume: bool, fresh: bool, workers: int | Non
     methods = summary(page)
     _show_summary(methods, study.metric)
     done(str(page))
-    return {"run": folder, "metric": study.metric, "methods": methods, "tested": tested, "report": page}
+    training = {method.called: study.training_of(method) for method in study.methods}
+    told = {"run": folder, "metric": study.metric, "training": training}
+    return {**told, "methods": methods, "tested": tested, "report": page}
 
 
 def summary(page: Path) -> list[dict[str, Any]]:

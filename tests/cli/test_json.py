@@ -138,6 +138,8 @@ def studies(call: Call, tmp_path: Path) -> None:
     (result,) = call("run", "s.toml")
     assert result["methods"][0]["method"] == "fedavg"
     assert set(result["tested"][0]["scores"]) >= {result["methods"][0]["worst_site"]}
+    assert result["training"]["fedavg"]["lr"] > 0
+    assert call("data", "look", "s.toml", "--images", "2", "--samples", "1")["samples"] == 1
     run = result["run"]
     assert call("status", run)[0]["methods"][0]["status"] == "tested"
     assert call("stop", run, code=1)["process"] is None

@@ -1,7 +1,7 @@
 """Sections on provenance: the data, the checklists, and how to reproduce the study."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -137,6 +137,12 @@ def reproduce_section(page: ReportContext) -> Section:
         "To reproduce this study, save the file below as <code>study.toml</code> and run "
         "<code>polyclinic run study.toml</code>. <code>polyclinic report {}</code> writes this page again."
     ).format(f"runs/{info.name}-{page.short}")
+    settings: list[Row] = [
+        {"method": page.title(label), "settings": ", ".join(f"{k} = {_setting(v)}" for k, v in table.items())}
+        for label, table in info.training.items()
+    ]
+    caption = "Local training of each method, with the settings of recipes and defaults."
+    training = Table("training", caption, words(method="Method", settings="Settings"), settings)
     files = Table("hashes", "Files of the run folder.", words(what="File", value="SHA-256"), hashes)
     return Section(
         "reproduce",
@@ -144,7 +150,15 @@ def reproduce_section(page: ReportContext) -> Section:
         [
             Text(text),
             Table("environment", "Run and environment.", words(what="", value=""), rows),
+            *([Folded("Settings of local training", [training])] if settings else []),
             Code("study.toml", run.study or "not in the run folder"),
             Folded("SHA-256 of the files", [files]),
         ],
     )
+
+
+def _setting(value: Any) -> str:
+    """Return a setting as it would be in a study file."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{k} = {_setting(v)}" for k, v in value.items()) + " }" if value else "{}"
+    return json.dumps(value)

@@ -109,10 +109,11 @@ def _chosen(data: Federated, images: int) -> Iterator[tuple[str, Any, int]]:
 
 
 def _caption(data: Federated, site: str, i: int) -> str:
-    examples: Any = data.sites[site]["train"]
-    classes, y = data.info.classes, examples.targets[i] if hasattr(examples, "targets") else None
-    known = isinstance(y, Tensor) and y.ndim == 0 and not y.is_floating_point() and 0 <= int(y) < len(classes)
-    return f"{site}, training image {i + 1}" + (f": {classes[int(y)]}" if known and y is not None else "")
+    targets, classes = getattr(data.sites[site]["train"], "targets", None), data.info.classes
+    caption = f"{site}, training image {i + 1}"
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+        return caption
+    return f"{caption}: {classes[int(targets[i])]}" if 0 <= int(targets[i]) < len(classes) else caption
 
 
 def _window(x: Tensor) -> tuple[float, float]:

@@ -131,6 +131,8 @@ def test_a_plan_keeps_it_by_default_only_for_much_momentum() -> None:
     with pytest.raises(ConfigError, match="FedNova's formula"):
         inner("fednova")
     inner("fednova", keep_optimizer=False)
+    with pytest.raises(ConfigError, match="fedsgd takes the gradient of all examples as they are"):
+        inner("fedsgd", augmentation=RECIPES["light"].to_table())
     with pytest.raises(ConfigError, match="FedNova's formula"):
         inner("fednova", momentum=0.5, nesterov=True)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from polyclinic.console.tail import Tail, parsed
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.evaluation.records.record_schema import BASELINES, arm_name
+from polyclinic.evaluation.records.method_runs import BASELINES, arm_name
 from polyclinic.studies.run.run_lock import LOCK, holder
 
 RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"

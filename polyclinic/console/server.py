@@ -94,7 +94,8 @@ class ServerPage:
         found = []
         for path in sorted(folder.glob("*")) if folder.is_dir() else []:
             if path.is_dir() and not path.is_symlink():
-                report = (path / "report" / "report.html").is_file()
+                page = path / "report" / "report.html"
+                report = page.is_file() and not page.is_symlink() and not page.parent.is_symlink()
                 found.append({"name": path.name, "report": report, "run": (path / "run.json").is_file()})
         return found[::-1]
 
@@ -231,7 +232,10 @@ class ServerPage:
                 self._start("report", ["report", str(path)], path.name)
                 return {"say": "The report is being written."}
             case "file":
-                return {"file": str(self._exported(body) / "report" / "report.html")}
+                path = self._exported(body)
+                if not next(one["report"] for one in self._exports() if one["name"] == path.name):
+                    raise Refused("this export has no report", 404)
+                return {"file": str(path / "report" / "report.html")}
             case "verify":
                 return self._verify()
         raise Refused("this page cannot do that", 404)

@@ -36,7 +36,7 @@ class Child:
         code: Its exit code; None while it runs.
         out: File with its standard output. ``log``: with its standard error.
         about: What the command works on, for the page.
-        start: Where its part of ``log`` begins.
+        start: Position in ``log`` at which its part begins.
     """
 
     number: int

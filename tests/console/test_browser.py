@@ -77,7 +77,7 @@ class Tab:
             self.foreign.append(request.url)
 
     def check(self, complaints: str = "") -> None:
-        """Nothing was asked elsewhere, and no error was printed, except those that match ``complaints``."""
+        """No other host was asked, and no error was printed, except those that match ``complaints``."""
         assert self.foreign == []
         assert [text for text in self.complaints if not (complaints and re.search(complaints, text))] == []
 

@@ -1,4 +1,4 @@
-"""Notifications: to whom notify.toml says and nobody else, once for each condition, and at most so many an hour."""
+"""Notifications: sent as notify.toml says, once for each condition, and at most a given number in an hour."""
 
 import http.server
 import json

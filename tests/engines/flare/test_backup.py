@@ -1,4 +1,4 @@
-"""A site's folder, copied and restored elsewhere, is the same site: decisions, journal, policy and keys hold."""
+"""A site's folder, copied and restored in another place, is the same site: decisions, journal, policy and keys hold."""
 
 import tarfile
 from pathlib import Path

@@ -24,6 +24,7 @@ METRICS = {"auc": "AUC", "accuracy": "Accuracy", "dice": "Dice", "mae": "Mean ab
 SCALE = {"auc": "logit", "dice": "logit", "mae": "log", "accuracy": ""}
 PATIENTS, SEEDS, SITES = (5, 10, 20, 50), (1, 2, 3, 5), (3, 5, 8)
 SKILL = 1.8  # distance of the classes in standard deviations: AUC 0.90, accuracy 0.82
+MARGIN = {"auc": 0.05, "accuracy": 0.05, "dice": 0.02, "mae": 0.1}
 TRUTH = {
     "auc": float(stats.norm.cdf(SKILL / 2**0.5)),
     "accuracy": float(stats.norm.cdf(SKILL / 2)),
@@ -106,8 +107,8 @@ def added(variances: Array, df: Array) -> tuple[Array, Array]:
         return total, np.where(total > 0, total**2 / (variances**2 / df).sum(0), 1.0)
 
 
-def p_values(trial: Trial, sites: slice) -> Array:
-    """Return p of the difference, mean over ``sites``; NaN if it is not tested. [repetitions]"""
+def tested(trial: Trial, sites: slice) -> tuple[Array, Array, Array, Array]:
+    """Return the difference, mean over ``sites``, its standard error, degrees of freedom, and whether it is tested."""
     (a, of_a), (b, of_b) = (by_patient(trial, k) for k in (0, 1))
     values, pseudo = (a - b)[:, sites].mean(1), (of_a - of_b)[:, sites]
     k, seeds = pseudo.shape[1], values.shape[1]
@@ -117,9 +118,40 @@ def p_values(trial: Trial, sites: slice) -> Array:
         ours = values.var(1, ddof=1) / seeds
         total, free = added(np.stack([total, ours]), np.stack([free, np.full(len(free), seeds - 1.0)]))
     value, differing = values.mean(1), (np.abs(pseudo) > 1e-9).sum((1, 2))
+    return value, np.sqrt(total), free, (differing >= FEWEST) & (total > 1e-12 * value**2)
+
+
+def p_values(trial: Trial, sites: slice) -> Array:
+    """Return p of the difference, mean over ``sites``; NaN if it is not tested. [repetitions]"""
+    value, se, free, known = tested(trial, sites)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * stats.t.sf(np.abs(value) / np.sqrt(total), free)
-    return np.asarray(np.where((differing >= FEWEST) & (total > 1e-12 * value**2), p, np.nan))
+        return np.asarray(np.where(known, 2 * stats.t.sf(np.abs(value) / se, free), np.nan))
+
+
+def at_the_margin(trial: Trial) -> Trial:
+    """Return the studies with a first method that is worse by exactly ``MARGIN``."""
+    x, margin = trial.scores[0], MARGIN[trial.metric]
+    if trial.metric == "dice":
+        return Trial(trial.metric, (x - margin, trial.scores[1]), trial.positives)
+    if trial.metric == "mae":
+        return Trial(trial.metric, (x * (1 + margin / TRUTH["mae"]), trial.scores[1]), trial.positives)
+    scale = 2**0.5 if trial.metric == "auc" else 2.0
+    less = SKILL - scale * float(stats.norm.ppf(TRUTH[trial.metric] - margin))
+    side = less * (np.arange(x.shape[-1]) < trial.positives) - less / 2
+    return Trial(trial.metric, (x - side, trial.scores[1]), trial.positives)
+
+
+def non_inferior(metric: str, patients: int, seeds: int, sites: int, repetitions: int) -> float:
+    """Return how often non-inferiority is stated of a method that is worse by exactly the margin."""
+    rng = np.random.default_rng([patients, seeds, sites, list(METRICS).index(metric), 7])
+    hits, step = 0, max(1, 40_000 // (patients * sites * seeds))
+    for start in range(0, repetitions, step):
+        trial = at_the_margin(simulate(metric, patients, seeds, sites, min(step, repetitions - start), rng))
+        value, se, free, known = tested(trial, slice(None))
+        value = -value if metric == "mae" else value
+        with np.errstate(divide="ignore", invalid="ignore"):
+            hits += int((known & (stats.t.sf((value + MARGIN[metric]) / se, free) < 0.025)).sum())
+    return hits / repetitions
 
 
 def site_limits(trial: Trial) -> tuple[Array, Array, Array]:
@@ -185,23 +217,28 @@ def cell(metric: str, patients: int, seeds: int, sites: int, repetitions: int, s
     return tuple(float(v) for v in np.concatenate(found, axis=1).mean(1))
 
 
-def random_effects(sites: int, tau: float, repetitions: int) -> tuple[float, float]:
-    """Return the coverage of the random-effects mean, and of the prediction interval for a new site."""
+def random_effects(sites: int, tau: float, repetitions: int) -> tuple[float, float, float]:
+    """Return the coverage of the random-effects mean, of the prediction for a new site, and of the worst site."""
     rng = np.random.default_rng([sites, int(100 * tau)])
-    mean = new = 0
+    mean = new = worst = 0
     for _ in range(repetitions):
-        v = rng.uniform(0.05, 0.3, sites)
-        found = pool_sites(rng.normal(0, (tau**2 + v) ** 0.5), v)
+        v, truth = rng.uniform(0.05, 0.3, sites), rng.normal(0, tau, sites)
+        found = pool_sites(truth + rng.normal(0, v**0.5), v)
+        lowest = min(range(sites), key=lambda i: found.shrunken[i].value or 0.0)
+        low, high = found.shrunken[lowest].low, found.shrunken[lowest].high
+        assert low is not None
+        assert high is not None
+        worst += low <= truth[lowest] <= high
         assert found.estimate.low is not None
         assert found.estimate.high is not None
         assert found.prediction is not None
         mean += found.estimate.low <= 0 <= found.estimate.high
         new += found.prediction[0] <= rng.normal(0, tau) <= found.prediction[1]
-    return mean / repetitions, new / repetitions
+    return mean / repetitions, new / repetitions, worst / repetitions
 
 
 def tables(repetitions: int) -> Iterator[str]:
-    """Yield the lines of the three tables."""
+    """Yield the lines of the tables."""
     for which, of in ((0, "mean over sites"), (1, "a site")):
         yield f"Type-I error of the verdict, {of} / coverage of the interval, {of}."
         yield ""
@@ -214,12 +251,22 @@ def tables(repetitions: int) -> Iterator[str]:
                     texts = [f"{c[which]:.3f} / {c[which + 2]:.3f}" for c in cells]
                     yield f"| {label} | {sites} | {seeds} | {' | '.join(texts)} |"
         yield ""
-    yield "| sites | τ | random-effects mean | prediction for a new site |"
-    yield "|---:|---:|---:|---:|"
+    yield "Non-inferiority stated of a method that is worse by exactly the margin (nominal: at most 0.025)."
+    yield ""
+    yield "| metric | margin | sites | seeds | " + " | ".join(f"n = {n}" for n in PATIENTS) + " |"
+    yield "|---|---:|---:|---:|" + "---:|" * len(PATIENTS)
+    for metric, label in METRICS.items():
+        for sites in (3, 8):
+            for seeds in (1, 3):
+                rates = [f"{non_inferior(metric, n, seeds, sites, repetitions):.3f}" for n in PATIENTS]
+                yield f"| {label} | {MARGIN[metric]} | {sites} | {seeds} | {' | '.join(rates)} |"
+    yield ""
+    yield "| sites | τ | random-effects mean | prediction for a new site | worst site, shrunken |"
+    yield "|---:|---:|---:|---:|---:|"
     for sites in (3, 4, 6, 8):
         for tau in (0.0, 0.3, 0.6):
-            mean, new = random_effects(sites, tau, repetitions // 2)
-            yield f"| {sites} | {tau} | {mean:.3f} | {new:.3f} |"
+            found = random_effects(sites, tau, repetitions // 8)
+            yield f"| {sites} | {tau} | {' | '.join(f'{x:.3f}' for x in found)} |"
 
 
 if __name__ == "__main__":

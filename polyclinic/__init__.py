@@ -51,12 +51,16 @@ if TYPE_CHECKING:
     from polyclinic.learning.tasks.task import Task as Task
     from polyclinic.learning.training.local import LocalTraining as LocalTraining
     from polyclinic.methods.optimization.fedavg import FedAvg as FedAvg
+    from polyclinic.python_studies import experiment as experiment
+    from polyclinic.python_studies import loss as loss
+    from polyclinic.python_studies import network as network
     from polyclinic.report.report_builder import build_report as build_report
     from polyclinic.studies.config.study_config import Study as Study
     from polyclinic.studies.config.study_config import parse as parse
     from polyclinic.studies.config.study_config import read as load_study  # noqa: F401
     from polyclinic.studies.run.scheduler import run as run
     from polyclinic.testing import check_method as check_method
+    from polyclinic.testing import check_network as check_network
 
 _HOMES = {
     "ElementwiseMean": "core.aggregates",
@@ -92,12 +96,16 @@ _HOMES = {
     "Task": "learning.tasks.task",
     "LocalTraining": "learning.training.local",
     "FedAvg": "methods.optimization.fedavg",
+    "experiment": "python_studies",
+    "loss": "python_studies",
+    "network": "python_studies",
     "build_report": "report.report_builder",
     "Study": "studies.config.study_config",
     "parse": "studies.config.study_config",
     "load_study": "studies.config.study_config",
     "run": "studies.run.scheduler",
     "check_method": "testing",
+    "check_network": "testing",
 }
 """The module that defines each public name, below ``polyclinic``."""
 _RENAMED = {"load_study": "read"}

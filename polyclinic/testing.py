@@ -20,6 +20,8 @@ from polyclinic.core.rounds import Federation, train
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.engines.site_runtime import minibatches, work
+from polyclinic.learning.networks.architectures import Architecture
+from polyclinic.learning.networks.model_tree import load, params_of, trainable
 
 
 class Broken(AssertionError):
@@ -146,6 +148,50 @@ def _check_server(method: Method[Any], state: Any, replies: list[Reply], server:
     saved = portable_copy(after)
     _promise(equal(after, saved), "the server's state survives being saved")
     return saved
+
+
+def check_network(architecture: Architecture, inputs: tuple[int, ...], outputs: int = 2, examples: int = 4) -> None:
+    """Check that ``architecture`` builds networks that methods can train.
+
+    Args:
+        architecture: The architecture, as a package provides it.
+        inputs: The shape of an example: (C, *spatial) or (F,).
+        outputs: The number of outputs.
+        examples: The size of a batch.
+
+    Raises:
+        Broken: If it does not. The message says which promise was not kept.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = architecture.build(inputs, outputs)
+        torch.manual_seed(0)
+        twin = architecture.build(inputs, outputs)
+    names = list(params_of(model))
+    _promise(equal(params_of(model), params_of(twin)), "one seed gives one network, and nothing else is random")
+    for what, prefixes in (("head", architecture.head), ("encoder", architecture.encoder)):
+        missing = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
+        _promise(
+            not missing, f"tensors of the {what} begin with {', '.join(missing)}; there are {', '.join(names[:5])}"
+        )
+    _promise(bool(architecture.head), "an architecture names its head")
+    head = [name for name in names if name.startswith(architecture.head)]
+    _promise(len(head) < len(names), "the head is not the whole network")
+    x = torch.randn(examples, *inputs, generator=torch.Generator().manual_seed(1))
+    model.eval()
+    with torch.no_grad():
+        first = model(x)
+        _promise(isinstance(first, torch.Tensor), "the network returns its prediction, one tensor")
+        shape = tuple(first.shape)
+        _promise(shape[:2] == (examples, outputs), f"a prediction has the shape [b, outputs, ...], not {shape}")
+        _promise(_same(first, model(x)), "in evaluation mode, predictions repeat themselves to the bit")
+        _promise(close(first[:1], model(x[:1])), "in evaluation mode, examples do not affect each other")
+        load(twin, params_of(model)).eval()
+        _promise(_same(first, twin(x)), "the state of the network is in its tensors, which survive being sent")
+    model.train()
+    model(x).sum().backward()
+    unused = [name for name, p in trainable(model).items() if p.requires_grad and p.grad is None]
+    _promise(not unused, f"every parameter affects the prediction, and {', '.join(unused[:3])} does not")
 
 
 def check_transform(inner: Method[Any], *transforms: Transform, params: Tree, sites: Mapping[str, Site]) -> None:

@@ -1,5 +1,6 @@
 """``polyclinic methods``, ``networks`` and ``transforms``: the names that a study can use."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -46,10 +47,45 @@ def show(name: str, *, json_: Json = False) -> None:
 
 
 def networks(*, json_: Json = False) -> None:
-    """List the networks that a study can name."""
-    from polyclinic.learning.networks.network_catalog import ARCHITECTURES
+    """List the networks that a study can name, with their parameters and the memory that training needs.
 
-    _table({name: (a.summary, dict(a.options)) for name, a in ARCHITECTURES.items()}, json_)
+    Memory is an estimate for one example in float32: weights, gradients and the moments of Adam, and what PyTorch keeps
+    for the backward pass. It grows with the batch, and with the size of an image: --json states the size measured.
+    """
+    from polyclinic.learning.networks.architectures import ARCHITECTURES, sizes
+
+    known = sizes()
+    with document(json_) as emit:
+        emit(
+            {
+                name: {
+                    "summary": a.summary,
+                    "purpose": a.purpose,
+                    "paper": a.paper,
+                    "options": dict(a.options),
+                    "sizes": {dims: asdict(size) for dims, size in known[name].items()},
+                }
+                for name, a in ARCHITECTURES.items()
+            }
+        )
+        for purpose in dict.fromkeys(a.purpose for a in ARCHITECTURES.values()):
+            console.print(f"\n[bold]for {purpose}[/bold]")
+            rows = [(name, a) for name, a in ARCHITECTURES.items() if a.purpose == purpose]
+            _columns([(name, _summary(a), _facts(known[name], a.options)) for name, a in rows])
+    if not json_:
+        hint("\nParameters, and memory of training with one example, in 2-D / 3-D; see docs/reference/networks.md.")
+
+
+def _summary(architecture: Any) -> str:
+    return f"{architecture.summary} ({architecture.paper})" if architecture.paper else str(architecture.summary)
+
+
+def _facts(known: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Return sizes in words, and the options with their defaults."""
+    parameters = " / ".join(f"{size.parameters / 1e6:.3g}" for size in known.values())
+    memory = " / ".join(f"{size.training_bytes / 2**30:.2g}" for size in known.values())
+    given = ", ".join(f"{key} = {value}" for key, value in options.items() if value is not None)
+    return f"{parameters} M, {memory} GiB" + (f"; {given}" if given else "")
 
 
 def transforms(*, json_: Json = False) -> None:

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cyclopts import App
 
@@ -164,6 +164,126 @@ def plan(
             line(f"    {note}")
         emit({"plan": to, "seed": chosen, "notes": notes})
         hint(f'    next: plan = "{to}" in [data], in place of steps or statistics')
+
+
+def case_plan(
+    study: Path,
+    *,
+    out: Path | None = None,
+    preset: Literal["default", "resenc-m", "resenc-l", "resenc-xl"] = "default",
+    memory_gb: float | None = None,
+    configuration: Literal["3d_fullres", "3d_lowres", "2d"] | None = None,
+    channels: str = "",
+    width: int = 32,
+    seed: int | None = None,
+    statistics: Path | None = None,
+    force: bool = False,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Plan a segmentation study as nnU-Net does, from sums over its sites, and write the plan to edit.
+
+    The study then takes preprocessing, patch, batch and network from it, with `plan = "FILE"` in `[data]` and
+    `network = "nnunet"` (or `"resenc"`, of a preset that says so) in `[task]`.
+
+    Args:
+        study: The study file. Its `[data]` needs no steps yet.
+        out: The file to write; by default NAME.plan.toml next to the study.
+        preset: nnU-Net's plain U-Net, or one with a residual encoder for 8, 24 or 40 GB of GPU memory.
+        memory_gb: GPU memory of the smallest machine, in place of the preset's.
+        configuration: Full resolution, low resolution, or slices; by default full resolution, of images 2d.
+        channels: The name of each channel, such as `CT` or `T1,FLAIR`. `CT` is scaled by the values of all sites.
+        width: Features of the network's finest stage. Fewer than 32, such as 8, make training on a CPU possible.
+        seed: The seed of the split that defines the training data; the study's first seed by default.
+        statistics: The checkpoint of a run of the method case-statistics between hospitals, in place of this machine's
+            data.
+        force: Replace an existing file.
+        set_: Change one value of the study, such as `--set data.path=/data/new`. May be given several times.
+    """
+    from polyclinic.studies.config import study_config
+    from polyclinic.studies.run import case_planning
+
+    require_file(study)
+    to = out or study.with_name(f"{study.stem}.plan.toml")
+    require_file(to)
+    if to.exists() and not force:
+        raise ConfigError(f"{to} exists already; --force replaces it")
+    if width < 1 or (memory_gb is not None and memory_gb <= 0):
+        raise ConfigError("--width and --memory-gb need numbers above 0")
+    with document(json_) as emit:
+        config = study_config.read(study, {**changes(set_ or []), "data.plan": None})
+        chosen = config.seeds[0] if seed is None else seed
+        made = case_planning.plan(
+            config.data,
+            config.name,
+            chosen,
+            [name.strip() for name in channels.split(",") if name.strip()],
+            preset,
+            memory_gb,
+            configuration or "",
+            width,
+            None if statistics is None else case_planning.read_statistics(statistics),
+        )
+        atomic.write(to, made.text)
+        done(str(to))
+        used = made.planned.full if made.configuration == "3d_fullres" else made.planned.low
+        used = made.planned.slices if used is None else used
+        line(f"    {made.configuration}: patch {list(used.patch)}, batch {used.batch_size}, {len(used.strides)} stages")
+        notes = list(made.notes)
+        if len(config.seeds) > 1 and statistics is None:
+            notes.append(
+                f"made from the training images of seed {chosen}; the study's other seeds use some of them as test "
+                "images"
+            )
+        for note in notes:
+            line(f"    {note}")
+        emit({"plan": to, "seed": chosen, "configuration": made.configuration, "used": used, "notes": notes})
+        hint(f'    next: plan = "{to}" in [data], and network = "{made.planned.network}" in [task]')
+
+
+@app.command
+def look(
+    study: Path,
+    *,
+    out: Path | None = None,
+    method: str = "",
+    seed: int | None = None,
+    images: int = 4,
+    samples: int = 6,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Draw training samples as a study would, with its patches and augmentation, and write them as a picture.
+
+    The picture shows patients' images: keep it at this site.
+
+    Args:
+        study: The study file.
+        out: The PNG file to write; by default NAME.samples.png in this folder.
+        method: The label of the method whose settings are used; the first by default.
+        seed: The seed of the split and the samples; the study's first seed by default.
+        images: The number of training images, taken from the sites in turn.
+        samples: The number of samples of each image.
+        set_: Change one value of the study, such as `--set augmentation.recipe=light`. May be given several times.
+    """
+    from polyclinic.studies.config import study_config
+    from polyclinic.studies.run.sample_pictures import picture, sample_rows
+
+    require_file(study)
+    for name, number in (("--images", images), ("--samples", samples)):
+        if not 1 <= number <= 50:
+            raise ConfigError(f"{name} {number}: give a number from 1 to 50")
+    with document(json_) as emit:
+        config = study_config.read(study, changes(set_ or []))
+        to = out or Path(f"{config.name}.samples.png")
+        if to.is_dir() or not to.resolve().parent.is_dir():
+            raise ConfigError(f"--out {to}: name a file in a folder that exists")
+        rows, notes = sample_rows(config, method, seed, images, samples)
+        atomic.write_private(to, picture(rows))
+        done(f"{to} (patients' images: keep it at this site)")
+        for note in notes:
+            line(f"    {note}")
+        emit({"picture": to, "images": [row.caption for row in rows], "samples": samples, "notes": notes})
 
 
 @app.command

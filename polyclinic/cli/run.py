@@ -221,12 +221,14 @@ def new(
     uncertain: float | None = None,
     name: str | None = None,
     rounds: int = 20,
+    plugin: bool = False,
     force: bool = False,
     json_: Json = False,
 ) -> None:
     """Write a commented study file as a starting point: a template, or with --data a study of your own data.
 
-    With --data, it says what was recognized and why, asks what the data cannot say, and writes a study that runs.
+    With --data, it says what was recognized and why, asks what the data cannot say, and writes a study that runs. With
+    --plugin, write the skeleton of a package with a network and a loss instead.
 
     Args:
         file: The file to write.
@@ -244,8 +246,19 @@ def new(
         uncertain: The value of a label of -1 among several labels: 0 or 1.
         name: The name of the study; by default from the data's.
         rounds: The number of rounds.
+        plugin: Write a package into the folder FILE.
         force: Replace an existing file.
     """
+    if plugin:
+        from polyclinic.studies.config.new_plugin import write_plugin
+
+        with document(json_) as emit:
+            files = write_plugin(file)
+            for written in files:
+                line(f"  {written}")
+            done(f"pip install -e {file} && pytest {file}; docs/how-to/own-code.md describes it")
+            emit({"files": files})
+        return
     require_file(file)
     if file.exists() and not force:
         raise ConfigError(f"{file} exists already; --force replaces it")

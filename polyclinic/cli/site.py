@@ -62,6 +62,7 @@ def join(
     data_name: str = "",
     fingerprint: str = "",
     device: str = "cpu",
+    threads: int = 0,
     proxy: str = "",
     yes: bool = False,
     home: Home = HERE,
@@ -75,7 +76,8 @@ def join(
         data_name: The name of the data set, wherever it is stored: its privacy budget is kept under this name. The name
             of the folder by default.
         fingerprint: The authority's fingerprint, as the coordinator read it to you; without it you are asked.
-        device: Device for training: cpu or cuda.
+        device: Device for training: cpu, cuda, cuda:1, or auto for a GPU if there is one.
+        threads: Threads that draw and augment samples ahead of training; they change no result.
         proxy: The HTTP proxy for outgoing connections, such as http://proxy.hospital.org:3128.
         yes: Join without comparing fingerprints.
     """
@@ -97,7 +99,7 @@ def join(
                 )
             if not confirmed(f"         Does the coordinator read the same fingerprint to you, {actual}?"):
                 raise SetupError("not joined")
-        stored = site_setup.join(site, table, data, device, proxy, data_name)
+        stored = site_setup.join(site, table, data, device, threads, proxy, data_name)
         line(f"joined   as {table['site']}, until {table['expires'][:10]}")
         line(
             f"data     {stored!r}; `data_name` in site.toml keeps this name and its privacy budget if the folder moves"

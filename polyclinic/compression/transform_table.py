@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, get_type_hints
 
 from polyclinic.core.pipeline import Transform
+from polyclinic.core.plugin_packages import entry_points_in
 from polyclinic.errors import ConfigError
 
 
@@ -108,6 +109,9 @@ def entry(name: str) -> Entry:
     """
     if name in TRANSFORMS:
         return TRANSFORMS[name]
+    for point in entry_points_in("transforms"):
+        if point.name == name:
+            return Entry(name, f"{point.module}:{point.attr}", "from an installed package")
     near = difflib.get_close_matches(name, TRANSFORMS, 1)
     hint = f' Did you mean "{near[0]}"?' if near else ""
     raise ConfigError(f'unknown transform "{name}".{hint} The transforms are {", ".join(TRANSFORMS)}')

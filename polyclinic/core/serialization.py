@@ -56,6 +56,19 @@ _CLASSES: dict[str, type] = {}
 _TAGS: dict[type, Tag] = {}
 
 
+class Place(NamedTuple):
+    """Where the bytes of a tensor are in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class Corrupt(IntegrityError):
     """Bytes that are not a valid encoded value. The message gives the place and the reason."""
 
@@ -147,12 +160,12 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {"class": tag.name, "version": tag.version, "with": content}
 
 
-def unpack(plain: Any, tensors: Mapping[str, Tensor], place: tuple[str, ...] = ()) -> Any:
+def unpack(plain: Any, tensors: Mapping[str, Tensor | Place], place: tuple[str, ...] = ()) -> Any:
     """Rebuild a value from the result of ``pack``.
 
     Args:
         plain: The JSON value.
-        tensors: The tensors to which it refers.
+        tensors: The tensors to which it refers, or their places in a file.
         place: The fields and keys that lead to ``plain`` in the complete value, for messages.
 
     Raises:
@@ -267,13 +280,11 @@ def decode(buffer: Any, *, share: bool = False) -> Any:
 
 def decode_with_meta(buffer: Any, *, share: bool = False) -> tuple[Any, dict[str, str]]:
     """Decode the value in ``buffer``, and the metadata of its header."""
-    tensors, meta = _tensors(buffer, share)
-    if not isinstance(meta, dict) or not isinstance(meta.get("value"), str):
-        raise Corrupt("the header does not describe the tensors")
-    try:
-        return unpack(_json(meta.pop("value")), tensors), meta
-    except (RecursionError, TypeError) as error:
-        raise Corrupt(f"not a value: {error}") from None
+    head, meta, start = _header(buffer)
+    if not share:
+        buffer = bytearray(buffer)
+    tensors = {name: _view(buffer, place) for name, place in _places(head, start, len(buffer)).items()}
+    return _value(meta, tensors), _texts(meta)
 
 
 def decode_tensors(buffer: Any) -> dict[str, Tensor]:
@@ -282,24 +293,42 @@ def decode_tensors(buffer: Any) -> dict[str, Tensor]:
     Raises:
         Corrupt: If ``buffer`` is not exactly one valid file.
     """
-    return _tensors(buffer, True)[0]
+    head, _, start = _header(buffer)
+    return {name: _view(buffer, place) for name, place in _places(head, start, len(buffer)).items()}
 
 
-def _tensors(buffer: Any, share: bool) -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors in ``buffer`` by name, and the metadata of its header."""
-    head, start = _header(buffer)
-    meta = head.pop("__metadata__", None)
-    if not share:
-        buffer = bytearray(buffer)
-    tensors, expected = {}, 0
-    for name, entry in sorted(head.items(), key=_offset):
-        tensors[name], expected = _tensor(buffer, start, expected, name, entry)
-    if start + expected != len(buffer):
-        raise Corrupt(f"{len(buffer) - start - expected} bytes after the last tensor")
-    return tensors, meta
+def layout(path: Path) -> tuple[Any, dict[str, str]]:
+    """Read only the header of the file at ``path``: its value with a ``Place`` for each tensor, and its metadata.
+
+    Raises:
+        Corrupt: If the file is not exactly one encoded value; a truncated file is recognized by its size.
+        OSError: If it cannot be read.
+    """
+    with open(path, "rb") as file:
+        begin = file.read(8)
+        begin += file.read(min(int.from_bytes(begin, "little"), MAX_HEADER + 1))
+        size = file.seek(0, 2)
+    head, meta, start = _header(begin)
+    return _value(meta, _places(head, start, size)), _texts(meta)
 
 
-def _header(buffer: Any) -> tuple[dict[str, Any], int]:
+def _value(meta: Any, tensors: Mapping[str, Tensor | Place]) -> Any:
+    """Return the value that the metadata describe."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("value"), str):
+        raise Corrupt("the header does not describe the tensors")
+    try:
+        return unpack(_json(meta["value"]), tensors)
+    except (RecursionError, TypeError) as error:
+        raise Corrupt(f"not a value: {error}") from None
+
+
+def _texts(meta: dict[str, str]) -> dict[str, str]:
+    """Return the metadata without the description of the value."""
+    return {key: text for key, text in meta.items() if key != "value"}
+
+
+def _header(buffer: Any) -> tuple[dict[str, Any], Any, int]:
+    """Return the description of the tensors, the metadata, and where the tensors begin."""
     if len(buffer) < 8:
         raise Corrupt(f"{len(buffer)} bytes are too few for a header")
     length = int.from_bytes(bytes(buffer[:8]), "little")
@@ -310,7 +339,7 @@ def _header(buffer: Any) -> tuple[dict[str, Any], int]:
     header = _json(bytes(buffer[8 : 8 + length]))
     if not isinstance(header, dict):
         raise Corrupt("the header is not a JSON object")
-    return header, 8 + length
+    return header, header.pop("__metadata__", None), 8 + length
 
 
 def _json(text: str | bytes) -> Any:
@@ -334,22 +363,33 @@ def _offset(item: tuple[str, Any]) -> tuple[int, int]:
     raise Corrupt(f"tensor {item[0][:40]!r} is not described by dtype, shape and offsets")
 
 
-def _tensor(buffer: Any, start: int, expected: int, name: str, entry: dict[str, Any]) -> tuple[Tensor, int]:
-    begin, end = entry["data_offsets"]
-    dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
-    if dtype is None:
-        raise Corrupt(f"tensor {name!r} is of unknown type {entry['dtype'][:20]!r}")
-    if len(shape) > 16 or not all(type(side) is int and 0 <= side < 2**40 for side in shape):
-        raise Corrupt(f"tensor {name!r} has an invalid shape")
-    if begin != expected or end - begin != math.prod(shape) * dtype.itemsize or start + end > len(buffer):
-        raise Corrupt(f"the offsets of tensor {name!r} do not match its shape")
-    if end == begin:
-        return torch.empty(shape, dtype=dtype), end
-    if (start + begin) % dtype.itemsize:  # written by another tool, but valid: copy what cannot be a view
-        flat = torch.frombuffer(bytearray(buffer[start + begin : start + end]), dtype=dtype)
+def _places(head: Mapping[str, Any], start: int, size: int) -> dict[str, Place]:
+    """Return the place of each tensor in an encoding of ``size`` bytes, whose tensors begin at ``start``."""
+    places, expected = {}, 0
+    for name, entry in sorted(head.items(), key=_offset):
+        begin, end = entry["data_offsets"]
+        dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+        if dtype is None:
+            raise Corrupt(f"tensor {name!r} is of unknown type {entry['dtype'][:20]!r}")
+        if len(shape) > 16 or not all(type(side) is int and 0 <= side < 2**40 for side in shape):
+            raise Corrupt(f"tensor {name!r} has an invalid shape")
+        if begin != expected or end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
+            raise Corrupt(f"the offsets of tensor {name!r} do not match its shape")
+        places[name], expected = Place(dtype, tuple(shape), start + begin), end
+    if start + expected != size:
+        raise Corrupt(f"{size - start - expected} bytes after the last tensor")
+    return places
+
+
+def _view(buffer: Any, place: Place) -> Tensor:
+    """Return the tensor at ``place`` as a view of ``buffer``."""
+    if not place.nbytes:
+        return torch.empty(place.shape, dtype=place.dtype)
+    if place.start % place.dtype.itemsize:  # written by another tool, but valid: copy what cannot be a view
+        flat = torch.frombuffer(bytearray(buffer[place.start : place.start + place.nbytes]), dtype=place.dtype)
     else:
-        flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=start + begin)
-    return flat.reshape(shape), end
+        flat = torch.frombuffer(buffer, dtype=place.dtype, count=math.prod(place.shape), offset=place.start)
+    return flat.reshape(place.shape)
 
 
 def save(path: Path, value: Any, meta: Mapping[str, str] | None = None) -> str:

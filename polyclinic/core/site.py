@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,30 @@ class Site:
     def secret_rng(self) -> "SecretRng":
         """Return a generator for privacy noise and masks, independent of any seed and different on every call."""
         return SecretRng(self.entropy)
+
+
+class SitesOnDemand(Mapping[str, Site]):
+    """Sites that are built at each access and not kept, for simulations of more sites than memory could hold.
+
+    Engines on one machine accept them in place of a mapping of sites.
+    """
+
+    def __init__(self, names: Iterable[str], build: Callable[[str], Site]) -> None:
+        """Name the sites. ``build`` returns a site by name, with the same data each time."""
+        self._names, self._build = dict.fromkeys(names), build
+
+    def __getitem__(self, name: str) -> Site:
+        """Build the site ``name``."""
+        self._names[name]  # an unknown name is a KeyError here too
+        return self._build(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Return the number of sites."""
+        return len(self._names)
 
 
 @dataclass(frozen=True)

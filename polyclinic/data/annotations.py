@@ -12,14 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.cases.cases import Cases
+from polyclinic.data.examples import DataError, Dataset, Examples, in_memory
 from polyclinic.learning.tasks.mr_reconstruction import columns, undersample
 
 Annotation = Literal["full", "boxes", "labels", "none"]
 ROLE: Mapping[Annotation, str] = {"full": "train", "boxes": "boxed", "labels": "tagged", "none": "unlabeled"}
 
 
-def annotated(roles: Mapping[str, Examples], kind: Annotation, site: str) -> dict[str, Examples]:
+def annotated(roles: Mapping[str, Dataset], kind: Annotation, site: str) -> dict[str, Dataset]:
     """Return the ``roles`` of ``site`` with its training examples moved to the role of ``kind``, leaving ``train``
     empty.
 
@@ -30,18 +31,22 @@ def annotated(roles: Mapping[str, Examples], kind: Annotation, site: str) -> dic
         return dict(roles)
     weak = roles[ROLE[kind]] if kind == "none" else roles["train"]
     nothing = weak.subset(torch.zeros(0, dtype=torch.int64))
-    if kind != "none" and weak.targets.ndim < 3:
+    if kind != "none" and weak.labels is not None:
         raise DataError(
             f'annotations gives {site} "{kind}", which are made from masks; this data has none: use "full" or "none"'
         )
-    if kind == "boxes":
-        weak = replace(weak, targets=boxes(weak.targets), truths=None)
-    if kind == "labels":
-        weak = replace(weak, targets=weak.targets.flatten(1).amax(1).long(), geometries=None, truths=None)
+    if kind == "boxes" and isinstance(weak, Cases):
+        weak = weak.boxed()
+    elif kind == "boxes":
+        images = in_memory(weak, "boxes")
+        weak = replace(images, targets=boxes(images.targets), truths=None)
+    if kind == "labels":  # the class of an image says nothing about a patch of it
+        images = in_memory(weak, f'annotations gives {site} "labels", which')
+        weak = replace(images, targets=images.targets.flatten(1).amax(1).long(), geometries=None, truths=None)
     return {"train": nothing, **without(roles, "train"), ROLE[kind]: weak}
 
 
-def without(roles: Mapping[str, Examples], role: str) -> dict[str, Examples]:
+def without(roles: Mapping[str, Dataset], role: str) -> dict[str, Dataset]:
     """Return all but one of ``roles``."""
     return {name: examples for name, examples in roles.items() if name != role}
 

@@ -1,20 +1,29 @@
 """On-disk cache of decoded data, keyed by a hash of everything that a result depends on."""
 
+import json
 import mmap
 import os
-from collections.abc import Callable, Mapping
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyclinic.core import serialization
+from polyclinic.core import atomic, serialization
 from polyclinic.data.examples import DataError
 from polyclinic.data.source import digest
 
 CHECKED = 2**30
 """Largest file in bytes whose checksum is verified at each opening; larger files are mapped without verification."""
+
+SMALL = 2**20
+"""Size in bytes below which the hash of a file is not remembered."""
+SETTLED = 5
+"""Age in seconds of a file's last change from which on its hash is remembered."""
 
 
 def folder() -> Path:
@@ -44,15 +53,55 @@ def cached(kind: str, key: str, build: Callable[[], dict[str, Any]]) -> dict[str
     if (stored := _read(path)) is not None:
         return stored
     built = build()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_in(path.parent):
         serialization.save(path, built, {"checksum": _checksum(built)})
+    return built
+
+
+@contextmanager
+def writing_in(place: Path) -> Iterator[None]:
+    """Create the folder ``place`` of the cache for the block, which writes files there.
+
+    Raises:
+        DataError: If the block cannot write, with what to do.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise DataError(
-            f"cannot write the cache {path.parent} ({error.strerror}): free some space, or point POLYCLINIC_CACHE at "
-            "a writable folder"
+            f"cannot write the cache {place} ({error.strerror}): free some space, or point POLYCLINIC_CACHE at a "
+            "writable folder"
         ) from error
-    return built
+
+
+def remembered(path: Path, content_of: Callable[[Path], str]) -> str:
+    """Return ``content_of(path)``, or the result of an earlier call if the file has not changed since.
+
+    A file has not changed if its size, inode and times of modification and of status change are the same, and these
+    were at least ``SETTLED`` seconds old at the earlier call. Files below ``SMALL`` bytes and folders are always read.
+
+    Args:
+        path: The file.
+        content_of: Returns the hash of a file's content.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size < SMALL:
+        return content_of(path)
+    known = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    key = digest(str(path.resolve()))
+    note = folder() / "contents" / key[:2] / f"{key}.json"
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        stored = json.loads(note.read_text())
+        if stored["status"] == known:
+            return str(stored["content"])
+    begun = time.time_ns()
+    content = content_of(path)
+    if max(status.st_mtime_ns, status.st_ctime_ns) < begun - SETTLED * 10**9:
+        with suppress(OSError):  # without the note the file is read again
+            note.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write(note, json.dumps({"status": known, "content": content}), durable=False)
+    return content
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -13,11 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from polyclinic.data.cache import cached
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.cache import cached, remembered
+from polyclinic.data.cases import case_building, case_file
+from polyclinic.data.cases.case_file import CaseFile, Prepared
+from polyclinic.data.cases.cases import Cases
+from polyclinic.data.examples import DataError, Dataset, Examples
 from polyclinic.data.files import OPTIONS, ImageOptions, content_of, picture_of, read_case, read_image
 from polyclinic.data.formats.mask_labels import IGNORED, WHITE, black_and_white, label_problems, labels_in
-from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.formats.safe_reading import LIMITS, Unreadable
 from polyclinic.data.formats.value_ranges import ValueRange, scale_problems
 from polyclinic.data.geometry import Geometry
 from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
@@ -30,6 +33,10 @@ MASKS_VERSION = 2
 """Version of the resampling of masks: 1 by nearest neighbor, 2 by the largest share."""
 GEOMETRY_VERSION = 1
 """Version of what is stored with masks for the evaluation on original grids."""
+PATCHED = replace(LIMITS, decoded_bytes=2 * LIMITS.decoded_bytes)
+"""Limits on a file whose image remains on disk, where CT takes two bytes per voxel instead of four."""
+LARGEST_PATCH = 2**27
+"""Largest number of pixels of a patch, 512 MiB per channel: a study between hospitals sets the patch at each site."""
 MOST_NOTES = 10
 SINGLE_LINES = 3
 UNKNOWN_PATIENTS = (
@@ -74,6 +81,8 @@ class Collection:
         options: How files are read.
         ignore: Mask value of voxels without annotation, which become ``IGNORED``; None if there are none.
         labels: Allowed mask values; None for the numbers of ``info.classes``, if there are any.
+        patch: Shape of a view of one image. With it, images may differ in shape, and remain on disk, one file each
+            (``polyclinic.data.cases``). Without it, all are in memory.
     """
 
     info: Info
@@ -84,13 +93,15 @@ class Collection:
     options: ImageOptions = OPTIONS
     ignore: int | None = None
     labels: tuple[int, ...] | None = None
+    patch: tuple[int, ...] = ()
 
     @cached_property
     def contents(self) -> tuple[str, ...]:
         """The hash of each entry's files."""
         files = [path for e in self.entries for path in (*e.images, *([e.mask] if e.mask else []))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = dict(zip(files, pool.map(content_of, files), strict=True))
+            hashed = (lambda path: remembered(path, content_of)) if self.patch else content_of
+            found = dict(zip(files, pool.map(hashed, files), strict=True))
         return tuple(digest(*(found[p] for p in (*e.images, *([e.mask] if e.mask else [])))) for e in self.entries)
 
     @cached_property
@@ -98,13 +109,14 @@ class Collection:
         """Hash of files, labels, patients, columns and steps, independent of the location of the files."""
         known = [(e.id, e.label, e.patient, sorted(e.columns.items())) for e in self.entries]
         how = (fingerprint(self.steps), self.options.key, self.ignore)
-        return digest("files", VERSION, self.contents, known, *how, self.unreadable, *self._masks)
+        views = [("patch", self.patch)] if self.patch else []
+        return digest("files", VERSION, self.contents, known, *how, self.unreadable, *self._masks, *views)
 
     def table(self) -> Table:
         """Return one row per readable entry."""
         if not self.entries:
             raise DataError(f"{self.info.name} contains no readable images")
-        skipped = {i for i, *_ in self._decoded["bad"]} if self.unreadable == "skip" else set()
+        skipped = {i for i, *_ in self._facts["bad"]} if self.unreadable == "skip" else set()
         kept = [e for i, e in enumerate(self.entries) if i not in skipped]
         labels = None
         if self.info.task != "segmentation":
@@ -114,25 +126,46 @@ class Collection:
         columns = {name: tuple(e.columns.get(name, "") for e in kept) for name in names}
         return Table(tuple(e.id for e in kept), tuple(e.patient for e in kept), labels, columns, self.sites)
 
-    def examples(self, ids: Sequence[str]) -> Examples:
-        """Return the named entries, decoded and preprocessed."""
-        decoded = self._decoded
-        if (bad := decoded["bad"]) and self.unreadable == "refuse":
+    def examples(self, ids: Sequence[str]) -> Dataset:
+        """Return the named entries, decoded and preprocessed; with a ``patch``, as cases on disk."""
+        if (bad := self._facts["bad"]) and self.unreadable == "refuse":
             raise DataError(_by_reason(bad))
-        skipped = {i for i, *_ in bad}
+        if self.patch:
+            return self._cases(ids)
+        decoded, skipped = self._decoded, {i for i, *_ in bad}
         row = {e.id: k for k, e in enumerate(e for i, e in enumerate(self.entries) if i not in skipped)}
         entry = {e.id: e for e in self.entries}
         rows = [row[name] for name in ids]
         geometries, truths = None, None
-        if self.info.task == "segmentation":
+        targets = self._labels([entry[name] for name in ids])
+        if targets is None:
             targets = decoded["masks"][rows]
             geometries = tuple(Geometry.of_table(decoded["geometries"][k]) for k in rows)
             truths = tuple(_truth(decoded, k) for k in rows) if "truths" in decoded else None
-        else:
-            kind = torch.int64 if self.info.task == "classification" else torch.float32
-            targets = torch.tensor([entry[name].label for name in ids], dtype=kind)
         patients = tuple(entry[name].patient for name in ids)
         return Examples(decoded["images"][rows], targets, patients, tuple(ids), geometries=geometries, truths=truths)
+
+    def _labels(self, entries: Sequence[Entry]) -> torch.Tensor | None:
+        """Return the class, labels or number of each entry; None if masks are the targets."""
+        if self.info.task == "segmentation":
+            return None
+        kind = torch.int64 if self.info.task == "classification" else torch.float32
+        return torch.tensor([entry.label for entry in entries], dtype=kind)
+
+    def _cases(self, ids: Sequence[str]) -> Cases:
+        """Return the named entries as cases on disk."""
+        at = {entry.id: i for i, entry in enumerate(self.entries)}
+        entries = [self.entries[at[name]] for name in ids]
+        files = [file for name in ids if isinstance(file := self._stored[at[name]], CaseFile)]
+        return Cases(
+            tuple(files),
+            self.patch,
+            next(file.channels for file in self._stored if isinstance(file, CaseFile)),
+            tuple(entry.patient for entry in entries),
+            tuple(ids),
+            self._labels(entries),
+            white=self._facts["white"],
+        )
 
     def pictures(self) -> Iterator[Picture | None]:
         """Yield each entry without preprocessing, or None if it cannot be read."""
@@ -146,8 +179,8 @@ class Collection:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about files that were left out, and observations of the readers with their number of images."""
-        bad = self._decoded["bad"] if self.unreadable == "skip" else []
-        counts = sorted(self._decoded["notes"], key=lambda item: (-item[1], item[0]))
+        bad = self._facts["bad"] if self.unreadable == "skip" else []
+        counts = sorted(self._facts["notes"], key=lambda item: (-item[1], item[0]))
         seen = [f"{n} image{'s' if n > 1 else ''}: {note}." for note, n in counts[:MOST_NOTES]]
         if not bad:
             return tuple(seen)
@@ -158,9 +191,9 @@ class Collection:
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; unnamed mask values are numbered."""
-        if self.info.classes or self.info.task != "segmentation" or "masks" not in self._decoded:
+        if self.info.classes or self.info.task != "segmentation" or "labels" not in self._facts:
             return self.info.classes
-        return ("background", *(f"label {i}" for i in range(1, max(self._decoded["labels"], default=0) + 1)))
+        return ("background", *(f"label {i}" for i in range(1, max(self._facts["labels"], default=0) + 1)))
 
     @cached_property
     def _decoded(self) -> dict[str, Any]:
@@ -168,6 +201,57 @@ class Collection:
         native = (GEOMETRY_VERSION,) if self.info.task == "segmentation" else ()
         key = digest("decoded", VERSION, self.contents, *how, [e.id for e in self.entries], *self._masks, *native)
         return cached("images", key, self._decode)
+
+    @cached_property
+    def _stored(self) -> "list[CaseFile | _Refused]":
+        """The stored case of each entry, or why it cannot be read. Built on first use."""
+        how = (fingerprint(self.steps), self.options.key, self.ignore)
+        keys = [digest("case", VERSION, case_file.VERSION, content, *how, *self._masks) for content in self.contents]
+        on_disk = [sum(path.stat().st_size for path in entry.images if path.is_file()) for entry in self.entries]
+        ids = [entry.id for entry in self.entries]
+        return case_building.stored(self.info.name, keys, ids, on_disk, lambda i: self._one(self.entries[i]))
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """What is known about all images together: those that cannot be read, notes, and the labels of masks.
+
+        Raises:
+            DataError: If the images do not go together.
+        """
+        if not self.patch:
+            return self._decoded
+        bad = [[i, f.text, f.reason] for i, f in enumerate(self._stored) if isinstance(f, _Refused)]
+        files = [(e.id, f) for e, f in zip(self.entries, self._stored, strict=True) if isinstance(f, CaseFile)]
+        if not files:
+            raise DataError(_by_reason(bad))
+        labels = {name: file.labels for name, file in files}
+        self._require_comparable([file.values for _, file in files], labels)
+        axes, channels = {len(file.size) for _, file in files}, {file.channels for _, file in files}
+        if axes != {len(self.patch)}:
+            kinds = " and ".join(f"{n} axes" for n in sorted(axes))
+            says = "leave one kind out" if len(axes) > 1 else "give one number for each"
+            raise DataError(f"patch = {list(self.patch)}: the images of {self.info.name} have {kinds}: {says}")
+        if len(channels) > 1:
+            counts = " and ".join(map(str, sorted(channels)))
+            raise DataError(f'{self.info.name}: images have {counts} channels: add {{step = "channels", count = 1}}')
+        notes = Counter(note for _, file in files for note in file.notes)
+        facts: dict[str, Any] = {"bad": bad, "notes": [[note, count] for note, count in notes.items()], "white": False}
+        if self.info.task == "segmentation":
+            facts["white"] = black_and_white(labels, self._declared)
+            used = sorted({label for _, file in files for label in file.labels} - {IGNORED})
+            facts["labels"] = [0, 1] if facts["white"] else used
+        return facts
+
+    def _require_comparable(self, values: Sequence[ValueRange], labels: Mapping[str, tuple[int, ...]]) -> None:
+        """Require that values of different images mean the same, and that labels are declared.
+
+        Raises:
+            DataError: With every problem.
+        """
+        scaled = any(isinstance(step, ZScore | Percentiles) for step in self.steps)
+        problems = [] if scaled else scale_problems(values)
+        if problems := [*problems, *label_problems(labels, self._declared)]:
+            raise DataError([f"{self.info.name}: {problem}" for problem in problems])
 
     def _decode(self) -> dict[str, Any]:
         """Return all images (and masks) as one tensor each, and the unreadable files with the reasons."""
@@ -186,16 +270,13 @@ class Collection:
                     transient=True,
                 )
             )
-        read = [f for f in found if isinstance(f, _Read)]
+        read = [f for f in found if isinstance(f, Prepared)]
         bad = [[i, f.text, f.reason] for i, f in enumerate(found) if isinstance(f, _Refused)]
         if not read:
             raise DataError(_by_reason(bad))
         good = [f.picture for f in read]
         labels = {f.values.id: f.labels for f in read}
-        scaled = any(isinstance(step, ZScore | Percentiles) for step in self.steps)
-        problems = [] if scaled else scale_problems([f.values for f in read])
-        if problems := [*problems, *label_problems(labels, self._declared)]:
-            raise DataError([f"{self.info.name}: {problem}" for problem in problems])
+        self._require_comparable([f.values for f in read], labels)
         shapes = sorted({tuple(f.pixels.shape) for f in good})
         if len(shapes) > 1:
             some = " and ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
@@ -208,6 +289,8 @@ class Collection:
                     "some are single slices and some are volumes: leave one kind out; of DICOM, choose with "
                     "series = {...}, or leave out localizers with slices = 2"
                 )
+            elif len({shape[0] for shape in shapes}) == 1:
+                remedy += f"; or leave them as they are, and train on patches of them, with patch = {_usual(shapes)}"
             raise DataError(f"{self.info.name}: images have {len(shapes)} different shapes ({some}, ...): {remedy}")
         if len({f.pixels.dtype for f in good}) > 1:  # 8-bit pictures mixed with deeper ones
             good = [replace(f, pixels=f.pixels.float() / 255) if f.pixels.dtype == torch.uint8 else f for f in good]
@@ -255,7 +338,7 @@ class Collection:
             return picture
         return replace(picture, mask=torch.where(picture.mask == self.ignore, IGNORED, picture.mask))
 
-    def _one(self, entry: Entry) -> "_Read | _Refused":
+    def _one(self, entry: Entry) -> "Prepared | _Refused":
         try:
             case = read_case(entry.images, entry.mask, self.options, slices=entry.slices)
             picture = self._annotated(picture_of(case, as_bytes=not self.steps))
@@ -263,7 +346,7 @@ class Collection:
         except (Unreadable, DataError) as error:
             return _Refused(f"{entry.id}: {error}", error.reason if isinstance(error, Unreadable) else str(error))
         labels = () if prepared.truth is None else labels_in(prepared.truth)
-        return _Read(prepared, case.notes, ValueRange.of(entry.id, case.image), labels)
+        return Prepared(prepared, ValueRange.of(entry.id, case.image), labels, case.notes)
 
 
 def _truth(decoded: Mapping[str, Any], k: int) -> torch.Tensor:
@@ -275,21 +358,17 @@ def _truth(decoded: Mapping[str, Any], k: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """One example after its steps, with what must be compared between examples: stored values and mask labels."""
-
-    picture: Picture
-    notes: tuple[str, ...]
-    values: ValueRange
-    labels: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Refused:
     """One example that cannot be read: the reason with its names, and without."""
 
     text: str
     reason: str
+
+
+def _usual(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """Return a patch that most images cover: the smaller quartile of their sides, in multiples of 8."""
+    sides = [sorted(axis) for axis in zip(*(shape[1:] for shape in shapes), strict=True)]
+    return [max(8, side[len(side) // 4] // 8 * 8) for side in sides]
 
 
 def _by_reason(bad: Sequence[Sequence[Any]]) -> list[str]:
@@ -326,6 +405,9 @@ class FromFiles:
             order in which they are painted.
         ignore: Mask value of pixels without annotation, which loss and metrics leave out.
         bits: Significant bits of 16-bit pictures, such as 12; 0 if all are used.
+        patch: Shape of the part of an image that the network sees, one number per axis. With it, images may differ in
+            shape and stay on disk: for segmentation, training draws patches and tests the complete images by
+            overlapping patches; for other tasks, each picture is resized to cover the patch and cropped to its center.
     """
 
     fill: float | None = None
@@ -333,15 +415,21 @@ class FromFiles:
     regions: tuple[int, ...] = ()
     ignore: int | None = None
     bits: int = 0
+    patch: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.options  # noqa: B018 - checks the fields
+        if self.patch and (len(self.patch) not in (2, 3) or not all(1 <= n <= LIMITS.side for n in self.patch)):
+            raise DataError(f"patch = {list(self.patch)}: give 2 or 3 whole numbers of pixels, such as [96, 96, 96]")
+        if math.prod(self.patch) > LARGEST_PATCH:
+            raise DataError(f"patch = {list(self.patch)}: has more than {LARGEST_PATCH:,} pixels; choose a smaller one")
 
     @property
     def options(self) -> ImageOptions:
         """How files are read."""
         series: Mapping[str, str] = getattr(self, "series", {})
-        return ImageOptions(self.fill, self.geometry_tolerance_mm, self.regions, self.bits, series)
+        limits = PATCHED if self.patch else LIMITS
+        return ImageOptions(self.fill, self.geometry_tolerance_mm, self.regions, self.bits, series, limits)
 
     def made(
         self,
@@ -355,7 +443,7 @@ class FromFiles:
         steps: tuple[Step, ...] = getattr(self, "steps", ())
         unreadable: Literal["refuse", "skip"] = getattr(self, "unreadable", "refuse")
         known = self.ignore if self.ignore is not None else ignore
-        return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known, labels)
+        return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known, labels, self.patch)
 
     def collect(self) -> Collection:
         """Return the collection.
@@ -389,6 +477,6 @@ class FromFiles:
         """Return one row per image."""
         return self._collection.table()
 
-    def examples(self, ids: Sequence[str]) -> Examples:
+    def examples(self, ids: Sequence[str]) -> Dataset:
         """Return the named images, decoded and preprocessed."""
         return self._collection.examples(ids)

@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from pydantic import ModelWrapValidatorHandler as Handler
 from pydantic_core import InitErrorDetails
 
+from polyclinic.core import extensions
 from polyclinic.data import config_parsing
 from polyclinic.data.annotations import Annotation
 from polyclinic.data.catalog import dataset_catalog
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import placed
+from polyclinic.data.fingerprint.nnunet_plan import NnunetPlan
 from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
 from polyclinic.data.partition import PARTITIONS, Partition
 from polyclinic.data.source import Source
@@ -80,7 +82,8 @@ class DataSpec(BaseModel):
         use: Data set of the catalog (``polyclinic data list``).
         path: Folder or file of your own; ``~`` and ``$VARIABLES`` are expanded.
         kind: Kind of data at ``path``; a key of ``KINDS``.
-        plan: File of a ``DataPlan`` (written by ``polyclinic data plan``) whose preprocessing is used.
+        plan: File of a plan whose preprocessing is used: a ``DataPlan`` (``polyclinic data plan``), or one as nnU-Net
+            makes it (``polyclinic plan``), from which a study also takes patch, network and batch.
         sites: ``"natural"`` for the source's own hospitals or scanners, another column's name, or a partition that
             simulates sites.
         split: Shares of training, validation and test, or ``"official"`` for the source's own split.
@@ -137,7 +140,9 @@ class DataSpec(BaseModel):
         own = self.options
         if self.plan is None:
             return source_of(self.use, self.path, self.kind, own)
-        planned = DataPlan.options(placed(self.plan, "plan"), own)
+        path = placed(self.plan, "plan")
+        found = NnunetPlan.read(path)
+        planned = DataPlan.options(path, own) if found is None else {**own, **found.data_options}
         try:
             return source_of(self.use, self.path, self.kind, planned)
         except ValidationError as error:
@@ -196,6 +201,10 @@ def source_of(use: str | None, path: str | None, kind: str | None, own: Mapping[
             raise config_parsing.problems(
                 [config_parsing.problem(("use",), says, use) for says in error.problems]
             ) from None
+    if kind not in KINDS and kind in extensions.names("sources"):
+        part = extensions.load("sources", str(kind))
+        own_source: Source = config_parsing.build(part, given, f'"{kind}"') if isinstance(part, type) else part
+        return own_source
     if kind not in KINDS:
         says = f'no kind of data is called "{kind}".{config_parsing.choices(str(kind), KINDS, "There are")}'
         raise config_parsing.problems([config_parsing.problem(("kind",), says, kind)])
@@ -217,7 +226,9 @@ def _together(spec: DataSpec) -> list[InitErrorDetails]:
         lines.append(config_parsing.problem(("accelerate",), says, spec.accelerate))
     if both := sorted({*spec.public} & {*spec.external}):
         lines.append(config_parsing.problem(("public",), f"names {both[0]}, which is also external", both[0]))
-    if spec.plan is not None and (twice := [key for key in ("steps", "statistics", "declared") if key in spec.options]):
+    if spec.plan is not None and (
+        twice := [key for key in ("steps", "statistics", "declared", "patch") if key in spec.options]
+    ):
         says = f"defines the preprocessing, and so does {twice[0]}: remove one of them"
         lines.append(config_parsing.problem(("plan",), says, spec.plan))
     if len(set(spec.external)) != len(spec.external):

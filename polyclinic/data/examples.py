@@ -1,8 +1,9 @@
 """Examples in memory, the data of one role at one site."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -127,6 +128,30 @@ class Examples:
         """The shape of one input: (C, *spatial) or (F,)."""
         return tuple(self.inputs.shape[1:])
 
+    @property
+    def labels(self) -> Tensor | None:
+        """The class, labels or number of each example; None if the targets are masks or images."""
+        return self.targets if self.targets.ndim < 3 else None
+
+    @property
+    def highest(self) -> int:
+        """The largest class of any target."""
+        return int(self.targets.max())
+
+    @property
+    def width(self) -> int:
+        """The number of labels, numbers or channels of a target."""
+        return int(self.targets.shape[1])
+
+    def image(self, i: int) -> Tensor:
+        """Return the input of example ``i`` as float32."""
+        return self[torch.tensor([i])][0][0]
+
+    def input_hashes(self) -> list[bytes]:
+        """Return a hash of each input's bytes."""
+        flat: Any = self.inputs.contiguous().view(torch.uint8).flatten(1).numpy()
+        return [hashlib.blake2b(row, digest_size=16).digest() for row in flat]
+
     def subset(self, index: Tensor) -> "Examples":
         """Return the examples at the positions ``index``, or where the mask ``index`` is true."""
         where = index.nonzero().flatten() if index.dtype == torch.bool else index
@@ -142,6 +167,10 @@ class Examples:
             None if self.truths is None else tuple(self.truths[i] for i in pick),
         )
 
+    def joined(self, others: Sequence["Examples"]) -> "Examples":
+        """Return these examples and then those of ``others``. Positions and videos are left out."""
+        return _concatenated([self, *others])
+
     def unlabeled(self) -> "Examples":
         """Return the same inputs with every target withheld: ``WITHHELD`` for classes and masks, NaN for numbers."""
         masks = self.targets.long() if self.targets.dtype == torch.uint8 else self.targets
@@ -149,7 +178,75 @@ class Examples:
         return replace(self, targets=torch.full_like(masks, value), truths=None, geometries=None)
 
 
-def concat(parts: Sequence[Examples]) -> Examples:
+class Dataset(Protocol):
+    """Examples of one role at one site: in memory (``Examples``), or on disk (``polyclinic.data.cases``)."""
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Patient of each example."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Name of each example."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The class, labels or number of each example; None if the targets are masks or images."""
+
+    @property
+    def highest(self) -> int:
+        """The largest class of any target."""
+
+    @property
+    def width(self) -> int:
+        """The number of labels, numbers or channels of a target."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def image(self, i: int) -> Tensor:
+        """Return the complete image of example ``i`` as float32."""
+
+    def input_hashes(self) -> list[bytes]:
+        """Return a hash of each complete input."""
+
+    def subset(self, index: Tensor) -> Self:
+        """Return the examples at the positions ``index``, or where the mask ``index`` is true."""
+
+    def unlabeled(self) -> Self:
+        """Return the same inputs with every target withheld."""
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """Return these examples and then those of ``others``."""
+
+
+Data = TypeVar("Data", bound=Dataset)
+
+
+def in_memory(data: Dataset, what: str) -> Examples:
+    """Return ``data`` as ``Examples``, for what works on all inputs at once.
+
+    Args:
+        data: The examples.
+        what: What needs them, as the subject of a sentence.
+
+    Raises:
+        DataError: If they are on disk.
+    """
+    if isinstance(data, Examples):
+        return data
+    raise DataError(
+        f"{what} needs all images in memory in one shape, and patch = ... leaves them on disk: leave patch out, with "
+        'steps that make the images alike, such as {step = "resize", size = 128}'
+    )
+
+
+def concat(parts: Sequence[Data]) -> Data:
     """Concatenate the examples of all ``parts``, in order.
 
     Raises:
@@ -157,6 +254,10 @@ def concat(parts: Sequence[Examples]) -> Examples:
     """
     if not parts:
         raise DataError("there are no examples to concatenate: every part is missing")
+    return parts[0].joined(parts[1:])
+
+
+def _concatenated(parts: Sequence[Examples]) -> Examples:
     for what, tensors in (("inputs", [p.inputs for p in parts]), ("targets", [p.targets for p in parts])):
         kinds = {(tuple(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for t in tensors}
         if len(kinds) > 1:

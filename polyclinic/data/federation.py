@@ -5,8 +5,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from polyclinic.data.config import DataSpec
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Dataset, in_memory
+from polyclinic.data.fingerprint.case_rows import CaseRows, case_rows
+from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Numbered
 from polyclinic.data.formats.column_roles import missing_at, named_column, no_column
 from polyclinic.data.partition import Divided
 from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
@@ -47,7 +51,7 @@ class Federated:
         public: Public images without targets, identical at all sites and the server.
     """
 
-    sites: Mapping[str, Mapping[str, Examples]]
+    sites: Mapping[str, Mapping[str, Dataset]]
     external: tuple[str, ...]
     info: Info
     simulated: str | None
@@ -55,7 +59,7 @@ class Federated:
     rows: tuple[SiteSummary, ...]
     duplicates: tuple[Duplicate, ...] = ()
     notes: tuple[str, ...] = ()
-    public: Examples | None = None
+    public: Dataset | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,7 +100,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         named = _without(named, fold, titles)
     outside = named.external + named.public
     roles = _roles(table, spec, seed, outside, named.weak, fold)
-    sites: dict[str, dict[str, Examples]] = {}
+    sites: dict[str, dict[str, Dataset]] = {}
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, site, patient in zip(table.ids, table.columns["site"], table.patients, strict=True):
         places[site, roles[patient]].append(name)
@@ -135,6 +139,19 @@ def fingerprint_of(spec: DataSpec, seed: int, fold: Fold | None, source: Source)
     """Return the ``fingerprint`` of what ``federate`` returns for these arguments, without decoding data."""
     common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind", "plan"})
     return digest("federated", 1, source.fingerprint, sorted(common.items()), seed, *([vars(fold)] if fold else []))
+
+
+def rows_by_site(spec: DataSpec, seed: int, source: Source) -> dict[str, CaseRows]:
+    """Return the rows of each training site's training images, in the split of ``seed``."""
+    rows, found = case_rows(source), {}
+    data = federate(spec.model_copy(update=PLAIN), seed, source=Numbered(source))
+    for name in data.training:
+        roles = data.sites[name]
+        where = [
+            in_memory(roles[role], "a plan").inputs[:, 0].long() for role in ("train", "unlabeled") if role in roles
+        ]
+        found[name] = rows.subset(torch.cat(where))
+    return found
 
 
 def _require_site_column(spec: DataSpec, table: Table, source: Source) -> None:
@@ -305,7 +322,7 @@ def _roles(
     return roles
 
 
-def _complete(sites: Mapping[str, Mapping[str, Examples]], external: tuple[str, ...], held_out: bool = False) -> None:
+def _complete(sites: Mapping[str, Mapping[str, Dataset]], external: tuple[str, ...], held_out: bool = False) -> None:
     problems = [
         f"site {site} has no {'training' if role == 'train' else 'test'} data: leave it out with a larger "
         "min_patients, change the split, or name it external"

@@ -83,7 +83,8 @@ class Pairs(FromFiles):
         name = Path(self.path).stem
         names, ignore = _labels(root)
         classes = tuple(names.get(i, f"label {i}") for i in range(max(names, default=-1) + 1))
-        found = Info(name, name, "not stated", "not stated", "segmentation", self.classes or classes)
+        modality = ", ".join(_channels(root)) or "not stated"
+        found = Info(name, name, modality, "not stated", "segmentation", self.classes or classes)
         info = described(self.about, found, () if self.patient else (UNKNOWN_PATIENTS,))
         labels = tuple(sorted({0, *names})) if names and not self.classes else None
         return self.made(info, entries, ("site",) if sites else (), ignore, labels)
@@ -100,17 +101,38 @@ def cases_in(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
     return {case: tuple(paths) for case, paths in cases.items()}
 
 
+def _described(root: Path) -> dict[str, Any]:
+    """Return the contents of ``dataset.json``; nothing if the file does not exist."""
+    file = root / "dataset.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(read_text(file))
+        if isinstance(found, dict) and isinstance(found.get("labels", {}), dict):
+            return found
+    except (Unreadable, ValueError):
+        pass
+    raise DataError(f"{file}: is not nnU-Net's dataset.json; correct it or remove it")
+
+
+def _channels(root: Path) -> list[str]:
+    """Return the names of the channels in ``dataset.json``: ``channel_names``, formerly ``modality``."""
+    table = _described(root)
+    names = table.get("channel_names", table.get("modality"))
+    if not isinstance(names, dict) or not all(str(number).isdigit() for number in names):
+        return []
+    return [str(names[number]).replace(",", " ") for number in sorted(names, key=int)]
+
+
 def _labels(root: Path) -> tuple[dict[int, str], int | None]:
     """Return the names of the labels in ``dataset.json`` by number, and the number of its label "ignore".
 
     There are no names if the file does not exist.
     """
-    file = root / "dataset.json"
-    if not file.is_file():
-        return {}, None
     try:
-        numbers = label_names(json.loads(read_text(file)).get("labels", {}))
-    except (Unreadable, ValueError, AttributeError, TypeError):
+        numbers = label_names(_described(root).get("labels", {}))
+    except (ValueError, AttributeError, TypeError):
+        file = root / "dataset.json"
         raise DataError(f"{file}: is not nnU-Net's dataset.json; correct it or remove it") from None
     ignore = next((number for number, name in numbers.items() if name == "ignore"), None)
     return {number: name for number, name in numbers.items() if number != ignore}, ignore

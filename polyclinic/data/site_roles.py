@@ -8,11 +8,11 @@ import torch
 
 from polyclinic.data.annotations import Annotation, accelerated, annotated
 from polyclinic.data.config import DataSpec
-from polyclinic.data.examples import DataError, Examples, concat
+from polyclinic.data.examples import DataError, Dataset, concat, in_memory
 from polyclinic.data.source import Info, Table
 from polyclinic.data.splits import rng_for
 
-Sites = dict[str, dict[str, Examples]]
+Sites = dict[str, dict[str, Dataset]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Named:
         return cls(external, public, weak)
 
 
-def hold(sites: Sites, named: Named, spec: DataSpec, table: Table, seed: int) -> tuple[Sites, Examples | None]:
+def hold(sites: Sites, named: Named, spec: DataSpec, table: Table, seed: int) -> tuple[Sites, Dataset | None]:
     """Return the examples of each site by role, without the sites of public images, and the public examples."""
     where = {name: row for row, name in enumerate(table.ids)}
     data = {}
@@ -62,9 +62,14 @@ def hold(sites: Sites, named: Named, spec: DataSpec, table: Table, seed: int) ->
         data[site] = {role: _placed(examples, table, where, spec) for role, examples in weak.items()}
     if spec.accelerate:
         for site, roles in data.items():
-            rng = int(rng_for(seed, "columns", site).integers(2**31))
+            column_seed = int(rng_for(seed, "columns", site).integers(2**31))
             data[site] = {
-                role: accelerated(examples, spec.accelerate, spec.center, torch.Generator().manual_seed(rng))
+                role: accelerated(
+                    in_memory(examples, "accelerate = ..."),
+                    spec.accelerate,
+                    spec.center,
+                    torch.Generator().manual_seed(column_seed),
+                )
                 for role, examples in roles.items()
             }
     if not named.public:
@@ -91,7 +96,7 @@ def described(info: Info, named: Named, spec: DataSpec, titles: Mapping[str, str
     return info, notes
 
 
-def _placed(examples: Examples, table: Table, where: Mapping[str, int], spec: DataSpec) -> Examples:
+def _placed(examples: Dataset, table: Table, where: Mapping[str, int], spec: DataSpec) -> Dataset:
     """Return ``examples`` with the position or the video of each, if the study names a column for it."""
     values_by_field: dict[str, torch.Tensor] = {}
     for key, column in (("positions", spec.position), ("videos", spec.video)):
@@ -102,7 +107,7 @@ def _placed(examples: Examples, table: Table, where: Mapping[str, int], spec: Da
             raise DataError(f'{key[:-1]} = "{column}": there is no such column. There are {known}')
         values = [table.columns[column][where[name]] for name in examples.ids]
         values_by_field[key] = _numbered(values) if key == "videos" else _heights(values, column)
-    return replace(examples, **values_by_field)  # type: ignore[arg-type]
+    return replace(examples, **values_by_field)  # type: ignore[type-var]  # both are dataclasses with these fields
 
 
 def _numbered(values: list[str]) -> torch.Tensor:

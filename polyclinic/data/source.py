@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Dataset
 
 HIDDEN = {"hidden": True}
 """Metadata of a source's field that a study file cannot set."""
@@ -126,7 +126,7 @@ class Source(Protocol):
             DataError: If it cannot be read, with every problem.
         """
 
-    def examples(self, ids: Sequence[str]) -> Examples:
+    def examples(self, ids: Sequence[str]) -> Dataset:
         """Read the named examples, in that order.
 
         Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from polyclinic.core.serialization import savable
-from polyclinic.data.examples import Examples
+from polyclinic.data.examples import Dataset
 from polyclinic.data.source import Info
 
 
@@ -44,16 +44,17 @@ class SiteSummary:
     roles: Mapping[str, RoleSummary]
 
 
-def summarize(name: str, title: str, external: bool, roles: Mapping[str, Examples], info: Info) -> SiteSummary:
+def summarize(name: str, title: str, external: bool, roles: Mapping[str, Dataset], info: Info) -> SiteSummary:
     """Count the examples of one site, by role and class."""
     counts = {}
     for role, examples in roles.items():
         classes: Sequence[int] = ()
         if role == "public":
             continue  # public images are identical at all sites
-        if role != "unlabeled" and examples.targets.ndim == 1:
-            classes = np.bincount(examples.targets.numpy(), minlength=len(info.classes)).tolist()
-        elif role != "unlabeled" and info.task == "multilabel":
-            classes = examples.targets.sum(0).long().tolist()
+        labels = None if role == "unlabeled" else examples.labels
+        if labels is not None and labels.ndim == 1:
+            classes = np.bincount(labels.numpy(), minlength=len(info.classes)).tolist()
+        elif labels is not None and info.task == "multilabel":
+            classes = labels.sum(0).long().tolist()
         counts[role] = RoleSummary(len(set(examples.patients)), len(examples), tuple(classes))
     return SiteSummary(name, title, external, counts)

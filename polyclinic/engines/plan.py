@@ -21,6 +21,7 @@ from polyclinic.learning.networks.fine_tuning import ALL, FineTuned
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, MultiLabel
 from polyclinic.learning.tasks.mr_reconstruction import Reconstruction
+from polyclinic.learning.tasks.own_loss import with_loss
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
@@ -29,6 +30,7 @@ from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.image_augmentation import augmentation_of
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.learning.weights.matching import StartWeights
+from polyclinic.methods.base.kept_optimizer import OWN_OPTIMIZERS, KeptOptimizer
 from polyclinic.methods.registry import Setting, build
 
 TASKS: Mapping[str, type[Task]] = {
@@ -82,17 +84,13 @@ class Plan:
         network: Any = Network(self.network, self.inputs, self.outputs, options)
         if self.tuning:
             network = _tuned(network, self.tuning)
-        return TASKS[self.kind](network, **{key: _hashable(value) for key, value in self.task.items()})
+        given = {key: _hashable(value) for key, value in self.task.items() if key != "loss"}
+        task = TASKS[self.kind](network, **given)
+        return with_loss(task, str(self.task["loss"])) if "loss" in self.task else task
 
     def build_local(self) -> LocalTraining:
         """Build the local training."""
-        fields = {
-            key: _hashable(value) for key, value in self.training.items() if key not in ("private", "augmentation")
-        }
-        if changes := self.training.get("augmentation"):
-            fields["augmentation"] = augmentation_of(changes)
-        private = self.training.get("private")
-        return DPSGD(**fields, **private) if private else LocalTraining(**fields)
+        return local_training(self.training)
 
     @property
     def private(self) -> bool:
@@ -103,6 +101,13 @@ class Plan:
         """Build the method with its transforms and evaluation."""
         task, local = self.build_task(), self.build_local()
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
+        if self.method in OWN_OPTIMIZERS and local.keep_optimizer:
+            raise ConfigError(
+                f"{self.method} takes individual training steps and resets its optimizers each round: set "
+                "keep_optimizer = false for it"
+            )
+        if local.keeps_optimizer and self.method not in OWN_OPTIMIZERS:
+            inner = KeptOptimizer(inner)
         if self.uplink:
             inner = send_through(inner, *(build_transform(item) for item in self.uplink))
         if self.downlink:
@@ -154,6 +159,15 @@ def _tuned(network: Network, tuning: Mapping[str, Any]) -> FineTuned:
 def build_method(text: str) -> Evaluated[Any]:
     """Build the method of the plan in ``text``, as JSON."""
     return Plan.from_json(text).build_method()
+
+
+def local_training(table: Mapping[str, Any]) -> LocalTraining:
+    """Return the local training with the fields in ``table``; with ``private`` among them, ``DPSGD``."""
+    fields = {key: _hashable(value) for key, value in table.items() if key not in ("private", "augmentation")}
+    if changes := table.get("augmentation"):
+        fields["augmentation"] = augmentation_of(changes)
+    private = table.get("private")
+    return DPSGD(**fields, **private) if private else LocalTraining(**fields)
 
 
 def _hashable(value: Any) -> Any:

@@ -16,7 +16,7 @@ from polyclinic.core.method import Job, Method, Request
 from polyclinic.core.serialization import Corrupt
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
-from polyclinic.data.examples import Examples
+from polyclinic.data.examples import Dataset
 from polyclinic.errors import ConfigError
 
 JOB = PART = "describe"
@@ -64,7 +64,7 @@ class Describe(Method[None]):
 
 
 def describe(
-    data: Mapping[str, Examples], kind: str, classes: tuple[str, ...] = (), min_cell: int = 0, named: bool = False
+    data: Mapping[str, Dataset], kind: str, classes: tuple[str, ...] = (), min_cell: int = 0, named: bool = False
 ) -> dict[str, Any]:
     """Describe a site's ``data`` for a task of the given ``kind``. An omitted count is None.
 
@@ -77,14 +77,14 @@ def describe(
         return None if 0 < count < min_cell else count
 
     if kind in CONTINUOUS:
-        outputs = max((int(examples.targets.shape[1]) for examples in labeled.values()), default=0)
+        outputs = max((examples.width for examples in labeled.values()), default=0)
     else:
-        outputs = max([len(classes), *(int(examples.targets.max()) + 1 for examples in labeled.values())])
+        outputs = max([len(classes), *(examples.highest + 1 for examples in labeled.values())])
     roles = {}
     for role, examples in data.items():
         counts: list[int | None] = []
-        if role in labeled and examples.targets.ndim == 1 and kind == "classification":
-            counts = hidden([int((examples.targets == c).sum()) for c in range(outputs)], min_cell)
+        if role in labeled and examples.labels is not None and examples.labels.ndim == 1 and kind == "classification":
+            counts = hidden([int((examples.labels == c).sum()) for c in range(outputs)], min_cell)
         patients = shown(len(set(examples.patients)))
         roles[role] = {"patients": patients, "examples": None if patients is None else len(examples), "classes": counts}
     return {"inputs": shape, "outputs": outputs, "classes": list(classes) if named else [], "roles": roles}

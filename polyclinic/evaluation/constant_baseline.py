@@ -51,13 +51,27 @@ def with_constant(run: Run) -> Run:
 def _constant(run: Run, seed: int, site: str, p: Predictions) -> Predictions | None:
     """Return the constant's predictions for the examples of ``p``; None if the records do not determine them."""
     if run.info.task == "segmentation":
-        return Predictions(p.patient, cases={"dice": np.zeros_like(p.cases["dice"])}) if "dice" in p.cases else None
+        return _empty(p)
     if p.score is None or p.target is None:
         return None
     guess = _middle(run, seed, site) if run.info.task == "regression" else _frequencies(run, site, p.score.shape[1])
     if guess is None:
         return None
     return Predictions(p.patient, np.tile(guess, (len(p), 1)), p.target)
+
+
+def _empty(p: Predictions) -> Predictions | None:
+    """Return the empty masks for the images of ``p``: Dice 0, and nothing to compare if the truth is empty too."""
+    if "dice" not in p.cases:
+        return None
+    cases = {"dice": np.zeros_like(p.cases["dice"])}
+    if "blank" in p.cases:
+        blank = p.cases["blank"].astype(bool)
+        cases |= {"dice": blank.astype(float), "absent": blank.astype(float)}
+    if "sliced" in p.cases:
+        none = np.zeros_like(p.cases["reference"])
+        cases |= {"sliced": p.cases["sliced"], "reference": p.cases["reference"], "predicted": none, "overlap": none}
+    return Predictions(p.patient, cases=cases)
 
 
 def _frequencies(run: Run, site: str, classes: int) -> Array | None:

@@ -71,19 +71,29 @@ def _rate(
     tested: Sequence[Sequence[Cases]], thresholds: Sequence[float], positive: bool, level: float, shared: bool
 ) -> Estimate:
     """Return the fraction of cases of one class that the thresholds classify correctly."""
-    shares, patients = list[float](), list[Array]()
+    hits, names = list[Array](), list[Array]()
     for cases, threshold in zip(tested, thresholds, strict=True):
-        right, names = list[Array](), list[Array]()
+        right, of = list[Array](), list[Array]()
         for site, c in enumerate(cases):
             mine = c.target == int(positive)
             right.append(((c.score[mine, 1] >= threshold) == positive).astype(float))
-            names.append(np.column_stack([np.full(int(mine.sum()), site), c.patient[mine]]))
+            of.append(np.column_stack([np.full(int(mine.sum()), site), c.patient[mine]]))
         if sum(map(len, right)):
-            shares.append(float(np.concatenate(right).mean()))
-            patients.append(np.concatenate(names))
-    if not shares:
-        return Estimate(None, why="no test case of this class")
-    ids = [np.unique(p, axis=0, return_counts=True) for p in (np.concatenate(patients), *patients)]
+            hits.append(np.concatenate(right))
+            names.append(np.concatenate(of))
+    return share_of_patients(hits, names, level, shared) if hits else Estimate(None, why="no test case of this class")
+
+
+def share_of_patients(hits: Sequence[Array], names: Sequence[Array], level: float, shared: bool) -> Estimate:
+    """Return the mean over seeds of a proportion, with Clopper and Pearson's interval, in which a patient counts once.
+
+    Args:
+        hits: For each seed, 1 or 0 for every case. [cases]
+        names: For each seed, what identifies the patient of every case. [cases, k]
+        level: Confidence level.
+        shared: Whether a patient has the same name in every seed.
+    """
+    ids = [np.unique(p, axis=0, return_counts=True) for p in (np.concatenate(names), *names)]
     n = effective_number(ids[0][1]) if shared else max(effective_number(counts) for _, counts in ids[1:])
-    share = float(np.mean(shares))
-    return Estimate(share, *proportion(share, n, level), max(len(names) for names, _ in ids[1:]), "Clopper-Pearson")
+    share = float(np.mean([h.mean() for h in hits]))
+    return Estimate(share, *proportion(share, n, level), max(len(who) for who, _ in ids[1:]), "Clopper-Pearson")

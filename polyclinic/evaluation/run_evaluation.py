@@ -46,7 +46,7 @@ class Options:
 
     Attributes:
         level: Confidence level.
-        min_cell: Sites with fewer test patients are not shown individually; 0 shows all.
+        min_cell: Sites with fewer test patients are not shown, and left out of means; 0 shows all.
         unit: ``"patient"``, or ``"image"`` to count each image as a case. Variances are by patient in either case.
         few: Number of test patients below which a site is reported as small.
         reference: The method with which others are compared; by default FedAvg, or the first federated one.
@@ -165,6 +165,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
         raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is not one of {', '.join(table)}")
     metric = table[run.info.metric]
     data = sample(with_constant(run), options.level, options.unit)
+    run = _without_small_sites(run, data, options)
     methods = tuple(_method(run, info, data, table, options) for info in run.info.methods if data.seeds(info.label))
     methods = tuple(_with_gains(m, run, data, metric, options) for m in methods)
     headline, how = _headline(methods, metric)
@@ -206,6 +207,12 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     )
 
 
+def _without_small_sites(run: Run, data: Sample, options: Options) -> Run:
+    """Return the run without the sites that are not shown: a mean over sites would reveal the value of a single one."""
+    sites = tuple(s for s in run.info.sites if s.name not in data.sites or data.count(s.name)[0] >= options.min_cell)
+    return replace(run, info=run.info.model_copy(update={"sites": sites}))
+
+
 def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric], options: Options) -> MethodResult:
     metric, training, external = table[run.info.metric], training_sites(run), external_sites(run)
     sites: dict[str, dict[str, Estimate]] = {}
@@ -215,7 +222,7 @@ def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric
             sites[site] = {name: Estimate(None, why=why) for name in table}
             continue
         sites[site] = {k: data.estimate(info.label, [site], m, k == metric.name) for k, m in table.items()}
-    own, away = ([s for s in group if s in sites] for group in (training, external))
+    own, away = ([s for s in group if s in sites] for group in (training, external))  # without hidden sites
     values = {s: e[metric.name].value for s, e in sites.items() if s in own}
     by_seed = [v for v in data.by_seed(info.label, own, metric) if np.isfinite(v)] if own else []
     random, lowest = _random(sites, own, metric, options.level)

@@ -239,6 +239,19 @@ class Sample:
         how += f" and variance between {len(common)} seeds" if len(common) > 1 else ""
         return paired(values, spread, differing, n, self.level, how, question, margin)
 
+    def difference_spreads(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> dict[str, Spread]:
+        """Return the variance over patients of method ``a`` minus ``b``, for each site where both are defined.
+
+        Raises:
+            Undefined: If no site determines it.
+        """
+        common = [s for s in self.seeds(a) if s in self.seeds(b)]
+        known = [s for s in sites if common and all(self.defined(m, common, [s], metric) for m in (a, b))]
+        if not known:
+            raise Undefined("undefined for one of the two methods at every site")
+        each = {s: [self._jackknife([a, b], group, [s], metric) for group in self._groups(common)] for s in known}
+        return {s: self._spread(one) for s, one in each.items()}
+
     def by_split(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> list[float]:
         """Return method ``a`` minus ``b`` in each split, averaged over those of ``sites`` at which both were tested."""
         found = []

@@ -43,6 +43,8 @@ class Entry:
             "gaussian" if replies pass a clip and noise (or the sparse vector technique).
             ``tests/attacks/test_release_audit.py`` verifies this for every method by the release audit.
         exposes: What DP-SGD does not cover, or why it cannot be used; empty if it covers everything.
+        stacks: Whether it takes all images of a site at once, so that these must be in memory (no ``patch`` in
+            ``[data]``).
         fixed: Arguments that distinguish this name from others of the same class. They are not options.
         defaults: Defaults of options that differ from those of the class.
     """
@@ -62,6 +64,7 @@ class Entry:
     uplink: tuple[str, ...] = ()
     private: tuple[Way, ...] = ()
     exposes: str = ""
+    stacks: bool = False
     fixed: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
 
@@ -75,6 +78,7 @@ BOTH: tuple[Way, ...] = ("dp-sgd", "gaussian")
 OWN_STEPS = "it takes individual training steps"
 NOT_BY_EXAMPLE = "its loss cannot be computed example by example"
 OWN_EXAMPLES = "it trains on examples that it generates, which are not assigned to patients"
+CLASS_COUNTS = "the numbers of all training patients by class enter every gradient"
 EXACT_LOSS = "it sends the exact training loss"
 WEIGHT_IS_LOSS = "the weight of an update discloses the training loss"
 SEEN = "the change of the model, which the server sees site by site"
@@ -230,6 +234,52 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             exposes="in addition to the update it sends the exact gradient of all training patients",
             fixed={"lite": True},
             fidelity=EXACT,
+        ),
+        Entry(
+            "fedsam",
+            "optimization.fedsam:fedsam",
+            "sharpness-aware local training, around any method",
+            "Qu et al. 2022 (ICML); Caldarola et al. 2022 (ECCV)",
+            private=("gaussian",),
+            exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: the first pass of a step does not update running statistics",
+        ),
+        Entry(
+            "fedlesam",
+            "optimization.fedlesam:FedLESAM",
+            "flat minima, by the last change of the global model",
+            "Fan et al. 2024 (ICML)",
+            stateful=True,
+            private=BOTH,
+            fidelity=EXACT,
+        ),
+        Entry(
+            "fedspeed",
+            "optimization.fedspeed:FedSpeed",
+            "proximal term with a correction, and flat minima",
+            "Sun et al. 2023 (ICLR)",
+            stateful=True,
+            private=("gaussian",),
+            exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: the first pass of a step does not update running statistics",
+        ),
+        Entry(
+            "fedcm",
+            "optimization.fedcm:FedCM",
+            "the server's last direction in every local gradient",
+            "Xu et al. 2021",
+            "the change of the model, and the number of steps",
+            private=BOTH,
+            fidelity="departs: K is the mean number of local steps if sites differ",
+        ),
+        Entry(
+            "fedexp",
+            "optimization.fedexp:FedExP",
+            "the server's step grows with the disagreement of the sites",
+            "Jhunjhunwala et al. 2023 (ICLR)",
+            "the change of the model, and its squared length",
+            private=BOTH,
+            fidelity="departs: epsilon is not multiplied by the number of sites",
         ),
     ),
     "Client end: domain-specific learning": (
@@ -412,6 +462,145 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             exposes=NOT_BY_EXAMPLE,
             fidelity="departs: the network is not the published one (multi_lcnet.py)",
         ),
+        Entry(
+            "fedproto",
+            "personalization.fedproto:FedProto",
+            "sites exchange class means of features only",
+            "Tan et al. 2022 (AAAI)",
+            "means of features by class",
+            tasks=("classification",),
+            stateful=True,
+            private=("gaussian",),
+            exposes="it sends exact means of features by class",
+            unseen=NOTHING,
+            fidelity="departs: prototypes are computed after training instead of during it; all sites have one network",
+        ),
+    ),
+    "Client end: adaptation at each site": (
+        Entry(
+            "fine-tuned",
+            "local_adaptation.fine_tuned:fine_tuned",
+            "local fine-tuning before prediction, around any method",
+            "Yu et al. 2020",
+            private=BOTH,
+            fidelity=EXACT,
+            unseen="the global model, not fine-tuned",
+        ),
+        Entry(
+            "fedbabu",
+            "local_adaptation.fedbabu:fedbabu",
+            "the head is not trained until each site fine-tunes",
+            "Oh et al. 2022 (ICLR)",
+            "the change of all but the head",
+            private=BOTH,
+            fidelity=EXACT,
+            unseen="the global body with the fixed random head",
+        ),
+        Entry(
+            "per-fedavg",
+            "local_adaptation.per_fedavg:PerFedAvg",
+            "a model from which one step leads to a good one",
+            "Fallah et al. 2020 (NeurIPS)",
+            private=("gaussian",),
+            exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: minibatches that are not full are halved; exact second derivative instead of differences",
+            unseen="the global model, without the step",
+        ),
+        Entry(
+            "fedala",
+            "local_adaptation.fedala:FedALA",
+            "sites learn how much of the shared head to take over",
+            "Zhang et al. 2023 (AAAI)",
+            stateful=True,
+            private=("gaussian",),
+            exposes="the start of local training is chosen on the training data",
+            fidelity="departs: running statistics are the shared model's; sites predict after training instead of before it",
+        ),
+        Entry(
+            "fedsoup",
+            "local_adaptation.fedsoup:FedSoup",
+            "sites average their model with helpful global ones",
+            "Chen et al. 2023 (MICCAI)",
+            stateful=True,
+            private=("gaussian",),
+            exposes="the validation loss selects the model that a site sends",
+            fidelity="departs: selects by the validation loss, whereas the code uses test accuracy",
+        ),
+    ),
+    "Client end: class imbalance": (
+        Entry(
+            "balanced-softmax",
+            "class_imbalance.logit_adjustment:LogitAdjusted",
+            "logits adjusted by the logarithm of class counts",
+            "Ren et al. 2020 (NeurIPS)",
+            tasks=("classification",),
+            private=("gaussian",),
+            exposes=CLASS_COUNTS,
+            fixed={"rule": "log"},
+            fidelity=EXACT,
+        ),
+        Entry(
+            "fedlc",
+            "class_imbalance.logit_adjustment:LogitAdjusted",
+            "logits calibrated by the fourth root of class counts",
+            "Zhang et al. 2022 (ICML)",
+            tasks=("classification",),
+            private=("gaussian",),
+            exposes=CLASS_COUNTS,
+            fixed={"rule": "root"},
+            fidelity="departs: the softmax is over all classes, the true one included",
+        ),
+        Entry(
+            "fedrod",
+            "class_imbalance.fedrod:FedRoD",
+            "a shared class-balanced head and a private one",
+            "Chen and Chao 2022 (ICLR)",
+            tasks=("classification",),
+            stateful=True,
+            private=("gaussian",),
+            exposes=CLASS_COUNTS,
+            fidelity=EXACT,
+        ),
+        Entry(
+            "ccvr",
+            "class_imbalance.ccvr:ccvr",
+            "the server trains the head on virtual features",
+            "Luo et al. 2021 (NeurIPS)",
+            "the change of the model; in the last round sums of features and of their products by class",
+            tasks=("classification",),
+            exposes="it sends exact sums of features by class",
+            fidelity=EXACT,
+        ),
+        Entry(
+            "fedntd",
+            "class_imbalance.fedntd:FedNTD",
+            "distillation of all classes but the true one",
+            "Lee et al. 2022 (NeurIPS)",
+            tasks=("classification",),
+            private=BOTH,
+            fidelity=EXACT,
+        ),
+        Entry(
+            "feddecorr",
+            "class_imbalance.feddecorr:FedDecorr",
+            "uncorrelated features",
+            "Shi et al. 2023 (ICLR)",
+            private=("gaussian",),
+            exposes=NOT_BY_EXAMPLE,
+            fidelity=EXACT,
+        ),
+    ),
+    "Client end: noisy labels": (
+        Entry(
+            "fednoro",
+            "label_noise.fednoro:FedNoRo",
+            "finds sites with wrong labels and trusts them less",
+            "Wu et al. 2023 (IJCAI)",
+            "the change of the model, which the server sees site by site, and, once, the loss of each class",
+            tasks=("classification",),
+            exposes="it sends exact losses by class",
+            fidelity="departs: the mixture starts from one division of the sites instead of nine random ones",
+        ),
     ),
     "Client end: adapters of pretrained networks": (
         Entry(
@@ -518,6 +707,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("gaussian",),
             exposes="it sends exact sums of features, and they enter every gradient",
+            stacks=True,
         ),
         Entry(
             "vafl",
@@ -528,6 +718,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes="it sends the exact variation of the images, and generated images",
             fidelity=ABSTRACT,
+            stacks=True,
         ),
         Entry(
             "stain-norm",
@@ -547,6 +738,35 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "counts, moments and histograms of the data, once, as sums; then the change of the model",
             stateful=True,
             exposes="it sends exact histograms of the data",
+        ),
+        Entry(
+            "fedrdn",
+            "harmonization.fedrdn:FedRDN",
+            "images standardized with the statistics of a random site",
+            "Yan et al. 2025 (CVPR)",
+            "mean and deviation of the site's images, once, separate by site and shown to the other sites; then the change of the model",
+            stateful=True,
+            exposes="it sends exact statistics of the images",
+            unseen="the global model, with statistics of its own images",
+        ),
+        Entry(
+            "mixstyle",
+            "harmonization.mixstyle:MixStyle",
+            "feature statistics of two images are mixed",
+            "Zhou et al. 2021 (ICLR)",
+            private=("gaussian",),
+            exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: the places are the first resolutions of the encoder instead of named blocks",
+        ),
+        Entry(
+            "fedfa",
+            "harmonization.fedfa:FedFA",
+            "feature statistics drawn anew, farther where sites differ",
+            "Zhou and Konukoglu 2023 (ICLR)",
+            "the change of the model, and running statistics of features",
+            private=("gaussian",),
+            exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: the variance over sites is by channel, as in the paper and not in the code",
         ),
     ),
     "Client end: contrastive and self-supervised learning": (
@@ -806,6 +1026,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=BOTH,
             fidelity="departs: draws steps instead of epochs",
         ),
+        Entry(
+            "asym-fedavg",
+            "heterogeneity.asym_fedavg:AsymFedAvg",
+            "sites with different networks average the tensors that all of them have",
+            "Skorupko et al. 2025",
+            "the change of the common tensors",
+            stateful=True,
+            unseen=NOTHING,
+            private=BOTH,
+        ),
     ),
     "Server end: weight aggregation": (
         Entry(
@@ -899,6 +1129,47 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             exposes="whether a site sends its model depends on its validation loss",
             fidelity="departs: decides by the validation loss instead of accuracy",
         ),
+        Entry(
+            "fedcostwavg",
+            "aggregation.pid_weights:PIDWeights",
+            "site weights grow with the decrease of the loss (FeTS 2021)",
+            "Mächler et al. 2021",
+            "numbers of examples and losses, as sums, and the change of the model",
+            stateful=True,
+            exposes=EXACT_LOSS,
+            fixed={"ratio": True, "gamma": 0.0},
+            defaults={"alpha": 0.5, "beta": 0.5},
+            fidelity="departs: a term whose sum is 0 is omitted",
+        ),
+        Entry(
+            "fedpidavg",
+            "aggregation.pid_weights:PIDWeights",
+            "weights by size, decrease and sum of losses (FeTS 2022)",
+            "Mächler et al. 2023",
+            "numbers of examples and losses, as sums, and the change of the model",
+            stateful=True,
+            exposes=EXACT_LOSS,
+            fixed={"ratio": False},
+            fidelity="departs: an increase of the loss counts as 0; no choice of sites by a Poisson distribution",
+        ),
+        Entry(
+            "fedawa",
+            "aggregation.fedawa:FedAWA",
+            "weights adapted to the directions of updates",
+            "Shi et al. 2025 (CVPR)",
+            "the change of the model, which the server sees site by site, and the number of examples",
+            private=("dp-sgd",),
+            fidelity=EXACT,
+        ),
+        Entry(
+            "fedlws",
+            "aggregation.fedlws:FedLWS",
+            "the mean is shrunk layer by layer",
+            "Shi et al. 2025 (ICLR)",
+            "the change of the model, which the server sees site by site, and the number of examples",
+            private=("dp-sgd",),
+            fidelity="departs: a layer is a module; running statistics are not shrunk",
+        ),
     ),
     "Server end: domain shift and fairness": (
         Entry(
@@ -946,6 +1217,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification",),
             private=("gaussian",),
             exposes="it sends exact class counts",
+        ),
+        Entry(
+            "feddg-ga",
+            "fairness.feddg_ga:FedDGGA",
+            "weights grow where averaging costs most",
+            "Zhang et al. 2023 (CVPR)",
+            "the change of the model, which the server sees site by site, and a difference of validation losses",
+            stateful=True,
+            exposes="it sends exact differences of the validation loss",
+            fidelity="departs: the gap is sent with the next update; the step is divided by the number of sites instead of 3",
         ),
     ),
     "Server end: corrupted clients": (
@@ -1087,6 +1368,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes=OWN_STEPS,
             fixed={"u_shaped": True},
+        ),
+    ),
+    "Data statistics": (
+        Entry(
+            "case-statistics",
+            "statistics.case_statistics:CaseStatistics",
+            "counts of spacings, sizes and intensities of all sites' images, for a plan; trains nothing",
+            "Isensee et al. 2021; Skorupko et al. 2025",
+            "sums over the images of a site: counts by spacing, size and foreground value",
+            fidelity="departs: sums in public bins in place of values of single images",
         ),
     ),
     "Communication: one-shot merging": (

@@ -1,123 +1,24 @@
-"""The installed packages that provide plug-in methods: name, version, and a hash of their files.
+"""The installed packages that a plan needs: those that provide its method, network, loss and transforms.
 
-A plug-in method is an entry point in the group ``polyclinic.methods`` of another installed package. This module reads
-metadata and files and imports no module of such a package, so that a site can refuse it before its code runs.
-
-The hash covers the package that provides the entry point: the files listed in its metadata (RECORD,
-https://packaging.python.org/en/latest/specifications/recording-installed-packages/), and all files in the folder of the
-module that would be imported, which for an editable install is the source tree. It does not cover the package's
-imports.
+Every text in a plan that names an installed plug-in counts, in any place. A plan can therefore need a package
+whose plug-in it does not use, and never use one that is not counted.
 """
 
-import hashlib
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from importlib.machinery import ModuleSpec
-from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping
 
+from polyclinic.core.plugin_packages import Package, packages_of, texts_in
 from polyclinic.methods.catalog import METHODS
 
-GROUP = "polyclinic.methods"
-RULE = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(==[^@\s=]+)?(@[0-9a-f]{64})?$"
+NETWORK_GROUPS = ("networks", "losses", "transforms")
+"""Groups of plug-ins, besides methods, that a plan can name."""
 
 
-class Package(NamedTuple):
-    """One installed package.
-
-    Attributes:
-        name: Its normalized name (PEP 503).
-        version: Its installed version.
-        hash: SHA-256 of its files, 64 hexadecimal digits.
-    """
-
-    name: str
-    version: str
-    hash: str
-
-
-def packages_of(methods: Iterable[str]) -> tuple[Package, ...]:
-    """Return the packages that provide ``methods``, by name. Polyclinic's own and unknown methods need none."""
-    wanted = set(methods) - METHODS.keys()
-    points = [point for point in entry_points(group=GROUP) if point.name in wanted] if wanted else []
-    return tuple(sorted({_package(point) for point in points}))
+def packages_in(plan: Mapping[str, object]) -> tuple[Package, ...]:
+    """Return the packages that ``plan``, as a mapping, needs by its names; Polyclinic's own names need none."""
+    texts = {text for key, value in plan.items() if key not in ("sites", "kind") for text in texts_in(value)}
+    return packages_of({"methods": methods_in(plan) - METHODS.keys(), **dict.fromkeys(NETWORK_GROUPS, texts)})
 
 
 def methods_in(plan: Mapping[str, object]) -> set[str]:
     """Return every text in a plan that may name a method: its ``method``, and the texts in its options (``over``)."""
-    return {text for key in ("method", "options") for text in _texts(plan.get(key))}
-
-
-def allows(rule: str, package: Package) -> bool:
-    """Return whether a rule such as ``name``, ``name==1.2``, ``name@HASH`` or ``name==1.2@HASH`` fits ``package``."""
-    rest, _, hash = rule.partition("@")
-    name, _, version = rest.partition("==")
-    return normalized(name) == package.name and version in ("", package.version) and hash in ("", package.hash)
-
-
-def exact_rule(package: Package) -> str:
-    """Return the rule that fits only this package."""
-    return f"{package.name}=={package.version}@{package.hash}"
-
-
-def normalized(name: str) -> str:
-    """Return a package's name in the form in which names are compared (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
-def _package(point: EntryPoint) -> Package:
-    about = point.dist.metadata if point.dist is not None else {"Name": "unknown", "Version": "unknown"}
-    hasher = hashlib.sha256()
-    for label, path in sorted(set(_files(point))):
-        content = path.read_bytes()
-        hasher.update(f"{label}\n{len(content)}\n".encode() + content)
-    return Package(normalized(about["Name"]), about["Version"], hasher.hexdigest())
-
-
-def _files(point: EntryPoint) -> Iterator[tuple[str, Path]]:
-    """Yield the files to hash: a label that is the same on every machine, and the path."""
-    for file in (point.dist.files if point.dist is not None else None) or ():
-        path = Path(str(file.locate()))
-        if path.is_file() and not _derived(path) and not _about_this_install(path):
-            yield f"installed {file.as_posix()}", path
-    top = point.module.partition(".")[0]
-    spec = _spec(top)
-    if spec is None:
-        return
-    for folder in map(Path, spec.submodule_search_locations or ()):
-        for path in folder.rglob("*"):
-            if path.is_file() and not _derived(path):
-                yield f"imported {top}/{path.relative_to(folder).as_posix()}", path
-    if spec.submodule_search_locations is None and spec.origin and Path(spec.origin).is_file():
-        yield f"imported {Path(spec.origin).name}", Path(spec.origin)
-
-
-def _spec(top: str) -> ModuleSpec | None:
-    """Return the location of a top-level module without importing it."""
-    try:
-        return find_spec(top)
-    except (ImportError, ValueError):
-        return None
-
-
-def _derived(path: Path) -> bool:
-    """Return whether a file is a compiled copy of a source, which differs between machines."""
-    return path.suffix in (".pyc", ".pyo") or "__pycache__" in path.parts
-
-
-def _about_this_install(path: Path) -> bool:
-    """Return whether a file is the installer's (RECORD, INSTALLER, direct_url.json), except for entry points."""
-    return path.parent.suffix in (".dist-info", ".egg-info") and path.name != "entry_points.txt"
+    return {text for key in ("method", "options") for text in texts_in(plan.get(key))}

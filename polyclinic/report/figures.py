@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from typing import Any
 
@@ -108,12 +109,14 @@ def _span(values: Sequence[float | None], pad: float = 0.06) -> tuple[float, flo
     return low - pad * wide, high + pad * wide
 
 
+@cache
 def inches(text: str, points: float) -> float:
     """Return the width of ``text`` in inches."""
     from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
+    from matplotlib.textpath import text_to_path
 
-    return float(TextPath((0, 0), text, size=points, prop=FontProperties("DejaVu Sans")).get_extents().width) / 72
+    font = FontProperties("DejaVu Sans", size=points)
+    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
 
 
 def points(

@@ -139,24 +139,39 @@ def paired(
         seeds = Spread(float(np.var(values, ddof=1)) / len(values), len(values) - 1.0)
         total = added([spread, seeds], [1.0, 1.0])
     se = total.variance**0.5
-    half = float(stats.t.ppf(0.5 + level / 2, total.df)) * se
-    if margin is None:
-        p = float(2 * stats.t.sf(abs(value) / se, total.df))
-    elif question == "non-inferiority":
-        p = float(stats.t.sf((value + margin) / se, total.df))
+    return replace(_decided(asked, se, total.df, level), how=how)
+
+
+def _decided(asked: Difference, se: float, df: float, level: float) -> Difference:
+    """Return ``asked`` with the limits and the p of its question, by Student's t."""
+    value = asked.value or 0.0
+    half = float(stats.t.ppf(0.5 + level / 2, df)) * se
+    if asked.margin is None:
+        p = float(2 * stats.t.sf(abs(value) / se, df))
+    elif asked.question == "non-inferiority":
+        p = float(stats.t.sf((value + asked.margin) / se, df))
     else:
-        p = float(stats.t.sf((margin - abs(value)) / se, total.df))  # the larger p of the two one-sided tests
-    return replace(asked, low=value - half, high=value + half, p=p, how=how)
+        p = float(stats.t.sf((asked.margin - abs(value)) / se, df))  # the larger p of the two one-sided tests
+    return replace(asked, low=value - half, high=value + half, p=p)
 
 
-def corrected_t(differences: Sequence[float], test: int, train: int, level: float = 0.95) -> Difference:
+def corrected_t(
+    differences: Sequence[float],
+    test: float,
+    train: float,
+    level: float = 0.95,
+    question: Question = "difference",
+    margin: float | None = None,
+) -> Difference:
     """Compute Nadeau and Bengio's corrected resampled t-test.
 
     Args:
         differences: One for each of J random splits of the same patients.
-        test: Number of patients in each test set.
-        train: Number of patients in each training set.
+        test: Number, or fraction, of patients in each test set.
+        train: Number, or fraction, of patients in each training set.
         level: Confidence level.
+        question: What is tested.
+        margin: The margin of non-inferiority or equivalence, positive.
 
     Raises:
         Undefined: If there are fewer than two splits.
@@ -169,12 +184,10 @@ def corrected_t(differences: Sequence[float], test: int, train: int, level: floa
         raise ValueError("test and train count patients; both must be positive")
     se = float(np.sqrt((1 / len(d) + test / train) * d.var(ddof=1)))  # (1/J + n₂/n₁) σ̂²
     mean, df = float(d.mean()), len(d) - 1
+    asked = Difference(mean, n=len(d), how="corrected resampled t", question=question, margin=margin)
     if se <= 1e-9 * abs(mean) or se == 0:
-        why = f"no variance among {len(d)} splits"
-        return Difference(mean, n=len(d), how="corrected resampled t", why=why)
-    half = float(stats.t.ppf(0.5 + level / 2, df)) * se
-    p = float(2 * stats.t.sf(abs(mean) / se, df))
-    return Difference(mean, mean - half, mean + half, p, None, len(d), "corrected resampled t")
+        return replace(asked, why=f"no variance among {len(d)} splits")
+    return _decided(asked, se, df, level)
 
 
 def signed_ranks(differences: Sequence[float]) -> Difference:

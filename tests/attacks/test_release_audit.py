@@ -28,6 +28,7 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.catalog import METHODS, Way
+from polyclinic.methods.local_adaptation.fedsoup import Soup
 from polyclinic.methods.optimization.fedavg import FedAvg, State
 from polyclinic.privacy.gaussian import AdaptiveClip, Clip, Gaussian
 from polyclinic.privacy.sparse_vector import SparseVector, UncalibratedNoise
@@ -50,7 +51,10 @@ ALIKE = {
     "fedadagrad",
     "fedyogi",
 }
-RARE = {("prr-fl", "dp-sgd")}  # what depends on the patient here does so for few data sets: shown by itself, below
+RARE = {
+    ("prr-fl", "dp-sgd"),
+    ("fedsoup", "dp-sgd"),
+}  # what depends on the patient here does so for few data sets: shown by itself, below
 
 
 def cases(declared: bool) -> list[Any]:
@@ -98,6 +102,21 @@ def test_the_loss_of_prr_fl_is_chosen_by_scores_on_all_training_patients() -> No
     ]
     assert any(turned)
     assert "dp-sgd" not in METHODS["prr-fl"].private
+
+
+def test_the_model_that_fedsoup_sends_is_chosen_by_validation_patients() -> None:
+    """One patient of the validation data more or less decides which of two means leaves the site."""
+    method = typical("fedsoup", "dp-sgd").build_method().inner
+    found, changed = places()
+    models = [[method.task.first(3 * seed + k) for k in range(2)] for seed in range(40)]
+    chosen = [
+        method.interpolated(*pair, Soup({}, 0), site, 1)[1].size
+        for pair in models
+        for site in (found["a"], *(n.site for n in changed if n.role == "val"))
+    ]
+    per = len(chosen) // len(models)
+    assert any(len(set(chosen[k : k + per])) > 1 for k in range(0, len(chosen), per))
+    assert "dp-sgd" not in METHODS["fedsoup"].private
 
 
 def test_every_method_that_is_not_covered_says_why() -> None:

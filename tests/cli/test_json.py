@@ -47,6 +47,7 @@ name = "fedavg"
 """
 OTHERS = {  # commands that are not called here, and the tests that read their JSON, or why none does
     "outliers": "test_outliers",
+    "plan-size": "tests/evaluation/test_study_size",
     "data drift": "test_data_commands",
     "audit": "tests/studies/audits/test_run_audit",
     "audit release": "tests/studies/audits/test_release_command",

@@ -1,4 +1,4 @@
-"""A coordinator's page: sites, runs, awaited sites, and actions that are confirmed by typing a name."""
+"""A coordinator's page: sites, runs, the sites that a run waits for, and actions that are confirmed by typing a name."""
 
 import json
 import os

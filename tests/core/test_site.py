@@ -10,8 +10,16 @@ import pytest
 import torch
 from scipy import stats
 
-from polyclinic.core.site import SecretRng, Site
+from polyclinic.core.execution import UniformSampler
+from polyclinic.core.rounds import train
+from polyclinic.core.site import SecretRng, Site, SitesOnDemand
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.privacy.sparse_vector import laplace
+from polyclinic.testing import equal
+from tests.conftest import little_sites
 
 
 def from_bytes(data: bytes) -> Callable[[int], bytes]:
@@ -119,3 +127,38 @@ def test_a_repeatable_generator_is_known_from_seed_name_and_key(site: Site, key:
     seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
     expected = torch.rand(4, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(torch.rand(4, generator=site.rng(*key)), expected)
+
+
+def test_sites_on_demand_are_built_at_each_access_and_not_kept() -> None:
+    built: list[str] = []
+
+    def build(name: str) -> Site:
+        built.append(name)
+        return Site(name)
+
+    sites = SitesOnDemand(("b", "a"), build)
+    assert (list(sites), len(sites), "a" in sites.keys() - {"b"}) == (["b", "a"], 2, True)
+    assert not built
+    assert sites["a"] is not sites["a"]
+    assert built == ["a", "a"]
+    with pytest.raises(KeyError):
+        sites["c"]
+
+
+def test_engines_build_only_the_sites_that_they_ask(task: Classification, local: LocalTraining) -> None:
+    built: list[str] = []
+    given = little_sites(count=6)
+
+    def build(name: str) -> Site:
+        built.append(name)
+        return given[name]
+
+    method, sampler = FedAvg(task, local), UniformSampler(tuple(given), 2)
+    states = []
+    for sites in (SitesOnDemand(given, build), given):
+        state = method.init(task.first(0))
+        for step in train(method, InProcess(method, sites), state, rounds=2, sampler=sampler):
+            state = step.state
+        states.append(state)
+    assert len(built) == 4
+    assert equal(*states)

@@ -1,5 +1,6 @@
 """The cache: built once, read back equal, rebuilt when damaged, never half written."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,34 @@ def test_the_folder_is_this_users_own_unless_chosen(monkeypatch: pytest.MonkeyPa
     assert "polyclinic" in caching.folder().parts
     monkeypatch.setenv("POLYCLINIC_CACHE", "/elsewhere")
     assert caching.folder() == Path("/elsewhere")
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of one that was just written, nor of a small one; a change of the same size and time of modification counts."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    file, read = tmp_path / "large", list[Path]()
+
+    def content(path: Path) -> str:
+        read.append(path)
+        return path.read_bytes()[:1].decode()
+
+    file.write_bytes(b"a" * caching.SMALL)
+    assert [caching.remembered(file, content) for _ in range(2)] == ["a", "a"]
+    assert len(read) == 2  # it may still be changing
+    monkeypatch.setattr(caching, "SETTLED", -10)
+    assert [caching.remembered(file, content) for _ in range(3)] == ["a"] * 3
+    assert len(read) == 3
+    before = file.stat()
+    file.write_bytes(b"b" * caching.SMALL)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert caching.remembered(file, content) == "b"
+    for note in (tmp_path / "cache").rglob("*.json"):
+        note.write_text("{")
+    assert caching.remembered(file, content) == "b"
+    small = tmp_path / "small"
+    small.write_bytes(b"c")
+    read.clear()
+    assert [caching.remembered(small, content) for _ in range(2)] == ["c", "c"]
+    assert len(read) == 2

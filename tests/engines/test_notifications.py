@@ -1,4 +1,4 @@
-"""Notifications: sent as notify.toml says, once for each condition, and at most a given number in an hour."""
+"""Notifications: to the recipients in notify.toml only, once for each condition, within the limit for an hour."""
 
 import http.server
 import json

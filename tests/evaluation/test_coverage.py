@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.predictions import Cases
@@ -74,6 +75,21 @@ def test_verdicts_keep_their_level_and_intervals_cover(metric: str, n: int, seed
 
 @pytest.mark.parametrize(("sites", "tau"), [(3, 0.3), (6, 0.3)])
 def test_the_mean_of_sites_and_the_prediction_for_a_new_one_cover(sites: int, tau: float) -> None:
-    mean, new = sim.random_effects(sites, tau, 100)
+    mean, new, worst = sim.random_effects(sites, tau, 100)
     assert mean > 0.87
     assert new > 0.85
+    assert worst > 0.87
+
+
+@pytest.mark.parametrize("metric", list(TASKS))
+@pytest.mark.parametrize(("n", "seeds", "sites"), [(10, 1, 3), (50, 3, 3)])
+def test_non_inferiority_keeps_its_level_at_the_margin(metric: str, n: int, seeds: int, sites: int) -> None:
+    assert sim.non_inferior(metric, n, seeds, sites, 800) < 0.04 + 3 * (0.04 * 0.96 / 800) ** 0.5
+
+
+def test_simulated_non_inferiority_is_the_products() -> None:
+    trial = sim.at_the_margin(sim.simulate("auc", 30, 2, 3, 1, np.random.default_rng(3)))
+    value, se, free, _ = (x[0] for x in sim.tested(trial, slice(None)))
+    data, auc = as_sample(trial), metrics_for("classification")["auc"]
+    found = data.difference("a", "b", ["s0", "s1", "s2"], auc, "non-inferiority", 0.05)
+    assert found.p == pytest.approx(stats.t.sf((value + 0.05) / se, free), rel=1e-6)

@@ -23,7 +23,7 @@ def test_net_benefit_by_hand() -> None:
     assert nb.of_model(0.2).of(score, target) == pytest.approx(2 / 4 - 1 / 4 * 0.25)  # 0.6, 0.7 and 0.3: TP 2, FP 1
     assert nb.of_all(0.2).of(score, target) == pytest.approx(0.5 - 0.5 * 0.25)
     assert nb.gain(0.2).of(score, target) == pytest.approx(0.4375 - 0.375)
-    assert nb.gain(0.8).of(score, target) == 0  # nobody is treated, which is the better default
+    assert nb.gain(0.8).of(score, target) == 0  # no patient is treated, which is the better default
 
 
 def test_treating_all_gains_nothing_at_the_prevalence_and_a_perfect_model_gains_the_prevalence() -> None:

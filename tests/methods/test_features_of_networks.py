@@ -39,7 +39,7 @@ def test_features_tell_inputs_apart(name: str) -> None:
     assert h.shape == (4, width)
     assert latent.encoded_width(network) == width
     assert float(h.std(0).mean()) > 1e-4
-    if not network.architecture.encoder:
+    if not network.parts.encoder:
         with torch.no_grad():
             head = next(m for n, m in model.named_modules() if network.in_head(f"{n}."))
             inputs = []

@@ -41,6 +41,11 @@ NAMES = (
     "multi-krum",
     "dos",
     "centered-clipping",
+    "fedawa",
+    "fedlws",
+    "feddg-ga",
+    "fednoro",
+    "fedrdn",
 )
 
 
@@ -106,6 +111,11 @@ def test_only_gathers_that_say_so_must_be_alike() -> None:
         "guided-gradient",
         "krum",
         "watched",
+        "fedawa",
+        "fedlws",
+        "feddg-ga",
+        "fednoro",
+        "fedrdn",
     ],
 )
 def test_who_must_see_each_site_is_refused_under_secure_summation(
@@ -117,7 +127,12 @@ def test_who_must_see_each_site_is_refused_under_secure_summation(
 
 
 @pytest.mark.parametrize(
-    "name", ["fedmix-weights", "loss-weighted", "fedgma", "fedsld", "feddyn", "mime", "q-ffl", "fedbuff"]
+    "name",
+    [
+        *("fedmix-weights", "loss-weighted", "fedgma", "fedsld", "feddyn", "mime", "q-ffl", "fedbuff"),
+        *("fedcostwavg", "fedpidavg", "fedexp", "fedcm", "fedspeed", "ccvr", "fedproto", "fedrod", "fedala", "fedsoup"),
+        *("fedfa", "mixstyle"),
+    ],
 )
 def test_sums_are_enough_for_the_others(name: str, task: Classification, local: LocalTraining) -> None:
     """And what they ask says that nothing but a sum may be sent."""

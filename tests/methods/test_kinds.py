@@ -19,6 +19,8 @@ from tests.support.few_labels import run
 MINE = [
     *("fedmic", "mutual", "fedmoco", "fedmae", "fcl", "fedsemi", "fedperl", "fedvss"),
     *("private-heads", "fedmix", "teacher-student", "fedmd", "feddf", "fedni", "histofl"),
+    *("fine-tuned", "fedbabu", "per-fedavg", "fedala", "fedsoup", "fedsam", "fedlesam", "fedspeed", "fedcm", "fedexp"),
+    *("feddecorr", "fedrdn", "fedcostwavg", "fedpidavg", "fedawa", "fedlws", "feddg-ga"),
 ]
 SMALL = (("depth", 2), ("width", 4))
 TASKS = {

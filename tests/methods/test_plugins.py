@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.core import plugin_packages as plugins
+from polyclinic.core.plugin_packages import Package, allows, exact_rule
 from polyclinic.engines.policy import site_policy as policies
-from polyclinic.methods import plugins, registry
-from polyclinic.methods.plugins import Package, allows, exact_rule, methods_in, packages_of
+from polyclinic.methods import registry
+from polyclinic.methods.plugins import methods_in, packages_in
 from tests.support.local_deployment import order
 
 CODE = """
@@ -80,17 +82,17 @@ def test_any_change_of_a_package_changes_the_hash_of_its_method(install: Install
 def test_the_version_and_the_name_are_in_the_hash_and_the_installer_is_not(install: Install) -> None:
     folder = install()
     info = folder.with_name("minepack-1.0.dist-info")
-    (before,) = packages_of(["mine"])
+    (before,) = packages_in({"method": "mine"})
     (info / "INSTALLER").write_text("uv\n")
-    assert packages_of(["mine"]) == (before,)
+    assert packages_in({"method": "mine"}) == (before,)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: Mine.Pack\nVersion: 1.1\n")
     an = order("mine")
-    assert packages_of(["mine"]) == (before._replace(version="1.1"),)
+    assert packages_in({"method": "mine"}) == (before._replace(version="1.1"),)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: Mine.Pack\nVersion: 1.0\n")
     other = order("mine").method_hash
     assert an.method_hash == other  # the same files and version again
     (info / "entry_points.txt").write_text("[polyclinic.methods]\nmine = minepack.make:other\n")
-    assert packages_of(["mine"])[0].hash != before.hash
+    assert packages_in({"method": "mine"})[0].hash != before.hash
 
 
 def test_a_module_of_one_file_is_hashed_too(install: Install) -> None:
@@ -99,9 +101,9 @@ def test_a_module_of_one_file_is_hashed_too(install: Install) -> None:
     (info / "entry_points.txt").write_text("[polyclinic.methods]\nmine = lonely:make\n")
     lonely = folder.with_name("lonely.py")
     lonely.write_text(CODE)
-    before = packages_of(["mine"])
+    before = packages_in({"method": "mine"})
     lonely.write_text(CODE + "\n")
-    assert packages_of(["mine"]) != before
+    assert packages_in({"method": "mine"}) != before
 
 
 @pytest.mark.parametrize("module", ["lonely", "fedprox"])
@@ -121,17 +123,17 @@ def test_a_module_of_one_file_is_the_one_that_is_built(
 def test_only_named_methods_of_others_have_packages(install: Install) -> None:
     install()
     install("other-pack", method="fedavg", module="otherpack")  # our own methods cannot be replaced
-    assert packages_of(["fedavg", "nothing"]) == ()
+    assert packages_in({"method": "fedavg", "network": "nothing"}) == ()
     assert registry.entry("fedavg").make == "optimization.fedavg:FedAvg"
-    assert [package.name for package in packages_of(["mine"])] == ["mine-pack"]
-    assert order("krum", plan={"options": {"over": "mine"}}).packages == packages_of(["mine"])
+    assert [package.name for package in packages_in({"method": "mine"})] == ["mine-pack"]
+    assert order("krum", plan={"options": {"over": "mine"}}).packages == packages_in({"method": "mine"})
     assert order(study={"name": "s", "hash": "h", "arms": [{"label": "x", "plan": {"method": "mine"}}]}).packages
 
 
 def test_two_packages_with_one_method_are_both_hashed_and_must_both_be_allowed(install: Install) -> None:
     install()
     install("second", module="secondpack")
-    found = packages_of(["mine"])
+    found = packages_in({"method": "mine"})
     assert [package.name for package in found] == ["mine-pack", "second"]
     (refused,) = policies.parse(b'[allow]\npackages = ["mine-pack"]\n').package_problems(found)
     assert "second 1.0" in refused
@@ -182,7 +184,7 @@ def test_code_of_a_package_that_is_not_allowed_is_never_loaded(install: Install)
     for refused in (plan, replace(plan, method="krum", options={"over": "mine"})):
         (why,) = policies.Policy().refusals(refused)
         assert "needs the package mine-pack 1.0" in why
-        assert exact_rule(packages_of(["mine"])[0]) in why
+        assert exact_rule(packages_in({"method": "mine"})[0]) in why
     assert "minepack" not in sys.modules
     allowed = policies.parse(b'[allow]\npackages = ["mine-pack"]\n')
     with pytest.raises(SystemExit, match="loaded"):
@@ -191,7 +193,7 @@ def test_code_of_a_package_that_is_not_allowed_is_never_loaded(install: Install)
 
 def test_an_allowed_package_runs(install: Install) -> None:
     install()
-    rule = exact_rule(packages_of(["mine"])[0])
+    rule = exact_rule(packages_in({"method": "mine"})[0])
     assert policies.parse(f'[allow]\npackages = ["{rule}"]\n'.encode()).refusals(order("mine").build_plan()) == []
 
 
@@ -200,8 +202,8 @@ def test_a_distribution_without_a_list_of_files_is_hashed_by_what_would_be_impor
 ) -> None:
     folder = install()
     (folder.with_name("minepack-1.0.dist-info") / "RECORD").unlink()
-    before = packages_of(["mine"])
+    before = packages_in({"method": "mine"})
     (folder / "make.py").write_text("")
-    assert packages_of(["mine"]) != before
+    assert packages_in({"method": "mine"}) != before
     monkeypatch.setattr(plugins, "find_spec", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    assert packages_of(["mine"])[0].name == "mine-pack"
+    assert packages_in({"method": "mine"})[0].name == "mine-pack"

@@ -267,6 +267,9 @@ def test_small_cohorts_can_be_hidden(tmp_path: Path) -> None:
     assert "fewer than 50" in result.of("fedbn").sites["nairobi"]["auc"].why
     assert "nairobi" not in result.of("fedbn").gains
     assert result.of("fedbn").worst[0] != "nairobi"
+    whole = evaluate(read_run(tmp_path / "r")).of("fedbn").sites
+    shown = [whole[s]["auc"].value for s in ("utrecht", "lyon", "boston")]
+    assert result.of("fedbn").macro.value == pytest.approx(np.mean(shown))  # its difference to them reveals nothing
 
 
 # Seeds

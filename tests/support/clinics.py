@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from polyclinic.data.examples import in_memory
 from polyclinic.data.federation import federate
 from polyclinic.studies.config import study_config
 
@@ -70,7 +71,7 @@ def make(root: Path, study: str = STUDY) -> tuple[Path, dict[str, Path]]:
             np.savez(
                 folders[site] / f"{role}.npz",
                 inputs=x.numpy(),
-                targets=held.targets.numpy(),
+                targets=in_memory(held, "the test").targets.numpy(),
                 patients=np.array(held.patients),
                 ids=np.array(held.ids),
             )

@@ -64,7 +64,7 @@ def request(
             piece = pieces.pop(0)
             return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
         await asyncio.sleep(3600)
-        raise AssertionError("the application waits for more than was sent")
+        raise AssertionError("it took too long")
 
     async def send(message: Any) -> None:
         sent.append(message)

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from polyclinic.data.archives import ENDINGS, unpack
-from polyclinic.data.cache import folder
-from polyclinic.data.download import fetch
-from polyclinic.data.examples import DataError
-from polyclinic.data.source import Info, Task
+from polyclinic.errors import DataError
+
+if TYPE_CHECKING:  # what reads and downloads is imported on use, so that a list is printed without PyTorch
+    from polyclinic.data.source import Info, Task
 
 ZENODO = "https://zenodo.org/records/10519652/files/"
 MEDMNIST = "Yang et al., Scientific Data 10:41 (2023), doi:10.1038/s41597-022-01721-8"
@@ -81,14 +80,16 @@ class Dataset:
         return bool(self.md5 or self.link)
 
     @property
-    def info(self) -> Info:
+    def info(self) -> "Info":
         """Description for a report."""
+        from polyclinic.data.source import Info
+
         return Info(
             self.name,
             self.title,
             self.modality,
             self.organ,
-            cast(Task, self.task),
+            cast("Task", self.task),
             self.classes,
             self.license,
             self.citation,
@@ -97,6 +98,8 @@ class Dataset:
 
     def where(self, size: int = USUAL) -> Path:
         """Return the path to which ``get`` downloads it."""
+        from polyclinic.data.cache import folder
+
         if self.link:
             return folder() / "downloads" / self.name
         return folder() / "downloads" / (f"{self.name}.npz" if size == USUAL else f"{self.name}_{size}.npz")
@@ -171,6 +174,8 @@ def get(name: str, size: int = USUAL, base: str = ZENODO) -> Path:
     Raises:
         DataError: If it cannot be downloaded, with what to do instead.
     """
+    from polyclinic.data.download import fetch
+
     one = entry(name)
     if not one.automatic:
         raise DataError(f"{name} cannot be fetched automatically. {one.get} License: {one.license}. See {one.url}")
@@ -183,7 +188,7 @@ def get(name: str, size: int = USUAL, base: str = ZENODO) -> Path:
     return fetch(f"{base}{to.name}{query}", to, one.md5[size])
 
 
-def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, dict[str, Any], Info]:
+def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, dict[str, Any], "Info"]:
     """Return the kind of source, its options and the description for a study's ``use = ...``.
 
     Args:
@@ -219,6 +224,9 @@ def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, d
 
 def _archive(one: Dataset, base: str | None) -> Path:
     """Download an archive, unpack it, and delete it."""
+    from polyclinic.data.archives import ENDINGS, unpack
+    from polyclinic.data.download import fetch
+
     home, name = one.where(), one.link.partition("?")[0].rpartition("/")[2]
     if not home.is_dir():
         kind = next(ending for ending in ENDINGS if name.endswith(ending))

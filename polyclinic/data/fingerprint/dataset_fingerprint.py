@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polyclinic.data.cache import cached
 from polyclinic.data.collection import FromFiles
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Examples, in_memory
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.source import Info, Source, Table, digest
 from polyclinic.data.sources.feature_tables import FeatureTable
@@ -23,6 +23,17 @@ VERSION = 1
 AXES = ("z", "y", "x")
 MOST = 2**20
 """Largest number of evenly spaced pixels from which the quantiles of an image are computed."""
+
+PLAIN: dict[str, Any] = {
+    "annotations": {},
+    "accelerate": 0.0,
+    "position": None,
+    "video": None,
+    "scanners": 0.0,
+    "duplicates": "report",
+    "near_duplicates": "ignore",
+}
+"""Settings that are removed from a federation whose examples are row numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +103,7 @@ def plain(source: Source) -> Source:
     """Return the source without its steps, and for a table without statistics of its own."""
     if isinstance(source, FeatureTable):
         return replace(source, statistics="federation", declared="", fill="zero" if source.fill == "zero" else "mean")
-    given = {"steps": (), "unreadable": "refuse"}
+    given = {"steps": (), "unreadable": "refuse", "patch": ()}
     known = {name: value for name, value in given.items() if hasattr(source, name)}
     return replace(source, **known) if known else source  # type: ignore[type-var]
 
@@ -118,11 +129,11 @@ def _targets(table: Table) -> Tensor:
 
 
 def _measure(source: Source, table: Table) -> dict[str, Any]:
-    if not isinstance(source, FromFiles) and source.examples(table.ids[:1]).inputs.ndim == 2:
-        rows = source.examples(table.ids).inputs.double()
+    if not isinstance(source, FromFiles) and len(source.examples(table.ids[:1]).shape) == 1:
+        rows = in_memory(source.examples(table.ids), "a table").inputs.double()
         names = [f"input {i + 1}" for i in range(rows.shape[1])]
         return {"names": names, "rows": rows, "labels": torch.zeros(len(rows), 1, dtype=torch.float64)}
-    measured_rows = [None if picture is None else of(picture) for picture in _pictures(source, table)]
+    measured_rows = [None if picture is None else of(picture) for picture in pictures(source, table)]
     names = sorted({name for row in measured_rows if row for name in row if not isinstance(name, int)}, key=_order)
     if not names:
         raise DataError(f"{table.ids[0]} and all others cannot be read: there is nothing to measure")
@@ -145,7 +156,8 @@ def _measure(source: Source, table: Table) -> dict[str, Any]:
     }
 
 
-def _pictures(source: Source, table: Table) -> Iterator[Picture | None]:
+def pictures(source: Source, table: Table) -> Iterator[Picture | None]:
+    """Yield every image of ``source`` in the order of its ``table``; None if it cannot be read."""
     if isinstance(source, FromFiles):
         yield from source.collection.pictures()
         return

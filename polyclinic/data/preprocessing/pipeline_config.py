@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import PlainSerializer, PlainValidator, ValidationError
 
 from polyclinic.data import config_parsing
+from polyclinic.data.preprocessing.nnunet_steps import CropNonzero, Normalize, ResampleNnunet, Transpose
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import (
     Channels,
@@ -24,7 +25,11 @@ from polyclinic.data.source import digest
 from polyclinic.errors import ConfigError
 
 STEPS: dict[str, type[Any]] = {
-    s.name: s for s in (Resample, Resize, CropPad, Foreground, ZScore, Window, Percentiles, Scale, Relabel, Channels)
+    s.name: s
+    for s in (
+        *(Resample, Resize, CropPad, Foreground, ZScore, Window, Percentiles, Scale, Relabel, Channels),
+        *(Transpose, CropNonzero, Normalize, ResampleNnunet),
+    )
 }
 
 

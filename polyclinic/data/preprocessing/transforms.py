@@ -26,7 +26,7 @@ LARGEST = 2**31
 """Largest number of values to which one image may be resampled."""
 
 
-def _each(value: float | Sequence[float], axes: int, what: str) -> tuple[float, ...]:
+def each_axis(value: float | Sequence[float], axes: int, what: str) -> tuple[float, ...]:
     """Return one number per axis, given one for all or one for each."""
     each = (value,) * axes if isinstance(value, int | float) else tuple(value)
     if len(each) != axes:
@@ -34,18 +34,32 @@ def _each(value: float | Sequence[float], axes: int, what: str) -> tuple[float, 
     return each
 
 
-def _positive(what: str, value: float | Sequence[float]) -> None:
+def require_positive(what: str, value: float | Sequence[float]) -> None:
+    """Require one number above 0, or several.
+
+    Raises:
+        DataError: If ``value`` is not.
+    """
     each = (value,) if isinstance(value, int | float) else tuple(value)
     if not each or not all(math.isfinite(n) and n > 0 for n in each):
         raise DataError(f"{what} = {value}: give numbers above 0")
+
+
+def require_size(picture: Picture, size: Sequence[int]) -> None:
+    """Require that the picture may be resampled to ``size``.
+
+    Raises:
+        DataError: If the result would be too large.
+    """
+    if math.prod(size) * picture.pixels.shape[0] > LARGEST:
+        raise DataError(f"an image of {' x '.join(map(str, size))} pixels is too large: choose larger pixels")
 
 
 def _sized(picture: Picture, size: Sequence[int]) -> Picture:
     """Return the picture with ``size`` pixels over the same field of view."""
     if tuple(size) == picture.size:
         return picture
-    if math.prod(size) * picture.pixels.shape[0] > LARGEST:
-        raise DataError(f"an image of {' x '.join(map(str, size))} pixels is too large: choose larger pixels")
+    require_size(picture, size)
     spacing = picture.spacing_mm and tuple(
         mm * old / new for mm, old, new in zip(picture.spacing_mm, picture.size, size, strict=True)
     )
@@ -91,7 +105,7 @@ class Resample:
     mm: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
-        _positive("mm", self.mm)
+        require_positive("mm", self.mm)
 
     def __call__(self, picture: Picture) -> Picture:
         """Return the same field of view, to within half a pixel."""
@@ -100,7 +114,7 @@ class Resample:
                 "the file does not state its pixel size, so it cannot be resampled to millimeters: "
                 'leave the step "resample" out, or use "resize"'
             )
-        wanted = _each(self.mm, len(picture.size), "mm")
+        wanted = each_axis(self.mm, len(picture.size), "mm")
         size = [
             max(1, round(n * old / new)) for n, old, new in zip(picture.size, picture.spacing_mm, wanted, strict=True)
         ]
@@ -116,11 +130,11 @@ class Resize:
     size: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _positive("size", self.size)
+        require_positive("size", self.size)
 
     def __call__(self, picture: Picture) -> Picture:
         """Return the same field of view in other pixels."""
-        return _sized(picture, [int(n) for n in _each(self.size, len(picture.size), "size")])
+        return _sized(picture, [int(n) for n in each_axis(self.size, len(picture.size), "size")])
 
 
 @dataclass(frozen=True)
@@ -133,12 +147,12 @@ class CropPad:
     fill: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive("size", self.size)
+        require_positive("size", self.size)
 
     def __call__(self, picture: Picture) -> Picture:
         """Return the center, cropped or padded."""
         pads: list[int] = []
-        wanted = [int(n) for n in _each(self.size, len(picture.size), "size")]
+        wanted = [int(n) for n in each_axis(self.size, len(picture.size), "size")]
         for new, old in reversed(list(zip(wanted, picture.size, strict=True))):
             before = int((new - old) / 2)  # negative pads crop; towards 0, so that cropping undoes padding
             pads += [before, new - old - before]
@@ -208,7 +222,7 @@ class Window:
     width: float
 
     def __post_init__(self) -> None:
-        _positive("width", self.width)
+        require_positive("width", self.width)
 
     def __call__(self, picture: Picture) -> Picture:
         """Return values from 0 to 1."""
@@ -300,7 +314,7 @@ class Channels:
     count: int = 1
 
     def __post_init__(self) -> None:
-        _positive("count", self.count)
+        require_positive("count", self.count)
 
     def __call__(self, picture: Picture) -> Picture:
         """Return the mean, or copies of it."""

@@ -1,14 +1,13 @@
 """Byte-identical inputs anywhere in a federation: reported, dropped or refused."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Dataset
 
 
 @dataclass(frozen=True)
@@ -34,29 +33,23 @@ class Duplicate:
         return len({site for site, _ in self.places}) > 1
 
 
-def duplicates(sites: Mapping[str, Mapping[str, Examples]]) -> tuple[Duplicate, ...]:
+def duplicates(sites: Mapping[str, Mapping[str, Dataset]]) -> tuple[Duplicate, ...]:
     """Return inputs that occur more than once anywhere in the federation."""
     found: dict[bytes, list[tuple[str, tuple[str, str]]]] = defaultdict(list)
     for site, roles in sites.items():
         for role, examples in roles.items():
-            for name, key in zip(examples.ids, contents(examples), strict=True):
+            for name, key in zip(examples.ids, examples.input_hashes(), strict=True):
                 found[key].append((name, (site, role)))
     many = [sorted(copies, key=lambda c: (c[1], c[0])) for copies in found.values() if len(copies) > 1]
     return tuple(Duplicate(tuple(n for n, _ in c), tuple(p for _, p in c)) for c in sorted(many))
 
 
-def contents(examples: Examples) -> list[bytes]:
-    """Return a hash of each input's bytes."""
-    flat: Any = examples.inputs.contiguous().view(torch.uint8).flatten(1).numpy()
-    return [hashlib.blake2b(row, digest_size=16).digest() for row in flat]
-
-
 def without_duplicates(
-    sites: dict[str, dict[str, Examples]],
+    sites: dict[str, dict[str, Dataset]],
     external: tuple[str, ...],
     what: Literal["report", "drop", "refuse"],
     notes: list[str],
-) -> tuple[dict[str, dict[str, Examples]], tuple[Duplicate, ...]]:
+) -> tuple[dict[str, dict[str, Dataset]], tuple[Duplicate, ...]]:
     """Report, drop or refuse inputs that occur more than once.
 
     Args:
@@ -85,7 +78,7 @@ def without_duplicates(
         for site in sorted(kept, key=lambda s: (s not in external, s)):
             if role in kept[site]:
                 fresh = []
-                for i, key in enumerate(contents(kept[site][role])):
+                for i, key in enumerate(kept[site][role].input_hashes()):
                     if key not in seen:
                         fresh.append(i)
                         seen.add(key)

@@ -7,16 +7,16 @@ import numpy as np
 import torch
 
 from polyclinic.data.cache import cached
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Dataset
 from polyclinic.data.formats.volume import Volume
-from polyclinic.data.quality.exact_duplicates import Duplicate, contents
+from polyclinic.data.quality.exact_duplicates import Duplicate
 from polyclinic.data.quality.image_hashes import SIDE, nearly_equal, small_picture
 from polyclinic.data.source import digest
 
 VERSION = 1
 
 
-def near_duplicates(sites: Mapping[str, Mapping[str, Examples]], fingerprint: str) -> tuple[Duplicate, ...]:
+def near_duplicates(sites: Mapping[str, Mapping[str, Dataset]], fingerprint: str) -> tuple[Duplicate, ...]:
     """Return pairs of images anywhere in the federation that are nearly but not exactly equal. The result is cached.
 
     Args:
@@ -33,7 +33,7 @@ def near_duplicates(sites: Mapping[str, Mapping[str, Examples]], fingerprint: st
     names = [name for name, *_ in places]
 
     def build() -> dict[str, object]:
-        hashes = [[key.hex() for key in contents(examples)] for *_, examples in parts]
+        hashes = [[key.hex() for key in examples.input_hashes()] for *_, examples in parts]
         pictures = [_small(parts[part][2], i) for *_, part, i in places]
         return {"pairs": [list(p) for p in nearly_equal(pictures, [hashes[part][i] for *_, part, i in places])]}
 
@@ -61,7 +61,7 @@ def near_duplicate_notes(pairs: Sequence[Duplicate], refuse: bool) -> list[str]:
     return [says]
 
 
-def _small(examples: Examples, at: int) -> "np.ndarray[Any, Any]":
-    pixels = examples[torch.tensor([at])][0][0]
+def _small(examples: Dataset, at: int) -> "np.ndarray[Any, Any]":
+    pixels = examples.image(at)
     flat = pixels[:, None] if pixels.ndim == 3 else pixels  # a picture is a volume of one slice
     return small_picture(Volume(flat, torch.eye(4, dtype=torch.float64)), SIDE)

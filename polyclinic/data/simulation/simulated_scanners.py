@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Dataset, Examples, in_memory
 from polyclinic.data.splits import rng_for
 
 
@@ -50,12 +50,13 @@ class Scanner:
             float(0.08 * noise * strength),
         )
 
-    def __call__(self, examples: Examples) -> Examples:
+    def __call__(self, data: Dataset) -> Examples:
         """Return the examples as this scanner shows them, with the same type, shape and targets.
 
         The image's own minimum and maximum correspond to 0 and 1; bytes remain bytes and are clipped. Noise depends
         only on an example's id, so it does not depend on the selection of examples.
         """
+        examples = in_memory(data, "scanners = ...")
         if examples.inputs.ndim < 4:
             raise DataError("scanners = ... is for images; these examples are rows of a table")
         if not len(examples):

@@ -261,3 +261,35 @@ def _channels_first(images: Array, mask_axes: int) -> Array:
     """Return [n, C, *spatial] from [n, *spatial] or [n, *spatial, C]. A last axis of 1, 3 or 4 counts colors."""
     colored = images.ndim > 3 and images.shape[-1] in COLORS and mask_axes in (0, False, images.ndim - 1)
     return np.moveaxis(images, -1, 1) if colored else images[:, None]
+
+
+def images_in(path: Path, name: str, axes: int) -> tuple[tuple[str, ...], Array]:
+    """Return the names of the images in an archive and the images [n, C, *spatial], without their targets.
+
+    Args:
+        path: The ``.npz`` file, with an array ``name``, or with MedMNIST's ``test_images`` and so on.
+        name: The name of the array of images.
+        axes: Number of spatial axes of an image.
+
+    Raises:
+        DataError: If it cannot be read, or contains no such array.
+    """
+    try:
+        raw = read_npz(path, LIMITS)
+    except Unreadable as error:
+        raise DataError(str(error)) from None
+    if found := [s for s in SPLITS if f"{s}_images" in raw]:
+        images = np.concatenate([raw[f"{s}_images"] for s in found])
+        ids = [f"{s}-{i:06d}" for s in found for i in range(len(raw[f"{s}_images"]))]
+    elif name in raw:
+        images, n = raw[name], len(raw[name])
+        names = next((raw[k] for k in ("name", "names", "id", "ids") if k in raw and raw[k].shape == (n,)), None)
+        ids = [f"{i:06d}" for i in range(n)] if names is None else [str(value) for value in names]
+        ids = [f"{i:06d} {value}" for i, value in enumerate(ids)] if len(set(ids)) < n else ids
+    else:
+        raise DataError(f"{path.name} holds {', '.join(raw) or 'nothing'}, and no array of images called {name!r}")
+    if images.ndim not in (axes + 1, axes + 2) or images.dtype.kind not in "uif":
+        raise DataError(
+            f"{path.name}: images are {images.dtype} of shape {images.shape}, not [n, *{axes} axes(, colors)]"
+        )
+    return tuple(ids), _channels_first(images, axes + 1)

@@ -39,14 +39,15 @@ class InProcess:
         """
         self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
-        self._method, self._sites, self._policies = method, dict(sites), policies or {}
+        self._method, self._sites, self._policies = method, sites, policies or {}
+        self._names = list(self.memory)
         self._queue: deque[tuple[Request, str]] = deque()
         self._last: tuple[Request | None, Sequence[str]] = (None, ())
 
     @property
     def sites(self) -> Sequence[str]:
         """Names of all sites, in order."""
-        return sorted(self._sites)
+        return self._names
 
     def send(self, request: Request, to: Sequence[str]) -> None:
         """Queue ``request`` for the sites ``to``."""

@@ -83,7 +83,8 @@ class Workers:
         """
         self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
-        self._given = (method, dict(sites), dict(policies or {}))
+        self._given = (method, sites, dict(policies or {}))
+        self._numbers = {name: i for i, name in enumerate(self.memory)}
         self._folder = shared_memory.new_folder()
         self._queue: deque[_Job] = deque()
         self._pending: dict[Path, int] = {}
@@ -96,7 +97,7 @@ class Workers:
     @property
     def sites(self) -> Sequence[str]:
         """Names of all sites, in order."""
-        return sorted(self._given[1])
+        return list(self._numbers)
 
     @property
     def pids(self) -> list[int]:
@@ -222,15 +223,15 @@ class Workers:
             job.request.unlink(missing_ok=True)
 
     def _file(self, kind: str, site: str) -> Path:
-        return self._folder / f"{kind}-{self.sites.index(site)}"
+        return self._folder / f"{kind}-{self._numbers[site]}"
 
 
 def _serve(
     line: Connection,
     inherited: list[Connection],
     method: Method[Any],
-    sites: dict[str, Site],
-    policies: dict[str, Policy],
+    sites: Mapping[str, Site],
+    policies: Mapping[str, Policy],
 ) -> None:
     """Serve requests in a worker process until the parent closes the pipe."""
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -7,7 +7,7 @@ before anything leaves.
 
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +22,7 @@ from polyclinic.core.config_problems import Problem, line_of, problems_of
 from polyclinic.core.execution import Refused
 from polyclinic.core.method import Method, Request
 from polyclinic.core.pipeline import transforms_of
+from polyclinic.core.plugin_packages import RULE, Package, allows, exact_rule
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.engines.plan import Plan
@@ -30,7 +31,7 @@ from polyclinic.engines.policy.requirements import arrived, transform_problems, 
 from polyclinic.engines.site_description import JOB, Describe
 from polyclinic.errors import ConfigError, PolyclinicError
 from polyclinic.learning.weights import store
-from polyclinic.methods.plugins import RULE, Package, allows, exact_rule, methods_in, packages_of
+from polyclinic.methods.plugins import packages_in
 from polyclinic.methods.registry import entry
 
 MAX_POLICY = 2**18
@@ -112,7 +113,7 @@ class Policy(_Table):
         Raises:
             ValueError: If the plan cannot be built.
         """
-        packages = packages_of(methods_in({"method": plan.method, "options": plan.options}))
+        packages = packages_in(asdict(plan))
         if refused := self.package_problems(packages):
             return refused  # building the method would import the package
         if refused := self.weights_problems(plan):

@@ -8,7 +8,8 @@ The unit is the patient, formed without knowledge that is unavailable at predict
 are averaged. If images of one patient have different labels, such as several lesions, the patient's label is positive
 if any image is (two classes; for several labels, each label by itself). With three or more classes there is no such
 rule; every image is then a case, and variances are clustered by patient. For regression, targets are averaged too.
-Per-image values are averaged over the images for which they are finite.
+Per-image values are averaged over the images for which they are finite. If ``<site>/sliced`` marks the images as slices
+with known positions, the Dice of a patient is that of all slices together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+NO_VALUES = (
+    "empty",
+    "absent",
+    "blank",
+    "sliced",
+    "overlap",
+    "predicted",
+    "reference",
+    "lesions",
+    "lesions_found",
+    "lesions_predicted",
+)
 PER_CASE_TASKS = ("segmentation", "reconstruction")
 
 
@@ -148,6 +161,8 @@ def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
     ids, index = np.unique(predictions.patient, return_inverse=True)
     if predictions.score is None or predictions.target is None:
         values = {k: _mean_by(index, v, len(ids)) for k, v in _present(predictions.cases).items()}
+        if "sliced" in predictions.cases:
+            values |= _volumes(predictions, index, len(ids))
         return Cases(ids, np.full((len(ids), 1), np.nan), np.zeros(len(ids), np.int64), values, n)
     score = _mean_by(index, predictions.score, len(ids))
     if regression:
@@ -192,12 +207,39 @@ def as_cases(predictions: Predictions, unit: str = "patient", regression: bool =
     return by_patient(predictions, regression) if unit == "patient" else as_images(predictions)
 
 
+def _volumes(predictions: Predictions, index: NDArray[np.int64], size: int) -> dict[str, NDArray[np.float64]]:
+    """Return Dice and relative volume error of each patient, with the slices of the patient as one volume."""
+    sums = {}
+    for name in ("overlap", "predicted", "reference"):
+        sums[name] = np.zeros((size, predictions.cases[name].shape[1]))
+        np.add.at(sums[name], index, predictions.cases[name])
+    both = sums["predicted"] + sums["reference"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        dice = 2 * sums["overlap"] / both
+        error = np.abs(sums["predicted"] - sums["reference"]) / sums["reference"]
+    error = np.where(sums["reference"] > 0, error, np.where(both > 0, 1.0, np.nan))
+    return {"dice": dice, "dice_empty": np.where(both > 0, dice, 1.0), "volume_error": error}
+
+
+def _detection(cases: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
+    """Return sensitivity and F1 of the detection of lesions; NaN for cases without lesions, or with neither kind."""
+    true, found, predicted = (np.asarray(cases[k], float) for k in ("lesions", "lesions_found", "lesions_predicted"))
+    right = predicted - np.asarray(cases["lesions_false"], float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall, precision = found / true, right / predicted
+        f1 = 2 * recall * precision / (recall + precision)
+    f1 = np.where((true == 0) & (predicted == 0), np.nan, np.nan_to_num(f1))
+    return {"lesion_sensitivity": recall, "lesion_f1": f1}
+
+
 def _present(cases: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Return the values of each metric, NaN for classes that neither prediction nor truth of a case contains.
 
     Dice is given by both conventions: ``dice`` leaves these out (nnU-Net), ``dice_empty`` counts them as 1.
     """
-    values = {name: value for name, value in cases.items() if name not in ("empty", "absent")}
+    values = {name: value for name, value in cases.items() if name not in NO_VALUES}
+    if {"lesions", "lesions_found", "lesions_predicted", "lesions_false"} <= cases.keys():
+        values |= _detection(cases)
     if "absent" not in cases:
         return values
     absent = np.asarray(cases["absent"]).astype(bool)

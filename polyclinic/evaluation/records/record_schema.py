@@ -210,8 +210,9 @@ class StartInfo(_Line):
 class RunInfo(_Line):
     """``run.json``. With ``folds``, each method has one run per seed and fold of patients or sites.
 
-    ``machines`` and ``attack`` describe simulated machines and attacks, ``start`` the start weights, ``space`` where
-    masks were compared, ``compare`` the declared comparisons.
+    ``training`` holds the settings of local training by method, with those of recipes; ``machines`` and ``attack``
+    describe simulated machines and attacks, ``start`` the start weights, ``space`` where masks were compared,
+    ``compare`` the declared comparisons.
     """
 
     name: str
@@ -233,6 +234,7 @@ class RunInfo(_Line):
     engine: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
     parameters: int = 0
+    training: dict[str, dict[str, Any]] = Field(default_factory=dict)
     machines: dict[str, Any] = Field(default_factory=dict)
     attack: dict[str, Any] = Field(default_factory=dict)
     start: StartInfo | None = None

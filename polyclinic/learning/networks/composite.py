@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from polyclinic.learning.networks.network_catalog import Architecture, Network
+from polyclinic.learning.networks.architectures import Architecture
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.networks.network_parts import Parts
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Composed:
     def architecture(self) -> Architecture:
         """The network's architecture."""
         return self.network.architecture
+
+    @property
+    def parts(self) -> Parts:
+        """The names of the network's head and encoder."""
+        return self.network.parts
 
     def in_head(self, name: str) -> bool:
         """Return whether a tensor belongs to the network's head."""

@@ -50,7 +50,7 @@ class FineTuned(Composed):
         """
         model = self.network()
         matched = self.load_start(model)
-        adapted = adapt(model, self.lora, self.network.architecture.head) if self.lora is not None else ()
+        adapted = adapt(model, self.lora, self.network.parts.head) if self.lora is not None else ()
         if self.train == ALL:
             return model
         freeze(model, self._chosen(model))

@@ -1,12 +1,13 @@
 """Representations of inputs: one vector for each example, from the encoder or before the head."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.networks.network_parts import Parts
 
 
 def represent(network: Network, model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,13 +17,34 @@ def represent(network: Network, model: nn.Module, inputs: Tensor) -> tuple[Tenso
         h [b, features, ...] and z [b, outputs, ...], from one forward pass.
     """
     entering: list[Tensor] = []
-    head = next(m for name, m in model.named_modules() if network.in_head(f"{name}."))
+    head = model.get_submodule(head_name(network, model))
     hook = head.register_forward_pre_hook(lambda _, given: entering.append(given[0]))
     try:
         prediction = model(inputs)
     finally:
         hook.remove()
     return entering[-1], prediction if isinstance(prediction, Tensor) else prediction[0]
+
+
+class HasParts(Protocol):
+    """A network, or one composed of it."""
+
+    @property
+    def parts(self) -> Parts: ...
+
+    def in_head(self, name: str) -> bool: ...
+
+
+def head_name(network: HasParts, model: nn.Module) -> str:
+    """Return the name of the module of ``model`` that the representation enters.
+
+    Args:
+        network: The network, or one composed of it.
+        model: The model, in which the network may have become a part, such as ``base``.
+    """
+    names: list[str] = [name for name, _ in model.named_modules() if name and network.in_head(f"{name}.")]
+    entrance: str = network.parts.entrance
+    return next((name for name in names if entrance and f".{name}".endswith(f".{entrance}")), names[0])
 
 
 def pooled(h: Tensor) -> Tensor:
@@ -37,7 +59,7 @@ def features(network: Network, model: nn.Module, inputs: Tensor) -> Tensor:
 
 def encoded(network: Network, model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the pooled output of the encoder: [b, F]. For a U-Net this is the bottleneck; else the head's input."""
-    if not network.architecture.encoder:
+    if not network.parts.encoder:
         return features(network, model, inputs)
     return pooled(_leaving(network, model, inputs)[1])
 
@@ -47,7 +69,11 @@ def _leaving(network: Network, model: nn.Module, inputs: Tensor) -> tuple[str, T
     outputs: list[tuple[str, Tensor]] = []
 
     def record(name: str, module: nn.Module) -> Any:
-        return module.register_forward_hook(lambda _, __, given: outputs.append((name, given)))
+        def keep(_: nn.Module, __: Any, given: Any) -> None:
+            if isinstance(given, Tensor) and given.ndim in (2, inputs.ndim):  # not a list, nor tokens
+                outputs.append((name, given))
+
+        return module.register_forward_hook(keep)
 
     hooks = [record(name, m) for name, m in model.named_modules() if name and network.in_encoder(f"{name}.")]
     try:
@@ -77,7 +103,7 @@ def head_width(network: Network) -> int:
 
 def encoded_width(network: Network) -> int:
     """Return F, the number of features of ``encoded``."""
-    return _probe(network)[1] if network.architecture.encoder else head_width(network)
+    return _probe(network)[1] if network.parts.encoder else head_width(network)
 
 
 def bottleneck(network: Network) -> str:

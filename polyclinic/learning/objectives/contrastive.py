@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
-from polyclinic.learning.batch import Batch
+from polyclinic.learning.batch import Batch, chunks
 from polyclinic.learning.networks.latent import encoded, encoded_width, pooled, represent
 from polyclinic.learning.networks.model_tree import cached_model, initial
 from polyclinic.learning.objectives.distillation_loss import Said
@@ -75,10 +75,8 @@ class Contrast:
         """Return the projections [n, width] of all of ``data``, in order."""
         model = cached_model(self, params, device, "keys").eval()
         with torch.no_grad():
-            chunks = [
-                self.embed(model, data[c][0].to(device)).cpu() for c in torch.arange(len(data)).split(size) if len(c)
-            ]
-        return torch.cat(chunks) if chunks else torch.zeros(0, self.width)
+            parts = [self.embed(model, data[c][0].to(device)).cpu() for c in chunks(data, size) if len(c)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.width)
 
 
 def nce(logits: Tensor, positive: Tensor) -> Tensor:

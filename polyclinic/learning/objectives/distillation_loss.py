@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.batch import Batch
+from polyclinic.learning.batch import Batch, chunks
 from polyclinic.learning.networks.latent import head_width, pooled, represent
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
@@ -64,7 +64,7 @@ def answers(task: Task, params: Tree, data: Any, device: str = "cpu", size: int 
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
     with torch.no_grad():
-        for chunk in torch.arange(len(data)).split(size):
+        for chunk in chunks(data, size):
             if len(chunk):
                 x, y = data[chunk]
                 z = model(x.to(device))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from polyclinic.core.serialization import savable
 from polyclinic.core.tree import Tree
+from polyclinic.learning.batch import chunks, targets_of
 
 
 @savable("statistics.Summary", 1)
@@ -70,7 +71,7 @@ class Summary:
 def count_up(data: Any, classes: int) -> dict[str, Tensor]:
     """Sum over ``data`` in double precision: counts and moments by channel, examples, and targets by class."""
     sums: dict[str, Tensor] = {"examples": torch.tensor(float(len(data)), dtype=torch.float64)}
-    for chunk in torch.arange(len(data)).split(256):
+    for chunk in chunks(data, 256):
         x, y = data[chunk]
         values = x.double().transpose(0, 1).flatten(1)
         known = values.isfinite()
@@ -86,6 +87,12 @@ def count_up(data: Any, classes: int) -> dict[str, Tensor]:
     return sums
 
 
+def class_counts(data: Any, classes: int) -> Tensor:
+    """Return the number of examples of each class in ``data``, whose targets are classes: [classes], float64."""
+    labels = targets_of(data) if len(data) else torch.zeros(0, dtype=torch.int64)
+    return torch.bincount(labels, minlength=classes).double()
+
+
 def spread_out(data: Any, edges: Tensor) -> dict[str, Tensor]:
     """Sum over ``data`` in a second pass, for a histogram with ``edges`` [channels, bins + 1] around the mean.
 
@@ -95,7 +102,7 @@ def spread_out(data: Any, edges: Tensor) -> dict[str, Tensor]:
     """
     counts = torch.zeros(edges.shape[0], edges.shape[1] + 1, dtype=torch.float64)
     around = torch.zeros(edges.shape[0], dtype=torch.float64)
-    for chunk in torch.arange(len(data)).split(256):
+    for chunk in chunks(data, 256):
         values = data[chunk][0].double().transpose(0, 1).flatten(1)
         for channel, (row, own) in enumerate(zip(values, edges, strict=True)):
             known = row[row.isfinite()]

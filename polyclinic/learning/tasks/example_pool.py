@@ -33,6 +33,25 @@ class Untargeted:
 
 
 @dataclass(frozen=True)
+class UntargetedViews(Untargeted):
+    """The same for data on disk, of whose images random views are drawn."""
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """The shape of a view."""
+        return tuple(self.data.patch)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an input."""
+        return tuple(self.data.shape)
+
+    def draw(self, i: int, rng: torch.Generator, forced: bool, size: tuple[int, ...]) -> Batch:
+        """Return a random view of example ``i``, and its position. It is never forced, since that reveals a target."""
+        return self.data.draw(i, rng, False, size)[0], torch.tensor(i)
+
+
+@dataclass(frozen=True)
 class Chained:
     """Several data sets concatenated in order, without their targets."""
 
@@ -56,6 +75,30 @@ class Chained:
         return inputs, index.clone()
 
 
+@dataclass(frozen=True)
+class ChainedViews(Chained):
+    """The same for data on disk, of whose images random views are drawn."""
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """The shape of a view."""
+        return tuple(self.parts[0].patch)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an input."""
+        return tuple(self.parts[0].shape)
+
+    def draw(self, i: int, rng: torch.Generator, forced: bool, size: tuple[int, ...]) -> Batch:
+        """Return a random view of example ``i``, and its position. It is never forced, since that reveals a target."""
+        begin = 0
+        for part in self.parts:
+            if i < begin + len(part):
+                return part.draw(i - begin, rng, False, size)[0], torch.tensor(i)
+            begin += len(part)
+        raise IndexError(f"no example at {i}; there are {begin} examples")
+
+
 def size(data: Mapping[str, Any], role: str) -> int:
     """Return the number of examples with ``role``."""
     return len(data.get(role, ()))
@@ -63,12 +106,17 @@ def size(data: Mapping[str, Any], role: str) -> int:
 
 def unlabeled(data: Mapping[str, Any]) -> Untargeted:
     """Return the unlabeled examples without their targets."""
-    return Untargeted(data.get("unlabeled", ()))
+    return _untargeted(data.get("unlabeled", ()))
 
 
 def all_inputs(data: Mapping[str, Any]) -> Chained:
     """Return all inputs for training, labeled or not, without targets."""
-    return Chained(tuple(data[role] for role in ("train", "unlabeled") if size(data, role)))
+    parts = tuple(data[role] for role in ("train", "unlabeled") if size(data, role))
+    return ChainedViews(parts) if parts and all(hasattr(part, "draw") for part in parts) else Chained(parts)
+
+
+def _untargeted(data: Any) -> Untargeted:
+    return UntargetedViews(data) if hasattr(data, "draw") else Untargeted(data)
 
 
 def public(data: Mapping[str, Any], who: str, method: str) -> Untargeted:
@@ -82,7 +130,7 @@ def public(data: Mapping[str, Any], who: str, method: str) -> Untargeted:
             f"{method} distills on public images, and {who} has none: provide identical data with the role 'public' at "
             "every site and the server, or choose a method without public images, such as fedavg"
         )
-    return Untargeted(data["public"])
+    return _untargeted(data["public"])
 
 
 def endless(local: LocalTraining, data: Any, rng: torch.Generator, device: str = "cpu") -> Iterator[Batch]:

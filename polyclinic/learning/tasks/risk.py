@@ -8,6 +8,7 @@ import torch
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model, gradient, trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import seeded
@@ -31,7 +32,7 @@ def risk(task: Task, params: Tree, site: Site, round: int, role: str = "train", 
         raise ConfigError(f"{site.name} has no {role} data: this method needs some at every site")
     model, total = cached_model(task, params, site.device).eval(), 0.0
     with torch.inference_mode(), seeded(site.rng(round, "risk", role), site.device):
-        for chunk in torch.arange(len(data)).split(CHUNK):
+        for chunk in chunks(data, CHUNK):
             x, y = data[chunk]
             total += float(task.loss(model, (x.to(site.device), y.to(site.device)))) * len(chunk)
     return total / len(data)
@@ -45,7 +46,7 @@ def full_gradient(task: Task, params: Tree, site: Site, round: int, role: str = 
     data, model = site.data[role], cached_model(task, params, site.device)
     total: dict[str, torch.Tensor] = {}
     with seeded(site.rng(round, "gradient", role), site.device):
-        for chunk in torch.arange(len(data)).split(CHUNK):
+        for chunk in chunks(data, CHUNK):
             x, y = data[chunk]
             share = len(chunk) / len(data)
             for name, g in gradient(task.loss(model, (x.to(site.device), y.to(site.device))) * share, model).items():

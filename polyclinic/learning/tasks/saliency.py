@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polyclinic.core.execution import Refused
 from polyclinic.core.tree import Tree
+from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.task import Task
 
@@ -55,7 +56,7 @@ def saliency(
     owner = torch.tensor([number[name] for name in names])
     total: Tensor | None = None
     votes = 1.0 / torch.bincount(owner).double()  # the weight of an example within its patient
-    for chunk in torch.arange(len(data)).split(size):
+    for chunk in chunks(data, size):
         x = data[chunk][0].to(device)
         maps = gradients.attribute(x, n_steps=steps, internal_batch_size=4 * size).detach().abs().double().cpu()
         maps = maps.sum(1) if maps.ndim > 2 else maps

@@ -1,16 +1,17 @@
 """Segmentation in two and three dimensions, with defined scores for empty masks."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.lesions import Lesions, lesion_scores
+from polyclinic.learning.tasks.segmentation_loss import supervised
+from polyclinic.learning.tasks.surface_distances import surfaces
 from polyclinic.learning.tasks.task import Task
 
 DEFAULT_TOLERANCE_MM = 2.0
@@ -62,48 +63,53 @@ class Segmentation(Task):
         tolerance_mm: Distance up to which two surfaces agree, for the surface Dice; 2 mm by default. If pixel sizes are
             not known, there is no default, and the unit is a pixel.
         window: Patch size for sliding-window prediction of large volumes; the whole image by default.
+        lesions: Whether to compare lesions one by one in full metrics (``lesions.py``).
+        lesion_dilation: Times the true lesions are dilated before they are separated.
+        lesion_smallest: Volume in mm³ (pixels if spacings are unknown) up to which true lesions are left out.
         space: ``"native"``: scores are on the grid of the files where it is known; ``"grid"``: on that of the network.
+        batch_dice: Whether the loss takes the Dice of all images of a minibatch together.
     """
 
     spacing_mm: tuple[float, ...] | None = None
     tolerance_mm: float | None = None
     window: tuple[int, ...] | None = None
     space: Literal["native", "grid"] = "native"
+    lesions: bool = False
+    lesion_dilation: int = 3
+    lesion_smallest: float = 50.0
+    batch_dice: bool = False
 
     kind: ClassVar[str] = "segmentation"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021).
 
-        Pixels without annotation count in neither.
+        Pixels without annotation count in neither. The losses of a network with deep supervision are weighted.
         """
-        from monai.losses import DiceLoss
+        return supervised(model(batch[0]), batch[1], IGNORED, self.batch_dice)
 
-        prediction = model(batch[0])
-        scores: Tensor = prediction if isinstance(prediction, Tensor) else prediction[0]
-        target = batch[1].unsqueeze(1)
-        known = target != IGNORED
-        classes = torch.arange(scores.shape[1], device=scores.device).view(-1, *[1] * (scores.ndim - 2))
-        one_hot = (target == classes).to(scores.dtype)  # not by scatter_, which DP-SGD cannot batch
-        dice: Tensor = DiceLoss(include_background=False)(scores.softmax(1) * known, one_hot)
-        total = F.cross_entropy(scores, batch[1], ignore_index=IGNORED, reduction="sum")
-        return dice + total / known.sum().clamp_min(1)
+    def predict(self, model: nn.Module, inputs: Tensor, patch: tuple[int, ...] | None = None) -> Tensor:
+        """Return class scores [b, C, *spatial], by sliding windows if ``window`` or ``patch`` is set.
 
-    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Return class scores [b, C, *spatial], by sliding windows if ``window`` is set."""
-        if self.window is None:
+        Args:
+            model: The network.
+            inputs: Images [b, C, *spatial] of any size.
+            patch: Shape of the patches that the network was trained on; ``window`` takes precedence.
+        """
+        if (window := self.window or patch) is None:
             scores = model(inputs)
         else:
             from monai.inferers import sliding_window_inference
 
-            scores = sliding_window_inference(inputs, self.window, 2, model, overlap=0.25, mode="gaussian")
+            scores = sliding_window_inference(inputs, window, 2, model, overlap=0.5, mode="gaussian")
         return scores if isinstance(scores, Tensor) else scores[0]
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
-        """Return ``dice``, ``empty`` and ``absent`` [b, K] for K foreground classes, compared on the network's grid.
+        """Return ``dice``, ``empty``, ``absent`` and ``blank`` [b, K] for K foreground classes.
 
-        With full metrics also ``volume_error``, the relative difference of volumes, and the metrics of
-        ``agreement`` in mm if pixel sizes are known, else in pixels.
+        Masks are compared on the network's grid. ``blank`` marks empty truth. With full metrics also ``volume_error``,
+        the relative difference of volumes, and the metrics of ``agreement`` in mm if pixel sizes are known, else in
+        pixels.
         """
         scores = self.predict(model, batch[0])
         return self._compared(scores.argmax(1), batch[1], scores.shape[1], self.spacing_mm, full_metrics)
@@ -113,34 +119,61 @@ class Segmentation(Task):
     ) -> dict[str, Tensor]:
         """Return the same for the examples of ``data`` at ``index``, compared on the original grids if known.
 
-        Images are predicted together if they have one shape, and compared one by one.
+        Images are predicted together if they have one shape, and compared one by one. Images of data with a ``patch``
+        are on disk: they are read and predicted one by one, by sliding windows. If the data are slices with known
+        positions, the numbers of pixels are added and ``sliced`` marks them, so that the slices of a patient are scored
+        as one volume.
         """
-        measured = getattr(data, "measured", None)
+        measured, sliced = getattr(data, "measured", None), getattr(data, "positions", None) is not None
+        patch = getattr(data, "patch", None)
         if measured is None:
-            return super().outputs_of(model, data, index, device, full_metrics=full_metrics)
-        known: list[ScoredCase] = [data.case(i) for i in index.tolist()]
+            x, y = data[index]
+            scores = self.predict(model, x.to(device))
+            return self._compared(
+                scores.argmax(1), y.to(device), scores.shape[1], self.spacing_mm, full_metrics, sliced
+            )
         parts = []
+        if patch is not None:
+            for i in index.tolist():
+                case: ScoredCase = data.case(i)
+                scores = self.predict(model, case.inputs[None].to(device), patch)[0].cpu()
+                parts.append(self._scored(case, scores, measured, full_metrics, sliced))
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        known: list[ScoredCase] = [data.case(i) for i in index.tolist()]
         one_shape = len({case.inputs.shape for case in known}) == 1
         for group in [known] if one_shape else [[case] for case in known]:
             scores = self.predict(model, torch.stack([case.inputs for case in group]).to(device)).cpu()
             for case, score in zip(group, scores, strict=True):
-                parts.append(self._scored(case, score, measured, full_metrics))
+                parts.append(self._scored(case, score, measured, full_metrics, sliced))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _scored(self, case: ScoredCase, scores: Tensor, measured: bool, full_metrics: bool) -> dict[str, Tensor]:
+    def _scored(
+        self, case: ScoredCase, scores: Tensor, measured: bool, full_metrics: bool, sliced: bool
+    ) -> dict[str, Tensor]:
         """Return the outputs of one case, given its class scores [C, *grid]."""
         if self.space == "grid":
             labels, truth, known = scores.argmax(0), case.truth_on_grid, self.spacing_mm or case.grid_spacing_mm
         else:
             labels, truth, known = case.labels(scores).long(), case.truth, case.spacing_mm
-        return self._compared(labels[None], truth[None], len(scores), known if measured else None, full_metrics)
+        spacing = known if measured else None
+        return self._compared(labels[None], truth[None], len(scores), spacing, full_metrics, sliced)
 
     def _compared(
-        self, labels: Tensor, truth: Tensor, classes: int, spacing_mm: tuple[float, ...] | None, full_metrics: bool
+        self,
+        labels: Tensor,
+        truth: Tensor,
+        classes: int,
+        spacing_mm: tuple[float, ...] | None,
+        full_metrics: bool,
+        sliced: bool = False,
     ) -> dict[str, Tensor]:
         spacing = spacing_mm or self.spacing_mm
         tolerance = self.tolerance_mm or (None if spacing is None else DEFAULT_TOLERANCE_MM)
-        return agreement(labels, truth, classes, spacing, tolerance, full_metrics=full_metrics)
+        lesions = Lesions(self.lesion_dilation, self.lesion_smallest) if self.lesions and full_metrics else None
+        found = agreement(
+            labels, truth, classes, spacing, tolerance, full_metrics=full_metrics, counts=sliced, lesions=lesions
+        )
+        return found | ({"sliced": torch.ones(len(labels), dtype=torch.uint8)} if sliced else {})
 
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Compute mean Dice over cases and classes, the fraction of empty predictions, and distances if present.
@@ -153,7 +186,20 @@ class Segmentation(Task):
             return metrics
         names = [name for name in ("dice", *FULL_METRICS) if name in outputs]
         metrics |= {name: float(outputs[name][present].mean()) for name in names}
+        if "sliced" in outputs:
+            metrics["dice"] = _dice_of_volumes(outputs)
         return metrics | {"loss": 1 - metrics["dice"]}
+
+
+def _dice_of_volumes(outputs: Tree) -> float:
+    """Return the mean Dice over patients and classes, with the slices of a patient as one volume."""
+    patient = outputs["patient"].long()
+    sums = {}
+    for name in ("overlap", "predicted", "reference"):
+        values = outputs[name].double()
+        sums[name] = values.new_zeros(int(patient.max()) + 1, values.shape[1]).index_add_(0, patient, values)
+    both = sums["predicted"] + sums["reference"]
+    return float((2 * sums["overlap"] / both)[both > 0].mean())
 
 
 def agreement(
@@ -164,6 +210,8 @@ def agreement(
     tolerance_mm: float | None = None,
     *,
     full_metrics: bool = False,
+    counts: bool = False,
+    lesions: Lesions | None = None,
 ) -> dict[str, Tensor]:
     """Compare two label maps [b, *spatial] for each case and foreground class: tensors [b, classes - 1].
 
@@ -177,6 +225,8 @@ def agreement(
         spacing_mm: Pixel size. Without it distances and volumes are in pixels, and their names end in ``_px``.
         tolerance_mm: Tolerance of the surface Dice ``nsd`` in mm (pixels without ``spacing_mm``); None for no ``nsd``.
         full_metrics: Whether to compute distances and volumes.
+        counts: Whether to include the numbers of pixels: ``predicted``, ``reference``, and in both (``overlap``).
+        lesions: How lesions are separated, to compare them one by one; None to leave this out.
     """
     labels = torch.arange(1, classes, device=target.device).view(1, -1, *[1] * (target.ndim - 1))
     p, t = (predicted.unsqueeze(1) == labels) & (target.unsqueeze(1) != IGNORED), target.unsqueeze(1) == labels
@@ -187,13 +237,18 @@ def agreement(
         "dice": torch.where(neither, 1.0, 2.0 * both / (in_p + in_t).clamp_min(1)),
         "empty": (in_p == 0) & (in_t > 0),
         "absent": neither,
+        "blank": in_t == 0,
     }
+    if counts:
+        metrics |= {"overlap": both, "predicted": in_p, "reference": in_t}
+    if lesions is not None:
+        metrics |= lesion_scores(p, t, spacing_mm, lesions)
     if full_metrics:
         spacing = spacing_mm or (1.0,) * len(axes)
-        surfaces = _surfaces(p, t, spacing, tolerance_mm)
-        metrics["hd95" if spacing_mm else "hd95_px"] = surfaces["hd95"]
+        distances = surfaces(p, t, spacing, tolerance_mm)
+        metrics["hd95" if spacing_mm else "hd95_px"] = distances["hd95"]
         if tolerance_mm is not None:
-            metrics["nsd"] = surfaces["nsd"]
+            metrics["nsd"] = distances["nsd"]
         difference = (in_p - in_t).abs()
         metrics["volume_error"] = torch.where(in_t > 0, difference / in_t.clamp_min(1), (in_p > 0).float())
         if spacing_mm and len(axes) > 2:
@@ -203,39 +258,3 @@ def agreement(
         else:
             metrics["volume_px"] = difference.float()
     return metrics
-
-
-def _surfaces(p: Tensor, t: Tensor, spacing: tuple[float, ...], tolerance: float | None) -> dict[str, Tensor]:
-    """Return the 95th percentile of surface distances, and the fraction of surfaces within ``tolerance``, if given."""
-    axes = tuple(range(2, p.ndim))
-    diagonal = sum((side * mm) ** 2 for side, mm in zip(p.shape[2:], spacing, strict=True)) ** 0.5
-    some_p, some_t = p.any(dim=axes), t.any(dim=axes)
-    distance = torch.where(some_p == some_t, 0.0, diagonal)
-    share = (some_p == some_t).float()
-    with warnings.catch_warnings():  # MONAI warns about its internal use of a deprecated option
-        warnings.simplefilter("ignore", FutureWarning)
-        _measure(p, t, some_p & some_t, spacing, tolerance, distance, share)
-    return {"hd95": distance, "nsd": share}
-
-
-def _measure(
-    p: Tensor,
-    t: Tensor,
-    both: Tensor,
-    spacing: tuple[float, ...],
-    tolerance: float | None,
-    distance: Tensor,
-    share: Tensor,
-) -> None:
-    """Fill in ``distance`` and ``share`` where both surfaces exist."""
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-
-    for case, label in both.nonzero().tolist():
-        pair = [mask[case, label][None, None].float() for mask in (p, t)]
-        distance[case, label] = compute_hausdorff_distance(
-            *pair, include_background=True, percentile=95, spacing=spacing
-        )
-        if tolerance is not None:
-            share[case, label] = compute_surface_dice(
-                *pair, class_thresholds=[tolerance], include_background=True, spacing=spacing
-            )

@@ -38,6 +38,19 @@ from polyclinic.learning.training.minibatches import Sampler
 __all__ = ["DPSGD", "Spend", "Unit", "add_noise", "meter", "metered", "per_example_gradients"]
 
 
+def refuse_private(local: LocalTraining, method: str, reason: str) -> None:
+    """Refuse private training for a method whose loss is not a sum over examples.
+
+    Raises:
+        ConfigError: If ``local`` is private. The message is ``reason`` and what to change.
+    """
+    if isinstance(local, DPSGD):
+        raise ConfigError(
+            f"{method}: {reason}, which private training (DP-SGD) cannot bound by patient: remove training.private, or "
+            "use another method"
+        )
+
+
 class Member(NamedTuple):
     """One protected unit: its name, and the indices of its images."""
 

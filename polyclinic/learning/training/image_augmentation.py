@@ -86,7 +86,9 @@ class ImageAugmentation:
             return Placement(size, matrix, shift)
         reach = matrix.abs() @ torch.tensor(size, dtype=torch.float64) + 2 * shift.abs() + 1
         bound = transforms.enlarged(size, self.rotation, self.scaling is not None)
-        source = tuple(min(max(n, math.ceil(float(r))), b) for n, r, b in zip(size, reach, bound, strict=True))
+        wanted = (min(float(r), b) for r, b in zip(reach, bound, strict=True))
+        # As many voxels on both sides, so that the center stays where it is.
+        source = tuple(n + 2 * max(0, math.ceil((w - n) / 2)) for n, w in zip(size, wanted, strict=True))
         return Placement(source, matrix, shift)
 
     def __call__(self, x: Tensor, y: Tensor, place: Placement, size: tuple[int, ...], rng: torch.Generator) -> Any:

@@ -8,7 +8,7 @@ own loop.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, TypeAlias
 from weakref import WeakSet
 
@@ -295,6 +295,11 @@ class LocalTraining:
                 yield
         else:
             yield
+
+
+def plain(local: LocalTraining) -> LocalTraining:
+    """Return the settings of ``local`` without those of a subclass, such as privacy."""
+    return LocalTraining(**{field.name: getattr(local, field.name) for field in fields(LocalTraining)})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ are listed together. Adaptations are linear maps of the given tensor, which a st
   channels, which is exact for a gray image that was replicated; ``mean`` divides that by the number of given channels.
 * ``inflate``: 2-D convolutions for volumes, of size k along the added axis. ``mean`` gives ``W / k`` at each position,
   which is exact for inputs that are constant along the axis (Carreira and Zisserman, "Quo vadis, action recognition?",
-  CVPR 2017, section 2.3, https://arxiv.org/abs/1705.07750); ``center`` puts W in the middle, and 0 at the others.
+  CVPR 2017, section 2.3, https://arxiv.org/abs/1705.07750); ``center`` puts W in the middle and 0 on either side.
 * ``grid``: learned position embeddings of another grid of patches, by bicubic interpolation (Dosovitskiy et al., "An
   Image is Worth 16x16 Words", ICLR 2021, section 3.2, https://arxiv.org/abs/2010.11929); trilinear for volumes. Class
   and register tokens are not interpolated.

@@ -20,7 +20,7 @@ from polyclinic.core.aggregates import ElementwiseMean, Reply, WeightedMean
 from polyclinic.core.method import Job, Method, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.batch import Batch
+from polyclinic.learning.batch import Batch, chunks, targets_of
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.distillation_loss import divergence, look
 from polyclinic.learning.tasks.example_pool import Untargeted, public
@@ -80,7 +80,7 @@ class FedAD(Method[State]):
         p = (logits.softmax(1) * self.levels).round() / self.levels
         if self.noise:
             p = (p + self.noise * site.secret_rng().normal(*p.shape).to(p)).clamp(0, 1)
-        targets = torch.cat([train[chunk][1] for chunk in torch.arange(len(train)).split(256)])
+        targets = targets_of(train)
         count = targets.bincount(minlength=p.shape[1]).to(p).expand_as(p).contiguous()
         scores = ElementwiseMean.of({"p": p}, {"p": count})
         return Reply({"scores": scores, "attention": WeightedMean.of({"where": where}, float(len(train)))}), memory
@@ -103,5 +103,5 @@ class FedAD(Method[State]):
         """Return the model's logits of each image, and its attention."""
         model = cached_model(self.task, params, device).eval()
         with torch.no_grad():
-            parts = [look(model, images[chunk][0].to(device)) for chunk in torch.arange(len(images)).split(64)]
+            parts = [look(model, images[chunk][0].to(device)) for chunk in chunks(images, 64)]
         return torch.cat([z.cpu() for z, _ in parts]), torch.cat([where.cpu() for _, where in parts])

@@ -20,6 +20,7 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.data_sums import class_counts
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.site_weights import SizeWeighted
@@ -65,8 +66,7 @@ class FedSLD(SizeWeighted[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, data = request.trees["params"], site.data["train"]
         if request.job == "count":
-            labels = torch.cat([data[i][1] for i in torch.arange(len(data)).split(256)])
-            found = torch.bincount(labels, minlength=self.task.network.outputs).double()
+            found = class_counts(data, self.task.network.outputs)
             return Reply({"classes": WeightedMean({"counts": found}, 1.0)}), memory
         counts = request.trees["counts"]["counts"]
         prior = counts / counts.sum()  # p(c) = Σ_i n_{i,c} / Σ_i n_i

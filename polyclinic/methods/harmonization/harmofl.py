@@ -13,8 +13,7 @@ spectrum; the published code's covers one frequency only. Normalization layers a
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
@@ -23,12 +22,10 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.batch import Batch
-from polyclinic.learning.networks.functional import at, still
-from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, spectrum
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.sharpness import sharpened
 from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.harmonization.input_front import fronted, with_front
 
@@ -84,7 +81,8 @@ class HarmoFL(SizeWeighted[State]):
         if request.job == "amplitude":
             return Reply({"amplitude": WeightedMean.of({"low": self._amplitude(site, request.round)})}), memory
         start = request.trees["params"]
-        end = self.local.fit(self.prediction_task, start, site, request.round, loss=self.loss if self.alpha else None)
+        loss = sharpened(self.task.loss, self.alpha) if self.alpha else None
+        end = self.local.fit(self.prediction_task, start, site, request.round, loss=loss)
         return Reply({"update": self.update(end, start, site)}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
@@ -93,19 +91,10 @@ class HarmoFL(SizeWeighted[State]):
             return State(0, with_front(self.prediction_task, state.params, amplitude), True)
         return State(state.round + 1, reply.mean("update").apply_to(state.params), True)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return ``L(θ + δ)`` with ``δ = α ∇L(θ) / ‖∇L(θ)‖``, whose gradient at θ is that of L at θ + δ."""
-        named = trainable(model)
-        with still(model):
-            slopes = torch.autograd.grad(self.task.loss(model, batch), list(named.values()), allow_unused=True)
-        found = {name: g for name, g in zip(named, slopes, strict=True) if g is not None}
-        length = torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()
-        moved = {name: named[name] + self.alpha * g / (length + 1e-12) for name, g in found.items()}
-        return at(model, moved, self.task.loss, batch)
-
     def _amplitude(self, site: Site, round: int) -> Tensor:
         """Return ``Â ← (1 − v) Â + v · mean A(x)`` over the minibatches of an epoch, low frequencies: [C, *window]."""
-        once, rng = replace(self.local, epochs=1, steps=None, augment=None), site.rng(round, "amplitude")
+        once = replace(self.local, epochs=1, steps=None, augment=None, augmentation=None)
+        once, rng = replace(once, balance=0.0, balance_patients=False), site.rng(round, "amplitude")
         running: Tensor | None = None
         for x, _ in once.batches(site.data["train"], rng):
             mean = crop(spectrum(x)[0], self.window).mean(0)

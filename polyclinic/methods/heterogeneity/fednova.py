@@ -56,6 +56,11 @@ class FedNova(FedAvg):
                 f'FedNova normalizes the work of SGD: set training.optimizer = "sgd", not {self.local.optimizer}'
             )
         accumulation(1, self.local.momentum, self.mu)
+        if self.local.schedule or self.local.nesterov or self.local.keeps_optimizer:
+            raise ConfigError(
+                "FedNova's formula is for steps of one size and a momentum that begins anew each round: remove "
+                "schedule and nesterov, and set keep_optimizer = false"
+            )
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]

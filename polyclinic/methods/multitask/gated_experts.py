@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
 from polyclinic.learning.networks.composite import Composed
-from polyclinic.learning.networks.latent import head_width, pooled
+from polyclinic.learning.networks.latent import head_name, head_width, pooled
 from polyclinic.learning.networks.model_tree import initial
 from polyclinic.learning.tasks.task import Task
 
@@ -43,7 +43,7 @@ class Gated(Composed):
     def __call__(self) -> nn.Module:
         """Build a module with random parameters."""
         model, base = self.network(), self.network
-        place = next(name for name, _ in model.named_modules() if self.in_head(f"{name}."))
+        place = head_name(self, model)
         parent, _, last = place.rpartition(".")
         setattr(model.get_submodule(parent), last, GatedHead(head_width(base), self.outputs, self.experts, self.width))
         return model

@@ -17,6 +17,7 @@ from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model, live_batch_norms, params_of
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
@@ -137,7 +138,7 @@ def loss_on(task: Task, params: Tree, data: Any, device: str = "cpu", size: int 
     """Return the mean loss of ``params`` over all examples of ``data``; infinite if it is not a number."""
     model, summed = cached_model(task, params, device).eval(), 0.0
     with torch.no_grad():
-        for chunk in torch.arange(len(data)).split(size):
+        for chunk in chunks(data, size):
             x, y = data[chunk]
             summed += float(task.loss(model, (x.to(device), y.to(device)))) * len(chunk)
     mean = summed / len(data)

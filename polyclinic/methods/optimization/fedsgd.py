@@ -6,13 +6,13 @@ Decentralized Data", AISTATS 2017, section 2. https://arxiv.org/abs/1602.05629.
 
 from dataclasses import dataclass
 
-import torch
-
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
+from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.training.local import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -29,11 +29,18 @@ class FedSGD(FedAvg):
 
     chunk: int = 256
 
+    def __post_init__(self) -> None:
+        if self.local.augmentation is not None or self.local.balance or self.local.balance_patients:
+            raise ConfigError(
+                "fedsgd takes the gradient of all examples as they are: remove augmentation, balance and "
+                "balance_patients, or choose fedavg"
+            )
+
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, data = request.trees["params"], site.data["train"]
         model = cached_model(self.task, start, site.device)
         with seeded(site.rng(request.round, "gradient"), site.device):
-            for chunk in torch.arange(len(data)).split(self.chunk):
+            for chunk in chunks(data, self.chunk):
                 x, y = data[chunk]
                 share = len(chunk) / len(data)
                 (self.task.loss(model, (x.to(site.device), y.to(site.device))) * share).backward()

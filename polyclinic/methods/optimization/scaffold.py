@@ -75,8 +75,8 @@ class Scaffold(SizeWeighted[State]):
         )
         # c_i⁺ = c_i − c + (x − y) / (K η_l)
         moved = tree.select(tree.sub(x, y), c.__contains__)
-        lr = self.local.rate(request.round)
-        c_new = tree.sub(tree.scale(moved, 1 / (self.local.count(data) * lr)), drift)
+        distance = self.local.distance(request.round, self.local.count(data))  # K η_l
+        c_new = tree.sub(tree.scale(moved, 1 / distance), drift)
         reply = Reply({"update": self.update(y, x, site), "control": WeightedMean.of(tree.sub(c_new, c_i))})
         return reply, {**memory, "control": c_new}
 

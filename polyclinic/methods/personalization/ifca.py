@@ -19,6 +19,7 @@ from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
@@ -98,7 +99,7 @@ class IFCA(SizeWeighted[State]):
         """Return F_i(θ), in evaluation mode."""
         model, data, loss = cached_model(self.task, params, site.device).eval(), site.data["train"], 0.0
         with torch.inference_mode():
-            for chunk in torch.arange(len(data)).split(64):
+            for chunk in chunks(data, 64):
                 x, y = data[chunk]
                 loss += float(self.task.loss(model, (x.to(site.device), y.to(site.device)))) * len(chunk)
         return loss / len(data)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.learning.networks.composite import Composed
-from polyclinic.learning.networks.latent import pooled
+from polyclinic.learning.networks.latent import head_name, pooled
 from polyclinic.learning.networks.model_mixture import prediction as first_output
 
 
@@ -42,7 +42,7 @@ class _GraphHeaded(nn.Module):
         super().__init__()
         labels, width = build.network.outputs, build.width
         self.body, self.labels = build.network(), labels
-        name = next(name for name, _ in self.body.named_modules() if name and build.network.in_head(f"{name}."))
+        name = head_name(build.network, self.body)
         _replace(self.body, name, nn.Identity())
         self.nodes = nn.Linear(build.features, labels * width)
         self.graph = _LabelGraph(labels, width, build.depth)

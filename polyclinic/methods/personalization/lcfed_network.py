@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from polyclinic.learning.networks.composite import Composed
+from polyclinic.learning.networks.latent import head_name
 from polyclinic.learning.networks.model_mixture import prediction
 
 
@@ -95,7 +96,7 @@ class _Calibrated(nn.Module):
     def __init__(self, build: Calibrated) -> None:
         super().__init__()
         self.net, self.window, dims = build.network(), build.window, len(build.inputs) - 1
-        self.place = next(n for n, _ in self.net.named_modules() if n and build.in_head(f"{n}."))
+        self.place = head_name(build.network, self.net)
         conv = nn.Conv2d if dims == 2 else nn.Conv3d
         self.calibrate = conv(2 * build.outputs * build.features, build.outputs, 1)
         size = sum(p.numel() for p in self.net.get_submodule(self.place).parameters())

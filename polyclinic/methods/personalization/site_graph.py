@@ -7,13 +7,12 @@ paper was available.
 
 from dataclasses import dataclass
 
-import torch
-
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import targets_of
 from polyclinic.learning.networks.latent import head_width
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
@@ -46,7 +45,7 @@ class SiteGraph(Personal):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         if "own" not in memory:
             data = site.data["train"]
-            edges = comorbidity(data[torch.arange(len(data))][1], self.task.network.outputs)
+            edges = comorbidity(targets_of(data), self.task.network.outputs)
             memory = {**memory, "own": {**request.trees["own"], "graph.adjacency": edges}}
         return super().site_update(request, memory, site)
 

@@ -29,6 +29,7 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import still
+from polyclinic.learning.networks.latent import head_name
 from polyclinic.learning.networks.model_momentum import follow_, ramp
 from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.class_relations import matrix, mismatch, relation_of, reliable
@@ -141,7 +142,7 @@ class FedIRM(Method[State]):
 
     def _passes(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return the logits [passes, b, C] of forward passes with dropout, which do not change running statistics."""
-        head = next(m for name, m in model.named_modules() if self.task.network.in_head(f"{name}."))
+        head = model.get_submodule(head_name(self.task.network, model))
         hook = head.register_forward_pre_hook(lambda _, given: (F.dropout(given[0], self.dropout), *given[1:]))
         try:
             if drops(self.task):

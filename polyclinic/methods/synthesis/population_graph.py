@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.composite import Composed
-from polyclinic.learning.networks.latent import features, head_width
+from polyclinic.learning.networks.latent import features, head_name, head_width
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.task import Task
 
@@ -68,7 +68,7 @@ class Population(nn.Module):
         A = normalized(whole)
         # H = ReLU(Â [h; ĥ] W), then once more over the graph; the present patients' rows are used
         mixed = A @ F.relu(A @ self.mix(torch.cat([h, self.imagine(h, edges)])))
-        head = next(m for name, m in self.base.named_modules() if self.network.in_head(f"{name}."))
+        head = self.base.get_submodule(head_name(self.network, self.base))
         return cast(Tensor, head(h + mixed[:n]))
 
 

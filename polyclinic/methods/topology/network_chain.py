@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
-from polyclinic.learning.networks.network_catalog import Classifier
+from polyclinic.learning.networks.small_networks import Classifier
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 

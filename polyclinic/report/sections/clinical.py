@@ -15,6 +15,7 @@ from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import amount, cell, digits_of, listed, number, whole, with_interval
 from polyclinic.report.page_blocks import Cell, Folded, Pair, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.report.sections.local_adjustment import prediction_sets_blocks, recalibration_blocks
 from polyclinic.statistics.undefined import Undefined
 
 TRAINING, EXTERNAL = "Training sites", "External"
@@ -70,8 +71,9 @@ def _calibration(page: ReportContext, first: MethodResult) -> Section:
     blocks: list[Any] = [_summary(page, first)]
     binary = next(iter(groups.values())).score.shape[1] == 2 and page.run.info.task == "classification"
     if binary:
-        away = [s for s in external_sites(page.run) if s in first.sites]
-        sites = away or [s for s in training_sites(page.run) if s in first.sites]
+        shown = [s for s in first.sites if page.result.patients[s] >= page.result.options.min_cell]
+        away = [s for s in external_sites(page.run) if s in shown]
+        sites = away or [s for s in training_sites(page.run) if s in shown]
         curve = decision_curve(page.data, first.label, sites)
         place = "external sites" if away else "training sites"
         alt = f"Decision curve: net benefit over threshold probabilities, mean over {place}; values in the table."
@@ -81,8 +83,10 @@ def _calibration(page: ReportContext, first: MethodResult) -> Section:
             "question; at the prevalence of other patients the curve is another."
         )
         pictures.append(Picture(figures.decision_plot("decision", alt, curve), text))
-        blocks += [_by_site(page, first), *_operating(page, first), _curve_table(page, curve, place)]
+        blocks += [_by_site(page, first), *recalibration_blocks(page, first)]
+        blocks += [*_operating(page, first), _curve_table(page, curve, place)]
         blocks.append(_gains_by_site(page, first))
+    blocks += prediction_sets_blocks(page, first)
     title = "Calibration and clinical use" if binary else "Calibration"
     return Section("calibration", title, [Pair(pictures), *blocks, _bins_table(bins)])
 
@@ -255,6 +259,13 @@ def empty_predictions(page: ReportContext, first: MethodResult, site: str) -> fl
     return float(np.mean(counts)) if counts else None
 
 
+def blank_share(page: ReportContext, first: MethodResult, site: str) -> float | None:
+    """Return the share of images and classes with an empty target; None if not recorded."""
+    arms = [page.run.arms[first.label, s][site] for s in first.seeds]
+    shares = [float(a.cases["blank"].astype(bool).mean()) for a in arms if "blank" in a.cases]
+    return float(np.mean(shares)) if shares else None
+
+
 def _values(page: ReportContext, first: MethodResult) -> Section:
     """Return the section of per-case values, and for segmentation of empty masks."""
     title = page.title(first.label)
@@ -263,7 +274,9 @@ def _values(page: ReportContext, first: MethodResult) -> Section:
     for site, estimates in first.sites.items():
         cells = {m.name: Cell(with_interval(e := estimates[m.name], digits_of(m)), e.value) for m in shown}
         empty = empty_predictions(page, first, site)
-        rows.append({"site": site, **cells, "empty": amount(empty, 0 if empty is None or empty == int(empty) else 1)})
+        known = {"blank": amount(blank_share(page, first, site), 2)}
+        known["empty"] = amount(empty, 0 if empty is None or empty == int(empty) else 1)
+        rows.append({"site": site, **cells, **known})
     columns = words(site="Site") + numbers(**{m.name: page.named(m) for m in shown})
     if page.run.info.task != "segmentation":
         return Section("cases", "Image quality", [Table("cases", f"{title}, mean over patients.", columns, rows)])
@@ -273,6 +286,12 @@ def _values(page: ReportContext, first: MethodResult) -> Section:
         "except in “Dice, both empty = 1”, which counts it as 1. "
         "“Empty predictions” is the number of the first kind, mean over seeds. " + SPACES[page.run.info.space]
     )
+    arms = [arm[s] for arm in page.run.arms.values() for s in first.sites if s in arm]
+    if any("sliced" in arm.cases for arm in arms):
+        note += " The slices of a patient are scored as one volume: Dice and volume error are of all slices together."
+    if any("blank" in arm.cases for arm in arms):
+        columns += numbers(blank="Share of empty truth")
+        note += " “Share of empty truth”: of all pairs of an image and a class, those whose target is empty."
     columns += numbers(empty="Empty predictions")
     return Section(
         "masks",

@@ -235,6 +235,8 @@ def _about_sites(page: ReportContext) -> Iterator[Finding]:
             yield Finding(2, f"{text}.")
     for site, estimates in first.sites.items():
         e = estimates[metric.name]
+        if result.patients[site] < result.options.min_cell:
+            continue
         if e.value is None and site in first.macro.without:
             yield Finding(4, f"The mean over sites is without {site}, where {metric.label} is undefined: {e.why}.")
         elif e.value is None:

@@ -97,6 +97,8 @@ def _levels(page: ReportContext) -> Table:
         "standard deviation between sites without sampling variation (random effects). The worst of several observed "
         "values is too low by selection; the shrunken value (empirical Bayes) corrects for that."
     )
+    if (least := result.options.min_cell) > 0:
+        note += f" Sites with fewer than {least} test patients are left out of means, which would reveal their values."
     without = {page.title(m.label): m.macro.without for m in result.methods if m.macro.without}
     if without:
         left = "; ".join(f"{m}: {listed(s)}" for m, s in without.items())

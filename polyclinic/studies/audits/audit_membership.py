@@ -21,7 +21,7 @@ from polyclinic.core.execution import UniformSampler
 from polyclinic.core.rounds import TooFewReplies, train
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
-from polyclinic.data.examples import Examples, concat
+from polyclinic.data.examples import Examples, concat, in_memory
 from polyclinic.data.federation import Federated
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.plan import Plan
@@ -78,7 +78,7 @@ class Pool:
         """Everybody who is labeled at ``sites``."""
         parts = [(s, r, data.sites[s][r]) for s in sites for r in ROLES if len(data.sites[s].get(r, ()))]
         return cls(
-            concat([part for *_, part in parts]),
+            concat([in_memory(part, "an audit of membership") for *_, part in parts]),
             tuple(site for site, _, part in parts for _ in range(len(part))),
             tuple(role for _, role, part in parts for _ in range(len(part))),
         )

@@ -74,6 +74,11 @@ def audit_training(
         raise NotAudited("the canary audit is of training with DP-SGD, and this method does not train so")
     if site not in plan.sites:
         raise NotAudited(f"{site} does not train under {plan.method}")
+    if hasattr(roles["train"], "patch"):
+        raise NotAudited(
+            "the canary audit adds examples to those in memory, and patch in [data] leaves the images of this study on "
+            "disk"
+        )
     claimed, delta, unit = _claimed(local, roles["train"], claim, rounds)
     wanted = min(max(FEWEST, canary.needed(claimed, delta) or 0), MOST) if canaries is None else canaries
     parameters = sum(p.numel() for p in trainable(plan.build_task().model()).values() if p.requires_grad)

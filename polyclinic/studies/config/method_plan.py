@@ -14,7 +14,7 @@ POOLED = "pooled"
 def plan_of(study: Study, method: MethodSpec, data: Federated, seed: int) -> Plan:
     """Return the plan of ``method`` with one seed, completed with the sites and example shapes of ``data``."""
     continuous = study.task.kind in ("regression", "reconstruction")  # a target has as many channels as the output
-    outputs = int(data.sites[data.training[0]]["train"].targets.shape[1]) if continuous else len(data.info.classes)
+    outputs = data.sites[data.training[0]]["train"].width if continuous else len(data.info.classes)
     return Plan(
         kind=study.task.kind,
         network=study.task.network,

@@ -26,9 +26,18 @@ def preflight(studies: Sequence[Study], out: Path) -> None:
     Raises:
         ConfigError: If something is missing. The message lists every problem, one per line.
     """
-    problems = list(dict.fromkeys([*(p for study in studies for p in _packages(study)), *_folder(out)]))
+    found = [p for study in studies for p in (*_device(study), *_packages(study))]
+    problems = list(dict.fromkeys([*found, *_folder(out)]))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _device(study: Study) -> Iterator[str]:
+    """Why the study's device cannot be used here, if so."""
+    try:
+        _ = study.engine.device_here
+    except ConfigError as error:
+        yield f"[engine] {error}"
 
 
 def _packages(study: Study) -> Iterator[str]:

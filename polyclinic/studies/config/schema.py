@@ -8,9 +8,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -83,6 +81,8 @@ class TaskSpec(Table):
     """The name of a network, as listed by ``polyclinic networks``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the network."""
+    loss: str | None = None
+    """The name of a loss of an installed package; by default that of the task."""
     class_weights: tuple[Positive, ...] | None = None
     """The weight of each class in the loss (classification)."""
     label_smoothing: Share | None = None
@@ -97,6 +97,8 @@ class TaskSpec(Table):
     """The tolerance of the surface Dice in mm (segmentation)."""
     window: tuple[int, ...] | None = None
     """The size of the sliding window at inference, in voxels (segmentation)."""
+    batch_dice: bool | None = None
+    """Whether the Dice loss is that of all images of a minibatch together, as in nnU-Net's 2-D mode (segmentation)."""
     residual: bool | None = None
     """Whether the network predicts the difference from its input (reconstruction)."""
     weights: Annotated[WeightsSpec, BeforeValidator(_weights)] | None = None
@@ -110,21 +112,28 @@ class TaskSpec(Table):
     ``lora`` the adapters and the head.
     """
 
+    UNSET: ClassVar[frozenset[str]] = frozenset({"batch_dice"})
+
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
+        from polyclinic.core import extensions
         from polyclinic.core.config_problems import nearest
-        from polyclinic.learning.networks.network_catalog import ARCHITECTURES
+        from polyclinic.learning.networks.architectures import network_names
 
-        if self.network not in ARCHITECTURES:
-            raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, ARCHITECTURES)}')
+        if self.network not in (known := network_names()):
+            raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, known)}')
+        if self.loss is not None and self.loss not in (losses := extensions.names("losses")):
+            raise ConfigError(
+                f'no installed package provides a loss called "{self.loss}"; there are {", ".join(losses) or "none"}'
+            )
         allowed = {
             "classification": {"class_weights", "label_smoothing"},
             "multilabel": set[str](),
-            "segmentation": {"spacing_mm", "tolerance_mm", "window"},
+            "segmentation": {"spacing_mm", "tolerance_mm", "window", "batch_dice"},
             "regression": {"center", "spread"},
             "reconstruction": {"residual"},
         }[self.kind]
-        if wrong := self.settings.keys() - allowed:
+        if wrong := self.settings.keys() - allowed - {"loss"}:
             raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
         if self.weights is None and (self.lora is not None or self.train not in (None, ("*",))):
             key = "train" if self.train else "lora"
@@ -238,12 +247,6 @@ class TrainingSpec(Table):
             "balance_patients",
         }
     )
-    """Keys that are left out of the hash and of plans if they are not set."""
-
-    @model_serializer(mode="wrap")
-    def _set_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if value is not None or key not in self.UNSET}
 
 
 class MethodSpec(Table):
@@ -267,6 +270,8 @@ class MethodSpec(Table):
     """Keys of ``[training]`` that differ for this method."""
     augmentation: AugmentationSpec | None = None
     """Replaces the study's ``[augmentation]`` for this method."""
+
+    UNSET: ClassVar[frozenset[str]] = frozenset({"augmentation"})
 
     @field_validator("name")
     @classmethod
@@ -340,6 +345,14 @@ class EvaluationSpec(Table):
     space: Literal["native", "grid"] | None = None
     """Where masks are compared: on the original grid of each file, or on the network's grid after resampling and
     cropping (segmentation). By default the original grid wherever the data come from image files."""
+    lesions: bool | None = None
+    """Whether lesions are also compared one by one on the test data: lesion-wise Dice and HD95 (BraTS 2023), and
+    sensitivity, F1 and false positives a case (segmentation)."""
+    lesion_dilation: Annotated[int, Field(ge=0, le=20)] | None = None
+    """The number of dilations before true lesions are separated: 3 in BraTS for gliomas (the default), 1 for
+    metastases, 0 to compare them as they are."""
+    lesion_smallest: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """The volume in mm³ up to which true lesions are left out, 50 by default; in pixels if spacings are unknown."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Rounds without improvement on validation data after which ``local`` and ``pooled`` end; federated methods run on.
     """
@@ -351,7 +364,22 @@ class EvaluationSpec(Table):
     @property
     def unset(self) -> set[str]:
         """The keys without a value, which are no part of a study's hash."""
-        return {key for key in ("space", "patience", "compare", "subgroups") if not getattr(self, key)}
+        lesions = ("lesions", "lesion_dilation", "lesion_smallest")
+        optional = ("space", *lesions, "patience", "compare", "subgroups")
+        return {key for key in optional if getattr(self, key) in (None, ())}
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The options of the task of segmentation that are set here."""
+        keys = ("space", "lesions", "lesion_dilation", "lesion_smallest")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+    @model_validator(mode="after")
+    def _lesions(self) -> "EvaluationSpec":
+        for key in ("lesion_dilation", "lesion_smallest"):
+            if getattr(self, key) is not None and not self.lesions:
+                raise ConfigError(f"{key} needs lesions = true")
+        return self
 
 
 class EngineSpec(Table):
@@ -380,12 +408,25 @@ class EngineSpec(Table):
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of each worker on a Ray cluster; a fraction shares one between workers."""
 
+    @property
+    def device_here(self) -> str:
+        """The device of this machine's workers. Those of a Ray cluster are not checked here.
+
+        Raises:
+            ConfigError: If this machine has no such device.
+        """
+        from polyclinic.engines.devices import chosen_device
+
+        return self.device if self.kind == "ray" else chosen_device(self.device)
+
     @model_validator(mode="after")
     def _fits(self) -> "EngineSpec":
         if self.kind != "ray" and self.model_fields_set & {"address", "gpus"}:
             raise ConfigError('address and gpus are for kind = "ray"')
         if self.kind != "ray" and (self.workers or 0) > 256:
             raise ConfigError("workers: at most 256 worker processes run on one machine")
+        if self.kind == "ray" and self.device == "auto":
+            raise ConfigError('device = "auto" is for one machine: set "cpu" or "cuda" for the workers of a cluster')
         if self.gpus and self.device == "cpu":
             raise ConfigError('gpus: set device = "cuda" to use the GPUs of the workers')
         return self

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
@@ -21,6 +21,7 @@ from polyclinic.methods import registry as methods
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
+from polyclinic.studies.config.planned_study import with_plan
 from polyclinic.studies.config.schema import (
     AttackSpec,
     EngineSpec,
@@ -82,6 +83,8 @@ class Study(Table):
     attack: AttackSpec | None = None
     engine: EngineSpec = EngineSpec()
 
+    UNSET: ClassVar[frozenset[str]] = frozenset({"augmentation"})
+
     @property
     def metric(self) -> str:
         """The score that decides, and that the report shows first."""
@@ -96,17 +99,14 @@ class Study(Table):
     @property
     def hash(self) -> str:
         """SHA-256 of everything that a result depends on."""
-        optional = ("folds", "search", "machines", "attack", "augmentation")
-        unset = {key for key in optional if getattr(self, key) is None}
+        unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
         for key in self.evaluation.unset:
             del value["evaluation"][key]
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
-            if method["augmentation"] is None:
-                del method["augmentation"]
-        for key in ("weights", "lora", "train"):
+        for key in ("weights", "lora", "train", *(["loss"] if self.task.loss is None else [])):
             del value["task"][key]
         value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -114,8 +114,7 @@ class Study(Table):
     @property
     def task_options(self) -> dict[str, Any]:
         """The options of the task that the study sets, with those under ``[evaluation]``."""
-        space = self.evaluation.space
-        return {**self.task.settings, **({} if space is None else {"space": space})}
+        return {**self.task.settings, **self.evaluation.task_options}
 
     def training_of(self, method: MethodSpec) -> dict[str, Any]:
         """The fields of ``LocalTraining`` for one method, with ``private`` and ``augmentation`` as tables."""
@@ -159,15 +158,16 @@ def parse(
 def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None, list[Problem]]:
     """Validate ``data``; return the study, or None and every problem. ``covered`` is that of ``parse``.
 
-    The settings of ``training.recipe`` are added to those of ``data``.
+    The settings of ``training.recipe`` and of a plan are added to those of ``data``.
     """
     recipe = list[Problem]()
     try:
         data = with_recipe(data)
     except ConfigError as error:
         recipe.append(Problem(("training", "recipe"), str(error)))
+    data, plan = with_plan(data)
     study, problems = validated(Study, data, ())
-    problems = [*recipe, *problems]
+    problems = [*recipe, *plan, *problems]
     if isinstance(study, Study) and study.task.weights is not None:
         study, unknown = with_weights(study)
         problems += unknown
@@ -209,10 +209,13 @@ def _together(study: Study) -> list[Problem]:
         if entry.tasks and study.task.kind not in entry.tasks:
             says = f"{method.name} is for {' and '.join(entry.tasks)}, not for {study.task.kind}"
             problems.append(Problem(("methods", i, "name"), says))
+        if entry.stacks and study.data.options.get("patch"):
+            says = f"{method.name} takes all images of a site at once, and patch in [data] leaves them on disk"
+            problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
-    if study.evaluation.space is not None and study.task.kind != "segmentation":
-        problems.append(Problem(("evaluation", "space"), f"is for segmentation, not for {study.task.kind}"))
+    for key in study.evaluation.task_options if study.task.kind != "segmentation" else ():
+        problems.append(Problem(("evaluation", key), f"is for segmentation, not for {study.task.kind}"))
     return [
         *problems,
         *_trained(study),
@@ -250,6 +253,12 @@ def _uncovered(study: Study) -> Iterator[Problem]:
 
 def _trained(study: Study) -> Iterator[Problem]:
     """Yield the training settings that do not go together, once for each set of methods that has them."""
+    if study.evaluation.patience is not None:
+        if study.evaluation.select == "last":
+            says = 'patience counts rounds since the best one: set select = "best", or leave patience out'
+            yield Problem(("evaluation", "patience"), says)
+        elif not any(method.name in ("local", "pooled") for method in study.methods):
+            yield Problem(("evaluation", "patience"), "is for the methods local and pooled, and neither is here")
     told = set[str]()
     for i, method in enumerate(study.methods):
         table = study.training_of(method)

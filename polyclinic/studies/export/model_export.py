@@ -25,6 +25,8 @@ from polyclinic.learning.networks.adapters import DOWN, UP, Adapted, is_factor, 
 from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.weights import store
 from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.inference.models import READING
+from polyclinic.studies.inference.reading import Reading
 from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.run_directory import read_plan, read_tensors, write_tensors
 
@@ -203,11 +205,24 @@ def _bundle(run: Run, plan: Plan, model: nn.Module, out: Path) -> None:
     weights = {name: leaf.clone() for name, leaf in model.state_dict().items()}  # some networks list a tensor twice
     write_tensors(out / "models" / "model.safetensors", weights)
     configs = {"metadata": _metadata(run, plan, model), "inference": _inference(plan)}
+    if (reading := _reading(run, plan)) is not None:
+        configs[Path(READING).stem] = reading
     for name, config in configs.items():
         atomic.write_json(out / "configs" / f"{name}.json", config)
     card = run.path / "report" / "model_card.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {run.info.title or run.info.name}\n"
     atomic.write(out / "docs" / "README.md", text)
+
+
+def _reading(run: Run, plan: Plan) -> dict[str, Any] | None:
+    """Return how the run's images are read, for ``polyclinic predict``; None if they are not read from image files."""
+    try:
+        study = parse(run.study, run.path / "study.toml")
+        reading = Reading.of(study.data.source(), plan.inputs).table
+    except PolyclinicError as error:
+        log.warning("%s: the bundle cannot be used with polyclinic predict: %s", run.path, error)
+        return None
+    return {**reading, "classes": list(run.info.classes), "study": run.info.hash}
 
 
 def _inference(plan: Plan) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.data.federation import federate
-from polyclinic.engines.plan import Plan
+from polyclinic.engines.plan import Plan, local_training
 from polyclinic.learning.networks.model_tree import inspect, load
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.one_shot.merging import Merging, loss_on, merged, random_like, restored, search
+from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.config.study_config import read as read_study
 from polyclinic.studies.export.vector_file import (
     Card,
@@ -122,12 +123,13 @@ def examples_of(study_file: Path, site: str, role: str) -> Examples:
         raise VectorRefused(f"{study_file}: no site is called {site!r}; there are {', '.join(found.sites)}")
     if role not in found.sites[site]:
         raise VectorRefused(f"{study_file}: {site} has no {role} data, only {', '.join(found.sites[site])}")
-    training = study.training.model_dump(exclude_none=True, mode="json")
-    fields_ = {name: value for name, value in training.items() if name != "private"}
+    training = study.training_of(MethodSpec(name="data-vectors"))
+    if "schedule" in training:
+        training["schedule_rounds"] = 1  # a vector is made in one round
     named = {"data": found.fingerprint, "site": site, "role": role, "training": training}
     if "private" in training:
         raise VectorRefused(f"{study_file}: training.private is not supported for data vectors, which no ledger counts")
-    return Examples(found.sites[site][role], tuple(found.info.classes), found.shape, LocalTraining(**fields_), named)
+    return Examples(found.sites[site][role], tuple(found.info.classes), found.shape, local_training(training), named)
 
 
 def make(base: Base, site: str, own: Examples, key: Any, out: Path, *, tuned: Tree | None = None) -> Card:

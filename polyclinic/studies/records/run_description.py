@@ -145,6 +145,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         "engine": study.engine.model_dump(),
         "environment": environment(),
         "parameters": parameters,
+        "training": {method.called: study.training_of(method) for method in study.methods},
         **start_facts(task),
     }
 

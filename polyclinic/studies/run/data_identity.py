@@ -6,6 +6,7 @@ name of a file is the name of its patient.
 """
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from polyclinic.core.tree import Tree
-from polyclinic.data.examples import Examples
+from polyclinic.data.cases.cases import Cases
+from polyclinic.data.examples import Dataset, in_memory
 from polyclinic.data.federation import Federated, federate, fingerprint_of
 from polyclinic.data.source import FittedSource, Info, Source
 from polyclinic.data.splits import Fold
@@ -165,9 +167,9 @@ _CHANGES: tuple[tuple[str, Callable[[_Row], Hashable]], ...] = (
 """What a pair of examples with an equal key has in common, and what differs."""
 
 
-def _identified(examples: Examples, source: Source, ranks: Mapping[str, int]) -> Tensor:
+def _identified(examples: Dataset, source: Source, ranks: Mapping[str, int]) -> Tensor:
     """Return the rows of one role at one site: int64 [n, 4]."""
-    step = max(1, CHUNK_BYTES // max(1, examples.inputs[0].nbytes))
+    step = max(1, CHUNK_BYTES // (4 * math.prod(examples.shape)))
     hashed = [_contents_of(source, examples.ids[i : i + step]) for i in range(0, len(examples), step)]
     patients = [ranks.get(patient, -1) for patient in examples.patients]
     return torch.stack(
@@ -187,8 +189,11 @@ def _contents_of(source: Source, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
         texts = source.texts(ids)
         return _joined(_hash(x.encode()) for x, _ in texts), _joined(_hash(y.encode()) for _, y in texts)
     examples = source.examples(ids)
-    targets = examples.targets.long() if examples.targets.dtype == torch.uint8 else examples.targets
-    return _hashes(examples.inputs), _hashes(targets)
+    if isinstance(examples, Cases):
+        return _joined(key[:8] for key in examples.input_hashes()), _joined(key[:8] for key in examples.target_hashes())
+    images = in_memory(examples, "the identity of data")
+    targets = images.targets.long() if images.targets.dtype == torch.uint8 else images.targets
+    return _hashes(images.inputs), _hashes(targets)
 
 
 def _hashes(values: Tensor) -> Tensor:

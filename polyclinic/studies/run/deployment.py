@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyclinic.core import atomic
+from polyclinic.core import atomic, extensions
 from polyclinic.core import serialization as states
 from polyclinic.core.audit_log import Journal, verify
 from polyclinic.engines.flare.protocol.data_restrictions import FROM_STUDY
@@ -30,6 +30,15 @@ ONE_MACHINE = {
     "search": "searches for settings",
     "machines": "simulates machines",
     "attack": "simulates an attack",
+}
+MEASURES = "case-statistics"
+NO_MODEL: dict[str, Any] = {
+    "kind": "classification",
+    "network": "mlp",
+    "network_options": {},
+    "task": {},
+    "inputs": [1],
+    "outputs": 1,
 }
 SUMS = ("bytes_up", "bytes_down", "seconds")
 
@@ -52,6 +61,14 @@ def method_runs(
     for key, what in ONE_MACHINE.items():
         if getattr(study, key, None) is not None:
             raise NotElsewhere(f"the study {what} ({key}), which it can on one machine only: take [{key}] out")
+    if study.evaluation.patience is not None:
+        raise NotElsewhere("the study ends baselines early (evaluation.patience), which it can on one machine only")
+    own = [study.task.network, study.task.loss or ""]
+    if here := [name for name in own if name.startswith(extensions.LOCAL)]:
+        raise NotElsewhere(
+            f"{here[0]} is known to the program that runs the study only: publish it as a package, which every site "
+            "installs and allows (polyclinic new --plugin)"
+        )
     if study.data.public:
         raise NotElsewhere("the study gives the server public images (data.public), which it can on one machine only")
     if away := [name for name in study.data.external if name not in sites]:
@@ -84,6 +101,8 @@ def method_runs(
                 **({"tuning": study.task.tuning} if study.task.tuning else {}),
                 **(shape or {}),
             }
+            if method.name == MEASURES:  # no model is trained, so that the sites need not be asked for a shape
+                plan |= NO_MODEL
             external = [name for name in study.data.external if entry.newcomers]
             found.append({"label": method.called, "seed": seed, "plan": _plain(plan), "external": external})
     if not found:
@@ -97,13 +116,14 @@ def how(study: Study) -> dict[str, Any]:
     """Return the settings that the requests of all method runs share."""
     best = {"metric": study.metric, "higher": study.higher_is_better} if study.evaluation.select == "best" else {}
     sent = {key: value for key, value in _own(study).items() if key in FROM_STUDY}
+    scored = any(method.name != MEASURES for method in study.methods)
     return {
         "sites_per_round": study.sites_per_round,
         "min_replies": study.min_replies,
         "deadline": study.deadline,
-        "best": best,
-        "score_every": study.evaluation.interval,
-        "test": "predict/test",
+        "best": best if scored else {},
+        "score_every": study.evaluation.interval if scored else 0,
+        "test": "predict/test" if scored else "",
         "data": _plain(sent),
     }
 

@@ -16,7 +16,7 @@ import torch
 from polyclinic.core import serialization as states
 from polyclinic.core.execution import UniformSampler
 from polyclinic.core.rounds import Step, TooFewReplies, train
-from polyclinic.core.site import Site
+from polyclinic.core.site import Compute, Site
 from polyclinic.core.tree import Tree
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import Federated
@@ -42,6 +42,9 @@ from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.resolved_study import ResolvedMethod
 from polyclinic.studies.run.round_progress import WatchedFederation
 from polyclinic.studies.run.run_directory import MethodRunFolder, write_tensors
+
+ENDS_EARLY = ("local", "pooled")
+"""Baselines that a study's ``patience`` ends: training at one place, where early stopping is usual."""
 
 
 class MethodRun:
@@ -110,7 +113,7 @@ class MethodRun:
         done, begun = at.round if at else 0, _now(engine)
         steps: list[Step[Any]] = []
         scores: dict[str, float] = {}
-        for step in self._as_far_as_it_goes(self._steps(engine, state)):
+        for step in () if self._stalled(done, best) else self._as_far_as_it_goes(self._steps(engine, state)):
             state, steps = step.state, [*steps, step]
             following = self.method.request(state)
             if following is not None and following.round == step.request.round:
@@ -136,6 +139,8 @@ class MethodRun:
             yield self._event("round", done, scores, moved, facts["lost"], most, protects)
             self.folder.check_stop()
             steps, begun = [], _now(engine)
+            if self._stalled(done, best):
+                break
         if done % study.evaluation.interval and not self._ends(state, done):  # time, budget or sites ran out
             _, best = self._judge(engine, state, done, best)
         self._record_outliers(state)
@@ -158,6 +163,14 @@ class MethodRun:
     def _ends(self, state: Any, done: int) -> bool:
         """Return whether training is complete."""
         return done >= self.study.rounds or self.method.request(state) is None
+
+    def _stalled(self, done: int, best: BestRound) -> bool:
+        """Return whether a baseline has not improved on validation data for the study's patience, and note it."""
+        patience = self.study.evaluation.patience
+        if patience is None or self.entry.name not in ENDS_EARLY or not best.round or done - best.round < patience:
+            return False
+        self.folder.note("no improvement", self.job.who | {"round": done, "best": best.round})
+        return True
 
     def _best(self, at: Checkpoint | None) -> BestRound:
         """Return the best round so far; the latest score of each site is read from the records."""
@@ -245,7 +258,8 @@ class MethodRun:
 
     def _engine(self, at: Checkpoint | None) -> Any:
         chosen, memory = self.study.engine, at.memory if at else None
-        make = partial(Site, device=chosen.device, seed=self.seed)
+        compute = Compute(chosen.threads, chosen.channels_last, chosen.compile)
+        make = partial(Site, device=chosen.device_here, seed=self.seed, compute=compute)
         sites = {name: make(name, dict(roles)) for name, roles in self.data.sites.items()}
         if self.entry.pooled:
             parts = [self.data.sites[name] for name in self.data.training]

@@ -1,17 +1,16 @@
 """Planning of preprocessing from the federated fingerprint of a study's data."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
-from polyclinic.data.examples import DataError
+from polyclinic.data.examples import DataError, Dataset, in_memory
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.fingerprint import preprocessing_planner
-from polyclinic.data.fingerprint.dataset_fingerprint import Measured, Numbered, measured
+from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Measured, Numbered, measured
 from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
 from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.quality.drift import FEWEST, SiteDrift, drift
@@ -21,17 +20,6 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.methods.statistics.pooled_statistics import Fingerprint
 
-PLAIN: dict[str, Any] = {
-    "annotations": {},
-    "accelerate": 0.0,
-    "position": None,
-    "video": None,
-    "scanners": 0.0,
-    "duplicates": "report",
-    "near_duplicates": "ignore",
-}
-"""Settings that are removed from a federation whose examples are row numbers."""
-
 
 def sites_of(spec: DataSpec, seed: int) -> dict[str, Measured]:
     """Return the measurements of each training site's training rows, labeled or not, in the split of ``seed``."""
@@ -40,7 +28,7 @@ def sites_of(spec: DataSpec, seed: int) -> dict[str, Measured]:
     data = federate(spec.model_copy(update=PLAIN), seed, source=Numbered(source))
     for name in data.training:
         roles = data.sites[name]
-        rows = torch.cat([roles[role].inputs[:, 0].long() for role in ("train", "unlabeled") if role in roles])
+        rows = torch.cat([_rows(roles[role]) for role in ("train", "unlabeled") if role in roles])
         found[name] = whole.subset(rows)
     return found
 
@@ -87,6 +75,11 @@ def plan(spec: DataSpec, study: str, seed: int = 0, by_site: bool = False) -> Da
     return DataPlan(study, source.fingerprint, seed, everywhere, apart, steps, None, why)
 
 
+def _rows(examples: Dataset) -> torch.Tensor:
+    """Return the row numbers that ``Numbered`` gives as inputs."""
+    return in_memory(examples, "a plan").inputs[:, 0].long()
+
+
 def class_names(source: object, targets: torch.Tensor) -> tuple[str, ...]:
     """Return the names of the classes that are known before preprocessing; none for regression."""
     if getattr(source, "regression", False):
@@ -120,6 +113,6 @@ def drifts(plan: DataPlan, spec: DataSpec) -> list[SiteDrift]:
     dealt = {**PLAIN, "min_patients": FEWEST, "external": (), "public": (), "unlabeled": 0.0, "split": (0.6, 0.0, 0.4)}
     data = federate(spec.model_copy(update=dealt), 0, source=Numbered(source))
     for name, roles in data.sites.items():
-        rows = torch.cat([examples.inputs[:, 0].long() for examples in roles.values()])
+        rows = torch.cat([_rows(examples) for examples in roles.values()])
         found.append(drift(plan, name, whole.subset(rows), classes))
     return found

@@ -170,6 +170,8 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
             for seed in study.seeds[1:] if study.attack else ():
                 _build(study, Job(spec, seed, fold), data)
             plan = methods[first.name].plan
+            if reason := _no_patches(plan, data):
+                problems.append(Problem(("training",), reason))
             if reason := frozen_problem(plan.method, methods[first.name].method.task) or uncovered(plan):
                 problems.append(Problem(("methods", i, "name"), reason))
             elif isinstance(local := plan.build_local(), DPSGD):
@@ -185,6 +187,16 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
     if problems:
         raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), problems)
     return methods
+
+
+def _no_patches(plan: Plan, data: Federated) -> str | None:
+    """Return why ``foreground`` or ``augmentation`` cannot be used with these data; None if they can."""
+    if plan.training.get("augmentation") and len(plan.inputs) not in (3, 4):
+        return "augmentation is for images and volumes, and these data are a table: leave [augmentation] out"
+    examples = (roles["train"] for roles in data.sites.values() if len(roles.get("train", ())))
+    if plan.training.get("foreground") and not all(hasattr(one, "draw") for one in examples):
+        return "foreground is for random patches, and these images are used whole: set patch in [data], or remove it"
+    return None
 
 
 def _place(key: str) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ def run(
         folder: The run folder, if the caller has locked it. It remains locked.
 
     Raises:
+        ConfigError: If the study's device does not exist here. No data were read.
         BadStudy: If methods cannot be built with these settings and data. Nothing was run.
         DataError: If the data cannot be read or used. Nothing was run.
         DataChanged: If the data are not those that the run to continue began with.
@@ -60,6 +61,7 @@ def run(
         Stopped: If the file ``stop`` in the folder asked for it, between two rounds; ``resume`` continues from there.
         NotChosen: If what a search chose was changed after training had begun with it.
     """
+    _ = study.engine.device_here
     with nullcontext(folder) if folder is not None else held(path) as own, _cluster(study):
         yield from _run_in(own, resolve(study, text), resume, fresh)
 
@@ -137,7 +139,9 @@ def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
         return engine.parallel == "arms" or (engine.parallel == "auto" and (alone or jobs >= 2 * workers))
     if engine.kind != "workers" or engine.parallel == "sites" or not possible():
         return False
-    usual = engine.device == "cpu" and (study.deadline is None or study.machines is not None) and jobs >= 2 * workers
+    usual = (
+        engine.device_here == "cpu" and (study.deadline is None or study.machines is not None) and jobs >= 2 * workers
+    )
     return engine.parallel == "arms" or (usual and workers > 1)
 
 

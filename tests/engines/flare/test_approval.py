@@ -15,6 +15,7 @@ import pytest
 from polyclinic.core.atomic import write_private
 from polyclinic.core.audit_log import verify
 from polyclinic.core.method import Request
+from polyclinic.core.plugin_packages import Package
 from polyclinic.engines.flare.client.decisions import Review, read, shown_hash, signed_bytes, this_person, to_json
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews, _unlike
 from polyclinic.engines.flare.client.site_agent import take_in
@@ -24,7 +25,6 @@ from polyclinic.engines.flare.protocol import shared_journals, tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Call
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.run_request import RunRequest
-from polyclinic.methods.plugins import Package
 from tests.support.local_deployment import LocalCarrier, hospital, order, read_and_approve
 
 SHAPE = {"inputs": [1, 8, 8], "outputs": 2}

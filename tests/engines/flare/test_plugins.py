@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.core.plugin_packages import exact_rule
 from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
-from polyclinic.methods.plugins import exact_rule, packages_of
+from polyclinic.methods.plugins import packages_in
 from tests.engines.flare.test_approval import Server, study, survey
 from tests.methods.test_plugins import CODE, Install, install
 from tests.support.local_deployment import hospital, order, read_and_approve
@@ -62,7 +63,7 @@ def test_changed_code_of_a_package_waits_for_a_person(tmp_path: Path, install: I
     assert lost.startswith(("waits for a person", "refused: a package")), lost
     server.agent.trainer.training = None  # a fresh process
     assert "waits for a person" in Server(homes, an).hello()
-    (package,) = packages_of(["mine"])
+    (package,) = packages_in({"method": "mine"})
     assert reviews.get("run-1").packages == (package,)
     read_and_approve(homes["site-0"], "run-1")
     assert reviews.get("run-1").statement["packages"] == [list(package)]

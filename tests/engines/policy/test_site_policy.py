@@ -26,7 +26,7 @@ from polyclinic.engines.policy.site_policy import (
     read,
 )
 from polyclinic.engines.site_description import Describe
-from polyclinic.methods.plugins import packages_of
+from polyclinic.methods.plugins import packages_in
 from tests.conftest import blobs
 
 
@@ -494,7 +494,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("changes", [{"method": "foreign"}, {"method": "fedper", "options": {"over": "foreign"}}])
 def test_code_of_a_package_that_is_not_allowed_is_refused_before_it_runs(plugin: str, changes: dict[str, Any]) -> None:
     (refused,) = parse(b"").refusals(plan(**changes))
-    (package,) = packages_of([plugin])
+    (package,) = packages_in({"method": plugin})
     rule = f"foreign-pack==1.5@{package.hash}"
     assert refused == (
         "the plan needs the package foreign-pack 1.5, whose code the policy does not allow; "

@@ -51,3 +51,43 @@ def test_an_endless_stream_goes_through_everything_again_and_again() -> None:
     seen = torch.cat([next(stream)[0][:, 0] for _ in range(6)]).long()
     assert torch.equal(seen.bincount(), torch.full((8,), 3))
     assert list(endless(local, Untargeted(()), rng)) == []
+
+
+class Views:
+    """Images on disk: the random view of example i is filled with i and shows whether it was forced."""
+
+    patch = (2, 2)
+    shape = (1, 2, 2)
+
+    def __init__(self, count: int, first: int = 0) -> None:
+        self.count, self.first = count, first
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (index + self.first).float().view(-1, 1, 1, 1).expand(-1, 1, 2, 2), index
+
+    def draw(
+        self, i: int, rng: torch.Generator, forced: bool, size: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((1, *size), float(i + self.first) + 100 * forced), torch.zeros(size)
+
+
+def test_random_views_are_drawn_without_their_targets_and_never_forced() -> None:
+    """Also of a chain of parts; a forced view would show where the mask is."""
+    rng = torch.Generator()
+    free = unlabeled({"unlabeled": Views(3)})
+    assert free.patch == (2, 2)
+    x, y = free.draw(2, rng, True, (3, 3))
+    assert torch.equal(x, torch.full((1, 3, 3), 2.0))
+    assert int(y) == 2
+    chain = all_inputs({"train": Views(3), "unlabeled": Views(2, 10)})
+    drawn = [chain.draw(i, rng, True, (2, 2)) for i in range(5)]
+    assert [float(x[0, 0, 0]) for x, _ in drawn] == [0, 1, 2, 10, 11]
+    assert [int(y) for _, y in drawn] == [0, 1, 2, 3, 4]
+    assert chain.shape == (1, 2, 2)
+    with pytest.raises(IndexError, match="there are 5 examples"):
+        chain.draw(5, rng, False, (2, 2))
+    assert not hasattr(all_inputs({"train": rows(4)}), "draw")
+    assert not hasattr(unlabeled({"unlabeled": rows(4)}), "draw")

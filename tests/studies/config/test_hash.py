@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from polyclinic.learning.training.image_augmentation import TRANSFORMS
+from polyclinic.studies.config.schema import EngineSpec
 from polyclinic.studies.config.study_config import Study
 
 # Every optional table is there, so that each field of each is tried. Together they need not make sense.
@@ -23,6 +25,7 @@ WHOLE = {
         "train": ["head"],
     },
     "training": {"private": {"noise": 1.0}},
+    "augmentation": {name: {"probability": 0.1} for name in TRANSFORMS},
     "methods": [
         {"name": "fedprox", "mu": 0.1, "uplink": [{"name": "clip", "bound": 1.0}], "downlink": [{"name": "int8"}]}
     ],
@@ -51,6 +54,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "position": "z",
     "video": "clip",
     "class_weights": (1.0, 2.0),
+    "loss": "focal",
     "label_smoothing": 0.1,
     "center": 1.0,
     "spread": 2.0,
@@ -58,6 +62,9 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "tolerance_mm": 1.0,
     "window": (8, 8),
     "space": "grid",
+    "lesions": True,
+    "lesion_dilation": 1,
+    "lesion_smallest": 2.0,
     "residual": True,
     "chunk": 4,
     "steps": 7,
@@ -70,8 +77,32 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "minutes": 3.0,
     "rounds": 2,
     "workers": 2,
+    "recipe": "nnunet",
+    "nesterov": True,
+    "schedule": "poly",
+    "power": 0.8,
+    "milestones": (2,),
+    "milestone_factor": 0.2,
+    "keep_optimizer": True,
+    "foreground": 0.3,
+    "balance": 0.5,
+    "balance_patients": True,
+    "augmentation": {"recipe": "light"},
+    "patience": 3,
+    "probability": 0.5,
+    "degrees": 20.0,
+    "low": 0.9,
+    "high": 0.95,
+    "channel": 0.4,
+    "aspect": 1.2,
+    "std": 0.2,
+    "saturation": 0.3,
+    "hue": 5.0,
+    "axes": (0,),
+    "border": True,
+    "batch_dice": True,
 }
-CHANGE_NOTHING = {"title", "task.weights.file", "engine.kind", "engine.workers", "engine.parallel", "engine.device"}
+CHANGE_NOTHING = {"title", "task.weights.file", *(f"engine.{key}" for key in EngineSpec.model_fields)}
 STUDY = Study.model_validate_json(json.dumps(WHOLE))
 
 

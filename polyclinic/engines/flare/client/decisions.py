@@ -15,12 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from polyclinic.core.plugin_packages import Package
 from polyclinic.engines.flare.pki import certificate_authority, site_keys
 from polyclinic.engines.flare.protocol import shared_journals
 from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.engines.flare.protocol.paths import SetupError, read_json, read_small
 from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest, code_hash
-from polyclinic.methods.plugins import Package
 
 WAITING, APPROVED, REFUSED = "waiting", "approved", "refused"
 STATEMENT = b"polyclinic decision 1\n"

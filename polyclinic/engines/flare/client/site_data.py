@@ -8,19 +8,24 @@ study may add the keys in ``data_restrictions.FROM_STUDY`` to that table, and no
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from polyclinic.data.examples import DataError, Examples, concat
+from polyclinic.data.examples import DataError, Dataset, Examples, concat
 from polyclinic.engines.flare.protocol import data_restrictions
 from polyclinic.engines.flare.protocol.paths import SetupError
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.plan import Plan
 
+if TYPE_CHECKING:
+    from polyclinic.data.config import DataSpec
+
 ROLES = ("train", "val", "test", "unlabeled")
 TRAINS = ("train", "unlabeled", "boxed", "tagged")
+MEASURES = "case-statistics"
+"""The method whose data are what is measured of each training image before preprocessing, and not images."""
 UNREADABLE = "the data cannot be read as the study needs them: see `polyclinic site status` at the site"
 
 
@@ -39,7 +44,7 @@ class UnsuitableData(DataError):
 class SiteData(NamedTuple):
     """Data of a site: examples by role, and the names of the classes if the data name them."""
 
-    roles: dict[str, Examples]
+    roles: dict[str, Dataset]
     classes: tuple[str, ...] = ()
 
 
@@ -57,6 +62,8 @@ def load(folder: Path, order: RunRequest, plan: Plan, site: str) -> SiteData:
     """
     if order.rehearsal:
         return SiteData(_imaginary(plan))
+    if plan.method == MEASURES and order.mode != "survey":
+        return SiteData({"train": _measured(folder, order.data, plan.seed)})
     roles, classes = read(folder, order.data, plan.seed)
     if site in order.external:  # no training at this site, so all of it is test data
         labeled = [roles[role] for role in ROLES[:3] if role in roles]
@@ -91,7 +98,10 @@ def read(folder: Path, table: Mapping[str, Any], seed: int = 0) -> SiteData:
         raise DataError(f"{folder} does not exist: is the disk mounted? `data` in site.toml names the folder")
     if wrong := data_restrictions.refused(table):
         raise UnsuitableData(wrong, "; ".join(wrong))
-    if roles := {role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()}:
+    roles: dict[str, Dataset] = {
+        role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()
+    }
+    if roles:
         return SiteData(roles)
     try:
         own = data_restrictions.of_hospital(folder)
@@ -111,7 +121,7 @@ def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _differs(data: Examples, plan: Plan) -> bool:
+def _differs(data: Dataset, plan: Plan) -> bool:
     return tuple(data.shape) != tuple(plan.inputs)
 
 
@@ -130,25 +140,54 @@ def _read(path: Path) -> Examples:
 
 def _federated(path: Path, own: Mapping[str, Any], table: Mapping[str, Any], seed: int) -> SiteData:
     """Return one site's data; paths in the table are relative to the folder."""
-    from polyclinic.data.federation import DataSpec, federate
+    from polyclinic.data.federation import federate
 
-    given = {"sites": {"partition": "iid", "count": 1}, **table, **own}
-    if isinstance(given.get("path"), str):
-        given["path"] = str(path.parent / Path(given["path"]).expanduser())
-    try:
-        spec = DataSpec.model_validate(given)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
-    federation = federate(spec, seed)
+    federation = federate(_spec(path, own, table), seed)
     if len(federation.sites) != 1:
         raise DataError(f"{path} describes {len(federation.sites)} sites; at a hospital it describes one")
     return SiteData(dict(next(iter(federation.sites.values()))), tuple(federation.info.classes))
 
 
-def _imaginary(plan: Plan) -> dict[str, Examples]:
+def _spec(path: Path, own: Mapping[str, Any], table: Mapping[str, Any]) -> "DataSpec":
+    """Return the table of a hospital's data, completed with a study's; paths are relative to the folder."""
+    from polyclinic.data.config import DataSpec
+
+    given = {"sites": {"partition": "iid", "count": 1}, **table, **own}
+    if isinstance(given.get("path"), str):
+        given["path"] = str(path.parent / Path(given["path"]).expanduser())
+    try:
+        return DataSpec.model_validate(given)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _measured(folder: Path, table: Mapping[str, Any], seed: int) -> Any:
+    """Return what is measured of each training image: rows, or the examples of ``train.npz`` that rows are made of."""
+    from polyclinic.data.federation import rows_by_site
+
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist: is the disk mounted? `data` in site.toml names the folder")
+    if (folder / "train.npz").is_file():
+        return _read(folder / "train.npz")
+    try:
+        own = data_restrictions.of_hospital(folder)
+    except SetupError as error:
+        raise DataError(str(error)) from None
+    if own is None:
+        raise DataError(f"{folder} contains neither train.npz nor a data.toml that says how to read its files")
+    spec = _spec(folder / data_restrictions.FILE, own, {key: table[key] for key in ("split",) if key in table})
+    sites = rows_by_site(spec, seed, spec.source())
+    if len(sites) != 1:
+        raise DataError(
+            f"{folder / data_restrictions.FILE} describes {len(sites)} sites; at a hospital it describes one"
+        )
+    return next(iter(sites.values()))
+
+
+def _imaginary(plan: Plan) -> dict[str, Dataset]:
     """Return synthetic examples for a rehearsal: two clouds of points."""
     rng = torch.Generator().manual_seed(plan.seed)
-    roles = {}
+    roles: dict[str, Dataset] = {}
     for role, count in (("train", 64), ("val", 32)):
         targets = torch.arange(count) % max(plan.outputs, 2)
         inputs = torch.randn(count, *plan.inputs, generator=rng) + targets.view(-1, *[1] * len(plan.inputs))

@@ -95,16 +95,20 @@ def join(
     table: Mapping[str, Any],
     data: Path,
     device: str = "cpu",
+    threads: int = 0,
     proxy: str = "",
     data_name: str = "",
 ) -> str:
     """Install a checked join file for the data in the folder ``data``; return the data set's name.
 
     Args:
+        device: Device for training.
+        threads: Number of threads that prepare training samples.
         data_name: Name of the data set in the site's privacy ledgers, independent of its location. By default as
             before, or that of the folder.
 
     Raises:
+        ConfigError: If the device does not exist here.
         SetupError: If the folder does not exist, the proxy or a name is invalid, or the site is running.
     """
     require()
@@ -117,6 +121,12 @@ def join(
         raise SetupError(
             f"the site in {home.path} is running: `polyclinic site stop` first; runs wait for it or continue without it"
         )
+    if device != "cpu":
+        from polyclinic.engines.devices import chosen_device  # imports PyTorch, which joining does not need otherwise
+
+        chosen_device(device)
+    if not 0 <= threads <= 64:
+        raise SetupError(f"--threads {threads}: give a number from 0 to 64")
     if proxy:
         proxies.check(proxy, table["scheme"])
     if not data.is_dir():
@@ -132,7 +142,13 @@ def join(
     private_folder(home.certificates)
     write_private(home.certificates / f"{certificate.serial_number:x}.crt", table["certificate"])
     given = {key: table[key] for key in ("site", "organization", "project", "host", "port", "scheme", "expires")}
-    own = {"data": str(data.resolve()), "data_name": data_name, "device": device, "proxy": proxy}
+    own = {
+        "data": str(data.resolve()),
+        "data_name": data_name,
+        "device": device,
+        "threads": str(threads),
+        "proxy": proxy,
+    }
     write_private(home.settings, toml({**given, **own}))
     SharedJournal(home.journal).write(
         "joined",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from polyclinic.core.plugin_packages import packages_of
 from polyclinic.engines.flare.client.reviews import APPROVED, WAITING, Review, Reviews
 from polyclinic.engines.flare.protocol import data_restrictions
 from polyclinic.engines.flare.protocol.messages import printable
@@ -17,7 +18,6 @@ from polyclinic.engines.flare.protocol.request_comparison import differences, fl
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.errors import PolyclinicError
 from polyclinic.methods.catalog import METHODS, Entry, canonical
-from polyclinic.methods.plugins import packages_of
 
 APART = ("sites", "rounds", "seed")
 COUNTS = ("split", "unlabeled")
@@ -382,4 +382,4 @@ def _test(job: str) -> str:
 def _leaves(method: str) -> str:
     if (known := METHODS.get(canonical(method))) is not None:
         return known.leaves
-    return Entry.leaves if packages_of({method}) else "unknown, because this method is not installed here"
+    return Entry.leaves if packages_of({"methods": {method}}) else "unknown, because this method is not installed here"

@@ -14,9 +14,11 @@ from polyclinic.core import serialization as states
 from polyclinic.core.aggregates import PerSite, Reply
 from polyclinic.core.execution import Refused
 from polyclinic.core.pipeline import transforms_of
+from polyclinic.core.plugin_packages import Package
 from polyclinic.core.serialization import Corrupt
-from polyclinic.core.site import Site
+from polyclinic.core.site import Compute, Site
 from polyclinic.data.examples import DataError
+from polyclinic.engines.devices import chosen_device
 from polyclinic.engines.flare.client import site_data
 from polyclinic.engines.flare.client.secure_training import Demands, SecureTraining
 from polyclinic.engines.flare.protocol import data_restrictions, tensor_file
@@ -31,7 +33,7 @@ from polyclinic.engines.policy.site_ledger import ledger_for
 from polyclinic.engines.request_schedule import marks_problem
 from polyclinic.engines.site_description import Describe, read_description
 from polyclinic.engines.site_runtime import marks_of, minibatches, work
-from polyclinic.methods.plugins import Package, methods_in, packages_of
+from polyclinic.methods.plugins import packages_in
 from polyclinic.secure_aggregation import contents, layout_of
 from polyclinic.secure_aggregation.session_keys import ProtocolError
 
@@ -69,8 +71,9 @@ class Training:
     @cached_property
     def site(self) -> Site:
         """This site, with its data."""
-        device = self.settings.get("device", "cpu")
-        return Site(self.settings["site"], self.held.roles, device, self.plan.seed)
+        device = chosen_device(self.settings.get("device", "cpu"))
+        compute = Compute(int(self.settings.get("threads", 0)))
+        return Site(self.settings["site"], self.held.roles, device, self.plan.seed, compute=compute)
 
     @property
     def _kind(self) -> str:
@@ -121,7 +124,7 @@ class Training:
             return f"refused: a package that the study needs was changed here {again}"
         if command["what"] == "check":
             return ""
-        own = packages_of(methods_in(self.order.plan))
+        own = packages_in(self.order.plan)
         return "; ".join(f"refused: {why}" for why in policies.read(self.home.policy).package_problems(own))
 
     def _check(self) -> dict[str, Any]:

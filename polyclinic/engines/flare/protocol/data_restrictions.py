@@ -22,7 +22,8 @@ FROM_STUDY = (
     "size",
     "mm",
     "view",
-    "slices",  # images
+    "slices",
+    "patch",  # images
     "fill",
     "scale",
     "indicators",  # tables

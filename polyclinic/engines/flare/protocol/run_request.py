@@ -12,10 +12,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyclinic.core.plugin_packages import Package
 from polyclinic.core.syntax_hash import combined, hash_of_source
 from polyclinic.engines.flare.protocol.paths import SetupError, name
 from polyclinic.errors import ConfigError
-from polyclinic.methods.plugins import Package, methods_in, packages_of
+from polyclinic.methods.plugins import packages_in
 
 if TYPE_CHECKING:
     from polyclinic.engines.plan import Plan
@@ -164,11 +165,9 @@ class RunRequest:
 
     @property
     def packages(self) -> tuple[Package, ...]:
-        """The installed packages that provide the methods named by this request or its study, in their current
-        versions.
-        """
+        """The installed packages that provide what this request or its study names, in their current versions."""
         plans = [self.plan, *(arm["plan"] for arm in self.arms)]
-        return packages_of({method for plan in plans for method in methods_in(plan)})
+        return tuple(sorted({package for plan in plans for package in packages_in(plan)}))
 
     @property
     def hash(self) -> str:
@@ -179,11 +178,11 @@ class RunRequest:
     def method_hash(self) -> str:
         """SHA-256 of what runs at a site whenever this method runs: method, options, transforms, task, training, code.
 
-        Covers the code of Polyclinic and of the packages that provide the method, but not the run's name, sites, rounds
+        Covers the code of Polyclinic and of the packages that provide its parts, but not the run's name, sites, rounds
         and seed. A policy that approves this hash approves every such run.
         """
         same = {key: value for key, value in self.plan.items() if key not in ("sites", "rounds", "seed")}
-        packages = packages_of(methods_in(self.plan))
+        packages = packages_in(self.plan)
         return _digest({"plan": same, "data": self.data, "code": code_hash(), "packages": packages})
 
     def _is(self, arm: Mapping[str, Any]) -> bool:

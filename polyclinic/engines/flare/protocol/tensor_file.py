@@ -41,7 +41,10 @@ def _bytes_of(tensor: Tensor) -> Any:
     """Return the memory of a tensor as bytes, without a copy if it is contiguous."""
     if not tensor.numel():
         return b""
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if flat.stride(0) != 1:  # of a single number, which is contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    flat = flat.view(torch.uint8)
     return flat.numpy().data
 
 

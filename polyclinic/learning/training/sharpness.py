@@ -1,0 +1,36 @@
+"""Sharpness-aware losses, whose gradient is taken at the worst point near the current one.
+
+Foret, Kleiner, Mobahi and Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR
+2021, equations 2 and 3, https://arxiv.org/abs/2010.01412; Kwon, Kim, Park and Choi, "ASAM", ICML 2021, equation 3,
+https://arxiv.org/abs/2102.11600. The first pass does not update running statistics.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.functional import at, still
+from polyclinic.learning.networks.model_tree import trainable
+from polyclinic.learning.training.local import Loss
+
+
+def sharpened(loss: Loss, rho: float, adaptive: bool = False) -> Loss:
+    """Return the function ``L(θ + δ)`` with ``δ = ρ ∇L(θ) / ‖∇L(θ)‖``, whose gradient at θ is that of L at θ + δ.
+
+    Args:
+        loss: L.
+        rho: ρ, the length of δ.
+        adaptive: Whether each coordinate is scaled by its size: ``δ = ρ θ² ∇L / ‖θ ∇L‖``.
+    """
+
+    def value(model: nn.Module, batch: Batch) -> Tensor:
+        named = trainable(model)
+        with still(model):
+            slopes = torch.autograd.grad(loss(model, batch), list(named.values()), allow_unused=True)
+        found = {name: g for name, g in zip(named, slopes, strict=True) if g is not None}
+        sizes = {name: named[name].detach().abs() if adaptive else 1.0 for name in found}
+        length = torch.stack([(sizes[name] * g).square().sum() for name, g in found.items()]).sum().sqrt()
+        moved = {name: named[name] + rho * sizes[name] ** 2 * g / (length + 1e-12) for name, g in found.items()}
+        return at(model, moved, loss, batch)
+
+    return value

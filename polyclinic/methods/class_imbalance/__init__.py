@@ -1,0 +1,1 @@
+"""Methods for sites with few or no examples of some classes."""

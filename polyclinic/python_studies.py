@@ -1,0 +1,279 @@
+"""A study from Python: from data sets and a network in memory to a report.
+
+The study is the same value as one from a file, and runs through the same checks, records and report. Its network, loss
+and data have names that begin with ``local:`` and contain a hash of their source, so that a changed network is another
+study. Such a study cannot run between hospitals: publish the parts as a package first (``polyclinic new --plugin``).
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from polyclinic.core import extensions, toml_text
+from polyclinic.data.source import Task as Kind
+from polyclinic.data.sources.datasets import Datasets, MapStyle
+from polyclinic.errors import ConfigError, RunError
+from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.evaluation.records.run_reader import read_run
+from polyclinic.evaluation.run_evaluation import Evaluation, evaluate
+from polyclinic.learning.networks.adapters import merge_adapters
+from polyclinic.learning.networks.architectures import Architecture
+from polyclinic.learning.networks.model_tree import load, params_of
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run.events import Event
+from polyclinic.studies.run.run_directory import read_plan, read_tensors
+from polyclinic.studies.run.scheduler import run as run_study
+
+Build = Callable[..., nn.Module]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def network(build: Build, *, head: str | Sequence[str], encoder: str | Sequence[str] = (), name: str = "") -> str:
+    """Make a network of your own available to studies, and return its name.
+
+    Args:
+        build: A class or function that returns a module: with the arguments ``(inputs, outputs)``, the shape of an
+            example and the number of outputs, or without arguments.
+        head: The beginnings of the names of the last layers' tensors, such as ``"fc."``.
+        encoder: Those of the layers before the representation; all but the head by default.
+        name: The name; by default that of ``build``.
+
+    Raises:
+        ConfigError: If no tensor of the network, where it can be built without arguments, has such a name.
+    """
+    heads, encoders = _words(head), _words(encoder)
+    plain = not _takes_shapes(build)
+    if plain:
+        names = list(params_of(build()))
+        for what, prefixes in (("head", heads), ("encoder", encoders)):
+            if missing := [prefix for prefix in prefixes if not any(one.startswith(prefix) for one in names)]:
+                tops = ", ".join(dict.fromkeys(one.split(".")[0] + "." for one in names))
+                raise ConfigError(f"{what} = {missing[0]!r}: no tensor's name begins so. They begin with {tops}")
+
+    def made(inputs: tuple[int, ...], outputs: int, **options: Any) -> nn.Module:
+        return build() if plain else build(inputs, outputs, **options)
+
+    called = name or getattr(build, "__name__", "network").strip("<>").lower()
+    architecture = Architecture(made, summary="of this program", head=heads, encoder=encoders)
+    return _registered("networks", f"{called}-{_source_hash(build)}", architecture)
+
+
+def loss(function: Loss, name: str = "") -> str:
+    """Make a loss of your own available to studies, and return its name.
+
+    Args:
+        function: A function of predictions [b, ...] and targets [b, ...] that returns the mean over the examples.
+        name: The name; by default that of ``function``.
+    """
+    called = name or getattr(function, "__name__", "loss").strip("<>").lower()
+    return _registered("losses", f"{called}-{_source_hash(function)}", function)
+
+
+def experiment(
+    name: str,
+    sites: Mapping[str, MapStyle],
+    *,
+    patients: Mapping[str, Sequence[Any]] | None,
+    network: str,
+    methods: Sequence[str | Mapping[str, Any]] = ("local", "fedavg"),
+    rounds: int = 10,
+    seeds: int | Sequence[int] = 1,
+    kind: Kind | None = None,
+    classes: Sequence[str] = (),
+    keys: tuple[str, str] | None = None,
+    loss: str | None = None,
+    task: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    engine: Mapping[str, Any] | None = None,
+    out: str | Path = "runs",
+    progress: Callable[[Event], None] | None = None,
+) -> "Result":
+    """Run a study of data sets in memory, or continue it where it stopped, and return its result.
+
+    Args:
+        name: The name of the study: small letters, digits and hyphens.
+        sites: A map-style data set for each site, with items (input, target) or mappings, as MONAI's.
+        patients: The patient of each item, by site, so that no patient is in training and in test; None states that
+            every item is another patient's.
+        network: The name of a network: of the catalog, or from ``network``.
+        methods: Names of methods, or tables as in a study file.
+        rounds: The number of rounds.
+        seeds: The seeds, or how many.
+        kind: What the targets are; by default determined from the first ones.
+        classes: Names of the classes.
+        keys: The keys of input and target in items that are mappings.
+        loss: The name from ``loss``; by default the task's.
+        task: Further keys of ``[task]``, such as ``weights``, ``lora`` and ``train``.
+        training: Keys of ``[training]``.
+        data: Further keys of ``[data]``, such as ``external`` and ``split``.
+        engine: Keys of ``[engine]``; by default the sites run in this process.
+        out: The folder of run folders.
+        progress: Called with each event of the run.
+
+    Raises:
+        BadStudy: If the study is not valid. The message lists every problem.
+        DataError: If the data cannot be used. The message lists every problem.
+    """
+    source = Datasets(name, sites, patients, kind, classes, keys)
+    called = _registered("sources", f"{name}-{source.fingerprint[:12]}", source)
+    own = {"loss": loss} if loss else {}
+    table = {
+        "name": name,
+        "rounds": rounds,
+        "seeds": list(range(seeds)) if isinstance(seeds, int) else list(seeds),
+        "data": {"kind": called, "min_patients": 2, **(data or {})},
+        "task": {
+            "kind": source.task,
+            "network": network,
+            **own,
+            **(task or {}),
+        },
+        "training": dict(training or {}),
+        "engine": {"kind": "in-process", **(engine or {})},
+        "methods": [{"name": item} if isinstance(item, str) else dict(item) for item in methods],
+    }
+    text = toml_text.dumps(json.loads(json.dumps(table)))
+    study = parse(text, f"{name} (from Python)")
+    folder = Path(out) / f"{name}-{study.hash[:8]}"
+    for event in run_study(study, text, folder, resume=(folder / "run.json").exists()):
+        if progress is not None:
+            progress(event)
+    return Result(folder)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a study in its run folder.
+
+    Attributes:
+        folder: The run folder, which all commands of ``polyclinic`` take.
+    """
+
+    folder: Path
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The evaluation on test data, as reported."""
+        return evaluate(read_run(self.folder))
+
+    def compare(self) -> "Comparison":
+        """Return the methods' results as a table, for notebooks and as rows."""
+        found = self.evaluation
+        rows = []
+        for method in found.methods:
+            mean, worst = method.macro, method.worst
+            row: dict[str, Any] = {
+                "method": method.label,
+                found.metric.name: mean.value,
+                "low": mean.low,
+                "high": mean.high,
+            }
+            rows.append(row | ({"worst_site": worst[0], "worst": worst[1]} if worst else {}))
+        return Comparison(tuple(rows))
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the report into the folder ``out``, by default within the run folder, and return its page."""
+        from polyclinic.report.report_builder import build_report
+
+        return build_report(self.folder, out)
+
+    def model(self, method: str = "", seed: int | None = None) -> nn.Module:
+        """Return the tested model of a method as a module in evaluation mode, with adapters merged.
+
+        Args:
+            method: Its label; by default the report's main method.
+            seed: The seed; by default the first.
+
+        Raises:
+            RunError: If there is no such model.
+        """
+        run = read_run(self.folder)
+        label = method or self.evaluation.headline or ""
+        seeds = run.info.seeds
+        file = self.folder / "arms" / arm_name(label, seeds[0] if seed is None else seed) / "model.safetensors"
+        if not file.is_file():
+            raise RunError(f"{file}: no such model. The methods are {', '.join(m.label for m in run.info.methods)}")
+        plan = read_plan(file)
+        module = (plan.build_method().prediction_task or plan.build_task()).model()
+        return merge_adapters(load(module, read_tensors(file))).eval()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of results: rows by method.
+
+    Attributes:
+        rows: Mappings from column to value; ``pandas.DataFrame(comparison.rows)`` is the table as a data frame.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        lines = [self._columns, *([_shown(row.get(key)) for key in self._columns] for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self._columns))]
+        return "\n".join(
+            "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        head = "".join(f"<th>{escape(key)}</th>" for key in self._columns)
+        cells = ("".join(f"<td>{escape(_shown(row.get(key)))}</td>" for key in self._columns) for row in self.rows)
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
+
+    @property
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _words(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _takes_shapes(build: Build) -> bool:
+    """Return whether ``build`` needs the arguments (inputs, outputs)."""
+    required = [p for p in inspect.signature(build).parameters.values() if p.default is p.empty and p.kind in (0, 1)]
+    if len(required) not in (0, 2):
+        raise ConfigError(
+            f"{getattr(build, '__name__', build)} needs {len(required)} arguments: give a function of (inputs, "
+            "outputs), or one without arguments, such as lambda: MyNet(1, 3)"
+        )
+    return bool(required)
+
+
+def _registered(group: str, name: str, part: Any) -> str:
+    """Register ``part``; the same source again is the same part."""
+    if (known := extensions.LOCAL + name) in extensions.names(group):
+        return known
+    return extensions.register(group, name, part)
+
+
+def _source_hash(part: Any) -> str:
+    """Return eight digits that identify the source of ``part``, or the tensors of the network that it builds."""
+    try:
+        text = inspect.getsource(part)
+        module = inspect.getmodule(part)
+        whole = inspect.getsource(module) if module is not None and hasattr(module, "__file__") else ""
+        return hashlib.sha256((text + whole).encode()).hexdigest()[:8]
+    except (OSError, TypeError):
+        code = getattr(part, "__code__", None)
+        known = (code.co_code, code.co_consts, code.co_names) if code is not None else repr(part)
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:8]

@@ -1,0 +1,95 @@
+"""Files of predicted masks and maps, on the grid of their image."""
+
+import gzip
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from polyclinic.core import atomic
+from polyclinic.data.geometry import Geometry
+from polyclinic.studies.inference.reading import Case
+
+NIFTI = (".nii", ".nii.gz")
+
+
+def is_picture(case: Case, geometry: Geometry) -> bool:
+    """Return whether a case is a picture without a position in a patient, so that its mask is a PNG file."""
+    volume = geometry.original_mm is not None or len(geometry.axes) > 2
+    return not volume and not case.files[0].name.lower().endswith(NIFTI)
+
+
+def mask_name(case: Case, geometry: Geometry) -> str:
+    """Return the name of the file of a case's mask."""
+    return f"{case.id}.png" if is_picture(case, geometry) else f"{case.id}.nii.gz"
+
+
+def write_mask(folder: Path, case: Case, labels: Tensor, geometry: Geometry) -> str:
+    """Write the label of each voxel; return the name of the file.
+
+    Args:
+        folder: The folder.
+        case: The image.
+        labels: The labels on its original grid, uint8 or int16. Shape [*original].
+        geometry: The geometry of the image.
+    """
+    name = mask_name(case, geometry)
+    if is_picture(case, geometry):
+        atomic.write(folder / name, _png(labels.numpy()), durable=False)
+    else:
+        atomic.write(folder / name, _nifti(geometry.in_file(labels).numpy(), case, geometry), durable=False)
+    return name
+
+
+def write_map(folder: Path, case: Case, what: str, values: Tensor, geometry: Geometry) -> str:
+    """Write numbers for each voxel, float32; return the name of the file: NIfTI, or ``.npy`` for pictures.
+
+    Args:
+        folder: The folder.
+        case: The image.
+        what: What the numbers are, such as ``"entropy"``, the end of the file's name.
+        values: Shape [*original], or [C, *original] for the probabilities of classes.
+        geometry: The geometry of the image.
+    """
+    classes = values.ndim > len(geometry.original)
+    if is_picture(case, geometry):
+        buffer = io.BytesIO()
+        np.save(buffer, values.float().numpy(), allow_pickle=False)
+        atomic.write(folder / f"{case.id}-{what}.npy", buffer.getvalue(), durable=False)
+        return f"{case.id}-{what}.npy"
+    parts = [geometry.in_file(part).float().numpy() for part in (values if classes else values[None])]
+    content = _nifti(np.stack(parts) if classes else parts[0], case, geometry)
+    atomic.write(folder / f"{case.id}-{what}.nii.gz", content, durable=False)
+    return f"{case.id}-{what}.nii.gz"
+
+
+def _nifti(array: "np.ndarray[Any, Any]", case: Case, geometry: Geometry) -> bytes:
+    """Return a compressed NIfTI file of [(C,) z, y, x], with the header's geometry of the image if it is NIfTI."""
+    import nibabel
+
+    data = np.moveaxis(array, 0, -1) if array.ndim > 3 else array
+    data = data.transpose(2, 1, 0, *range(3, data.ndim))
+    file = case.files[0]
+    if file.name.lower().endswith(NIFTI):
+        source = nibabel.load(file)
+        header = source.header.copy()
+        header.set_data_dtype(data.dtype)
+        header["scl_slope"], header["scl_inter"] = 1.0, 0.0
+        header["cal_max"] = header["cal_min"] = 0.0
+        header["descrip"] = b""
+        header.extensions.clear()
+        image = type(source)(data, source.affine, header)
+    else:
+        image = nibabel.Nifti1Image(data, geometry.matrix.numpy())
+        image.header.set_xyzt_units("mm")
+    return gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
+
+
+def _png(labels: "np.ndarray[Any, Any]") -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(labels.astype(np.uint8 if int(labels.max(initial=0)) < 256 else np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,122 @@
+"""The statistics of cases between hospitals: only sums leave, and the plan is that of one machine."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from polyclinic.data.config import DataSpec
+from polyclinic.data.federation import rows_by_site
+from polyclinic.engines.flare.protocol import tensor_file
+from polyclinic.engines.flare.protocol.paths import SiteFolder
+from polyclinic.engines.plan import Plan
+from polyclinic.engines.policy import site_policy as policies
+from polyclinic.learning.tasks.case_sums import sums_of
+from polyclinic.studies.config import study_config
+from polyclinic.studies.run import case_planning, deployment
+from polyclinic.testing import equal
+from tests.conftest import little_sites
+from tests.studies.run.test_case_planning import STUDY, write_pairs
+from tests.support.flare_deployment import Hospitals, reference, study
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, make_site, order
+
+PLAN = {"network": "mlp", "inputs": [1], "outputs": 1, "network_options": {}}
+
+
+def houses(root: Path, policy: str = policies.DEFAULT) -> dict[str, SiteFolder]:
+    """Three hospitals with nnU-Net's layout, each in other sizes, and a data.toml that reads it without a resize."""
+    homes = {}
+    for k, (name, site) in enumerate(little_sites(count=3).items()):
+        homes[name] = make_site(root / name, name, site, policy)
+        data = root / name / "files"
+        write_pairs(data / "set", 16, (0.8, 0.8, 2.4 + 0.1 * k))
+        (data / "data.toml").write_text('kind = "pairs"\npath = "set"\nsplit = [0.75, 0.0, 0.25]\n')
+        settings = homes[name].settings
+        settings.write_text(f'site = "{name}"\ndata = "{data}"\n')
+    return homes
+
+
+def test_hospitals_send_sums_of_images_of_unequal_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    homes = houses(tmp_path)
+    an = order("case-statistics", rounds=1, plan=PLAN)
+    for home in homes.values():
+        approve(home, an)
+    carrier = LocalCarrier(homes, an)
+    assert coordinator(tmp_path, an, carrier).run() == "finished"
+    sums = case_planning.read_statistics(tmp_path / "server" / an.run / "checkpoint.safetensors")
+    assert int(sums["cases"][0]) == 3 * 12
+    together = {}
+    for name in homes:
+        spec = DataSpec.model_validate(
+            {
+                "kind": "pairs",
+                "path": str(tmp_path / name / "files" / "set"),
+                "split": [0.75, 0.0, 0.25],
+                "sites": {"partition": "iid", "count": 1},
+            }
+        )
+        (together[name],) = rows_by_site(spec, an.plan["seed"], spec.source()).values()
+    expected = case_planning.statistics(together, True)
+    assert all(torch.equal(sums[name], leaf) for name, leaf in expected.items())
+    made = case_planning.plan(spec, "spots", channels=["CT"], sums=sums, width=8)
+    assert made.configuration == "3d_fullres"
+    assert "transpose" not in made.text
+    assert "case0" not in made.text
+
+
+def test_a_small_hospital_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    homes = houses(tmp_path, policies.DEFAULT.replace("min_patients = 10", "min_patients = 13"))
+    an = order("case-statistics", rounds=1, plan=PLAN)
+    for home in homes.values():
+        approve(home, an)
+    assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() != "finished"
+    why = json.loads((tmp_path / "server" / an.run / "status.json").read_text())["why"]
+    assert "fewer than 13 patients here (limits.min_patients)" in why
+
+
+def test_a_study_of_statistics_needs_no_survey_and_no_scores(tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.replace("PATH", str(tmp_path)).replace('name = "fedavg"', 'name = "case-statistics"'))
+    read = study_config.read(file)
+    (arm,), _ = deployment.method_runs(read, ["a", "b"])
+    assert (arm["plan"]["inputs"], arm["plan"]["outputs"], arm["plan"]["network"]) == ([1], 1, "mlp")
+    Plan.from_json(json.dumps(arm["plan"])).build_method()
+    assert deployment.how(read)["score_every"] == 0
+    assert deployment.how(read)["test"] == ""
+
+
+def test_files_by_role_are_measured_too(tmp_path: Path) -> None:
+    """Of ``train.npz`` the images are measured as they are, with voxels of unknown size."""
+    data = np.load(_npz(tmp_path))
+    site = little_sites(count=1)["site-0"]
+    sums = sums_of(site.data["train"])
+    assert int(sums["cases"][0]) == len(data["inputs"])
+    assert float(sums["measured"][0]) == 0
+    assert float(sums["size"][1, 8]) == len(data["inputs"])
+
+
+def _npz(root: Path) -> Path:
+    home = make_site(root / "one", "site-0", little_sites(count=1)["site-0"])
+    return home.path / "data" / "train.npz"
+
+
+def test_a_single_number_of_any_stride_can_be_sent(tmp_path: Path) -> None:
+    """PyTorch calls it contiguous, and refuses to view it as bytes."""
+    leaf = torch.full((1, 4101), 7.0, dtype=torch.float64)[:, 3]
+    assert leaf.stride() == (4101,)
+    tensor_file.write(tmp_path / "one", {"tree": {"leaf": leaf}})
+    assert torch.equal(tensor_file.read(tmp_path / "one")["tree"]["leaf"], leaf)
+
+
+@pytest.mark.deploy
+@pytest.mark.slow
+def test_real_processes_give_the_sums_of_one(hospitals: Hospitals) -> None:
+    an = hospitals.order(study("statistics", method="case-statistics", rounds=1))
+    hospitals.finished("statistics")
+    state, _ = reference(an)
+    assert equal(state, hospitals.state("statistics"))
+    assert hospitals.lost("statistics") == []

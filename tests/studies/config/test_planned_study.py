@@ -1,0 +1,88 @@
+"""A study takes preprocessing, patch, network and batch from a plan, whose contents belong to its hash."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polyclinic.data.fingerprint.nnunet_plan import text_of
+from polyclinic.data.fingerprint.nnunet_planner import planned
+from polyclinic.studies.config.planned_study import with_plan
+from tests.data.fingerprint.test_nnunet_planner import pooled
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """nnU-Net's plan of the hippocampus, 8 features wide."""
+    facts, wanted, size = pooled("hippocampus")
+    about = {"study": "hippo", "data": "0", "seed": 0, "patients": 260}
+    file = tmp_path / "hippo.plan.toml"
+    file.write_text(text_of(planned(facts, wanted, size), facts, wanted, "3d_fullres", about, 8))
+    return file
+
+
+def tables(plan: Path, **task: Any) -> dict[str, Any]:
+    return {"data": {"kind": "pairs", "path": "/data", "plan": str(plan)}, "task": {"kind": "segmentation", **task}}
+
+
+def test_keys_that_are_set_remain(plan: Path) -> None:
+    data, problems = with_plan(tables(plan, network="nnunet", options={"width": 16}))
+    assert not problems
+    assert "plan" not in data["data"]
+    assert [step["step"] for step in data["data"]["steps"]] == ["crop_nonzero", "normalize", "resample_cubic"]
+    assert data["data"]["patch"] == [40, 56, 40]
+    assert data["task"]["options"]["width"] == 16
+    assert data["task"]["options"]["strides"] == [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+    assert data["task"]["options"]["deep_supervision"] is True
+    assert data["training"] == {"batch_size": 9}
+    data, _ = with_plan({**tables(plan, network="nnunet"), "training": {"batch_size": 2, "steps": 5}})
+    assert data["training"] == {"batch_size": 2, "steps": 5}
+    assert data["task"]["options"]["width"] == 8
+
+
+def test_other_networks_take_patch_and_batch_only(plan: Path) -> None:
+    data, problems = with_plan(tables(plan, network="unet", options={"width": 16}))
+    assert not problems
+    assert data["task"] == {"kind": "segmentation", "network": "unet", "options": {"width": 16}}
+    assert data["data"]["patch"] == [40, 56, 40]
+
+
+def test_an_edited_plan_is_another_study(plan: Path) -> None:
+    before, _ = with_plan(tables(plan, network="nnunet"))
+    plan.write_text(
+        plan.read_text().replace("width = 8", "width = 12").replace("mm = [1.0, 1.0, 1.0]", "mm = [1.0, 1.0, 2.0]")
+    )
+    after, _ = with_plan(tables(plan, network="nnunet"))
+    assert before["task"]["options"]["width"] != after["task"]["options"]["width"]
+    assert before["data"]["steps"] != after["data"]["steps"]
+
+
+def test_a_plan_of_preprocessing_alone_is_left_to_the_data(tmp_path: Path) -> None:
+    file = tmp_path / "a.plan.toml"
+    file.write_text('version = 1\nstudy = "a"\n[use]\nsteps = []\n')
+    given = tables(file)
+    assert with_plan(given) == (given, [])
+    assert with_plan({"data": {"use": "x"}}) == ({"data": {"use": "x"}}, [])
+    assert with_plan({"data": 3}) == ({"data": 3}, [])
+
+
+def test_mistakes_are_named(plan: Path) -> None:
+    def problem(**changes: Any) -> tuple[tuple[Any, ...], str]:
+        data = tables(plan, network=changes.pop("network", "nnunet"))
+        data["data"] |= changes
+        _, (one,) = with_plan(data)
+        return tuple(one.path), one.says
+
+    assert problem(plan="nnunet") == (
+        ("data", "plan"),
+        "write the plan with `polyclinic plan STUDY`, and name its file here",
+    )
+    assert problem(plan="/nowhere.toml")[0] == ("data", "plan")
+    where, says = problem(patch=[8, 8, 8])
+    assert where == ("data", "patch")
+    assert "determines patch too" in says
+    where, says = problem(network="resenc")
+    assert where == ("task", "network")
+    assert 'for the network "nnunet"' in says
+    plan.write_text(plan.read_text().replace("patch = [40,", "patch = [41,", 1))
+    assert "41 is no multiple of the strides' 8" in problem()[1]

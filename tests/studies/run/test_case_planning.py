@@ -1,0 +1,273 @@
+"""Plans from federated sums equal plans from the raw values of all cases, and tell no single case."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from polyclinic.core.aggregates import WeightedMean
+from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
+from polyclinic.data.fingerprint.case_rows import CaseRows
+from polyclinic.data.fingerprint.nnunet_plan import NnunetPlan
+from polyclinic.data.fingerprint.nnunet_planner import planned
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.errors import DataError
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks import case_sums
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.methods.statistics.case_statistics import CaseStatistics, median, planned_spacing, spacing
+from polyclinic.studies.run import case_planning
+from tests.data.fingerprint.test_nnunet_planner import EXPECTED, pooled
+
+
+def rows_of(name: str) -> torch.Tensor:
+    """Rows with the spacings and sizes of a data set, without a foreground."""
+    given = EXPECTED[name]
+    rows = torch.zeros(len(given["shapes"]), case_sums.HEAD + len(given["channels"]) * case_sums.CHANNEL)
+    rows[:, 0], rows[:, 7], rows[:, 8] = 3, 1, 1
+    rows[:, 1:4], rows[:, 4:7] = torch.tensor(given["spacings"]), torch.tensor(given["shapes"]).float()
+    return rows
+
+
+def at_sites(rows: torch.Tensor, count: int = 4) -> dict[str, CaseRows]:
+    """The rows, dealt to sites."""
+    return {
+        f"site-{k}": CaseRows(rows[k::count], tuple(f"p{i}" for i in range(len(rows[k::count])))) for k in range(count)
+    }
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_federated_plan_equals_the_pooled_one(name: str) -> None:
+    sums = case_planning.statistics(at_sites(rows_of(name)), False)
+    facts, wanted, size = pooled(name)
+    if name == "hippocampus":
+        assert spacing(sums, 0.5) == (1.0, 1.0, 1.0)
+        assert median(sums["resampled"]) == (36, 50, 35)
+    found = planned_spacing(sums).tolist()
+    assert found == pytest.approx(list(wanted), rel=0.0051)  # half a bin
+    assert median(sums["resampled"]) == pytest.approx(size, rel=0.02)
+    federated = planned(facts, found, median(sums["resampled"]))
+    exact = planned(facts, wanted, size)
+    for key in ("full", "slices", "low"):
+        one, other = getattr(federated, key), getattr(exact, key)
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one.patch, one.kernels, one.strides, one.widths) == (
+                other.patch,
+                other.kernels,
+                other.strides,
+                other.widths,
+            )
+            # the batch is limited by the number of voxels, which the rounding of three spacings changes by 1.5 %
+            assert one.batch_size == (
+                pytest.approx(other.batch_size, rel=0.03) if key == "slices" else other.batch_size
+            )
+
+
+def test_sums_do_not_depend_on_how_cases_are_dealt() -> None:
+    rows = rows_of("thin")
+    whole, parts = (case_planning.statistics(at_sites(rows, count), False) for count in (1, 5))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_replies_are_sums_of_one_shape_and_requests_hold_the_spacing_only() -> None:
+    method = CaseStatistics(Classification(Network("mlp", (1,), 1)))
+    sites = {name: Site(name, {"train": rows}) for name, rows in at_sites(rows_of("small")).items()}
+    state, requests = method.init({}), []
+    while (request := method.request(state)) is not None:
+        requests.append(request)
+        replies = [method.site_update(request, {}, site)[0] for site in sites.values()]
+        assert {type(part) for reply in replies for part in reply.parts.values()} == {WeightedMean}
+        shapes = [{n: leaf.shape for n, leaf in reply.mean("sums").total.items()} for reply in replies]
+        assert all(shape == shapes[0] for shape in shapes)
+        merged = replies[0]
+        for reply in replies[1:]:
+            merged = merged + reply
+        state = method.server_update(state, merged, Site("server", {}))
+    assert [r.job for r in requests] == ["cases", "sizes"]
+    assert [list(r.trees) for r in requests] == [[], ["spacing"]]
+    assert method.evaluation_request(state).round == 1
+
+
+def volumes(n: int = 12, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]]:
+    """CT-like volumes of unequal size with a margin of air stored as 0, and a mask."""
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(n):
+        shape = tuple(int(s) for s in rng.integers(10, 20, 3))
+        image = np.round(rng.normal(40, 200, shape)).clip(-1000, 3000)
+        image[0], image[:, -2:] = 0, 0
+        mask = (rng.random(shape) < 0.2).astype(np.int64)
+        mask[0] = 0
+        found.append((torch.from_numpy(image[None].astype(np.float32)), torch.from_numpy(mask), (2.5, 0.75, 0.75)))
+    return found
+
+
+def test_intensities_and_crops_are_those_of_numpy() -> None:
+    cases = volumes()
+    rows = torch.stack([case_sums.row_of(*case) for case in cases])
+    sums = case_planning.statistics(at_sites(rows, 3), True)
+    facts = case_planning.facts_of(sums, ["CT"], 2)
+    (one,) = facts.intensities
+    assert one is not None
+    values = [image[0][mask > 0].double().numpy() for image, mask, _ in cases]
+    assert one.mean == pytest.approx(np.mean([v.mean() for v in values]), abs=1e-3)
+    second = np.mean([(v**2).mean() for v in values])
+    assert one.deviation == pytest.approx(np.sqrt(second - one.mean**2), rel=1e-4)
+    rng = np.random.default_rng(1)
+    sample = np.concatenate([rng.choice(v, 20000) for v in values])  # each case with the same weight, as nnU-Net draws
+    assert one.low == pytest.approx(np.percentile(sample, 0.5), abs=8)
+    assert one.high == pytest.approx(np.percentile(sample, 99.5), abs=8)
+    sizes = np.array([[s[0] - 1, s[1] - 2, s[2]] for s in (image.shape[1:] for image, _, _ in cases)])
+    assert median(sums["size"]) == tuple(np.median(sizes, 0))
+    left = np.median([np.prod(s) / image[0].numel() for s, (image, _, _) in zip(sizes, cases, strict=True)])
+    assert facts.cropped == pytest.approx(left, abs=0.011)
+    assert int(sums["labels"][1]) == len(cases)
+
+
+def test_spacings_have_round_numbers_within_one_percent() -> None:
+    for mm in (0.5, 0.625, 0.7, 0.7421875, 0.8, 1.0, 1.25, 1.5, 2.5, 3.0, 5.0, 10.0):
+        found = case_sums.spacing_of(int(case_sums.spacing_bin(torch.tensor(mm))))
+        assert abs(found / mm - 1) < 0.0101, (mm, found)
+    exact = (0.5, 0.7, 0.8, 1.0, 1.25, 1.5, 2.5, 3.0, 5.0, 10.0)
+    assert [case_sums.spacing_of(int(case_sums.spacing_bin(torch.tensor(mm)))) for mm in exact] == list(exact)
+
+
+def test_quantiles_of_counts_are_numpys() -> None:
+    rng = np.random.default_rng(3)
+    for n in (1, 2, 5, 40, 41):
+        values = rng.integers(1, 30, n)
+        counts = torch.from_numpy(np.bincount(values, minlength=40)).double()
+        for share in (0.1, 0.5, 0.9):
+            low, high, weight = case_sums.quantile(counts, share)
+            assert low + (high - low) * weight == pytest.approx(np.percentile(values, share * 100))
+
+
+def test_what_a_plan_needs_is_asked_for() -> None:
+    rows = rows_of("hippocampus")
+    sums = case_planning.statistics(at_sites(rows), True)
+    with pytest.raises(DataError, match=r"have 1 channels, and 2 are named \(T1, T2\): name each with --channels"):
+        case_planning.facts_of(sums, ["T1", "T2"], 3)
+    with pytest.raises(DataError, match="channel CT: CT is scaled by its foreground values, and no mask"):
+        case_planning.plan_of(sums, ["CT"], 3, "default", None)
+    rows[:7, 8] = 0
+    with pytest.raises(DataError, match="7 of 260 volumes do not state their voxel size"):
+        case_planning.facts_of(case_planning.statistics(at_sites(rows), True), ["MR"], 3)
+
+
+def write_pairs(root: Path, count: int = 44, spacing_mm: tuple[float, ...] = (0.8, 0.8, 2.4)) -> Path:
+    """nnU-Net's layout with small CT-like volumes."""
+    import json
+
+    import nibabel as nib
+
+    (root / "imagesTr").mkdir(parents=True)
+    (root / "labelsTr").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        shape = tuple(int(n) for n in rng.integers((30, 30, 10), (38, 38, 16)))
+        mask = np.zeros(shape, np.uint8)
+        mask[10:20, 10:20, 3:7] = 1
+        image = np.round(rng.normal(-50, 20, shape) + 150 * mask).astype(np.int16)
+        affine = np.diag([*spacing_mm, 1.0])
+        nib.save(nib.Nifti1Image(image, affine), root / "imagesTr" / f"case{i:02d}_0000.nii.gz")
+        nib.save(nib.Nifti1Image(mask, affine), root / "labelsTr" / f"case{i:02d}.nii.gz")
+    (root / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0, "spot": 1}})
+    )
+    return root
+
+
+STUDY = """
+name = "spots"
+rounds = 1
+[data]
+kind = "pairs"
+path = "PATH"
+sites = { partition = "iid", count = 3 }
+split = [0.8, 0.1, 0.1]
+[task]
+kind = "segmentation"
+network = "nnunet"
+[training]
+steps = 1
+[[methods]]
+name = "fedavg"
+"""
+
+
+def test_the_command_writes_a_plan_to_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from polyclinic.cli import data
+
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY.replace("PATH", str(write_pairs(tmp_path / "set"))))
+    data.case_plan(study, width=8)
+    assert "3d_fullres: patch" in capsys.readouterr().out
+    text = (tmp_path / "study.plan.toml").read_text()
+    plan = NnunetPlan.read(tmp_path / "study.plan.toml")
+    assert plan is not None
+    assert [step["step"] for step in plan.steps] == ["crop_nonzero", "normalize", "resample_cubic"]
+    assert plan.steps[1]["schemes"] == ["ct"]
+    assert plan.steps[1]["mean"][0] == pytest.approx(100, abs=2)
+    assert plan.steps[2]["mm"] == [2.4, 0.8, 0.8]
+    assert plan.options["width"] == 8
+    assert plan.options["kernels"][0] == [1, 3, 3]
+    assert "case0" not in text
+    with pytest.raises(Exception, match="exists already; --force replaces it"):
+        data.case_plan(study)
+    study.write_text(study.read_text().replace("count = 3", "count = 11"))
+    with pytest.raises(DataError, match="no site has 10 training patients"):
+        data.case_plan(study, force=True, set_=["data.min_patients=2"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("batch_size = ", "batch_size = -", "must be a whole number from 1"),
+        ("patch = [", "patches = [", r"\[use\] has no key 'patch'"),
+        ('\nnetwork = "nnunet"', '\nnetwork = "unet"', 'must be "nnunet" or "resenc"'),
+        ("version = 1", "version = 2", "another version"),
+        ("\n[use]", "\n[used]", r"has no table \[use\]"),
+        ("deep_supervision = true", "deep_supervision = 1", "must be true or false"),
+    ],
+)
+def test_a_damaged_plan_is_refused_by_name(tmp_path: Path, old: str, new: str, message: str) -> None:
+    facts, wanted, size = pooled("hippocampus")
+    from polyclinic.data.fingerprint.nnunet_plan import text_of
+
+    about = {"study": "hippo", "data": "0", "seed": 0, "patients": 260}
+    text = text_of(planned(facts, wanted, size), facts, wanted, "3d_fullres", about, 32)
+    file = tmp_path / "a.plan.toml"
+    file.write_text(text)
+    plan = NnunetPlan.read(file)
+    assert plan is not None
+    assert plan.patch == (40, 56, 40)
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(DataError, match=message):
+        NnunetPlan.read(file)
+
+
+def test_a_run_between_sites_gives_the_same_sums(tmp_path: Path) -> None:
+    from polyclinic.core import serialization
+    from polyclinic.studies.records.checkpoint import Checkpoint
+
+    sites = at_sites(rows_of("small"))
+    method = CaseStatistics(Classification(Network("mlp", (1,), 1)))
+    engine = InProcess(method, {name: Site(name, {"train": rows}) for name, rows in sites.items()})
+    state = method.init({})
+    for step in train(method, engine, state, rounds=1):
+        state = step.state
+    file = tmp_path / "checkpoint.safetensors"
+    serialization.save(file, Checkpoint(state, {}, 1, 0, 0, 0.0, True))
+    found = case_planning.read_statistics(file)
+    assert all(torch.equal(found[name], leaf) for name, leaf in case_planning.statistics(sites, True).items())
+    serialization.save(file, Checkpoint(state._replace(sums={}), {}, 1, 0, 0, 0.0, True))
+    with pytest.raises(DataError, match="not the checkpoint of a complete run"):
+        case_planning.read_statistics(file)
+    file.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="is not a checkpoint of a run of case-statistics"):
+        case_planning.read_statistics(file)

@@ -1,0 +1,193 @@
+"""Studies of images of unequal shapes: the same bits in every engine and after a stop, and real data end to end."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from polyclinic.data.cases.cases import Cases
+from polyclinic.studies.config.diagnostics import BadStudy
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run.run_directory import Stopped
+from polyclinic.studies.run.run_lock import ask_to_stop
+from polyclinic.studies.run.scheduler import run
+from tests.data.sources.test_folders import nifti, picture
+from tests.studies.run.test_scheduler import facts, same, tensors
+
+STUDY = """\
+name = "patches"
+rounds = 2
+
+[data]
+kind = "pairs"
+path = "volumes"
+patch = [16, 16, 16]
+steps = [{ step = "zscore" }]
+sites = { partition = "iid", count = 3 }
+split = [0.5, 0.25, 0.25]
+min_patients = 1
+
+[task]
+kind = "segmentation"
+network = "segresnet"
+options = { init_filters = 8 }
+
+[training]
+batch_size = 2
+steps = 1
+lr = 0.01
+foreground = 0.5
+
+[augmentation]
+recipe = "nnunet"
+
+[engine]
+kind = "in-process"
+parallel = "sites"
+
+[[methods]]
+name = "fedavg"
+"""
+HIPPOCAMPUS = Path(os.environ.get("POLYCLINIC_DATA", "")) / "msd_hippocampus" / "msd_task04_hippocampus_260.zip"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nine volumes of different shapes with a bright ball each, smaller and larger than the patch."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        size = rng.integers(12, 22, 3)
+        center, grid = size / 2, np.indices(size).transpose(1, 2, 3, 0)
+        mask = (((grid - center) ** 2).sum(-1) < 25).astype(np.uint8)
+        values = rng.normal(100, 10, size) + 60 * mask
+        nifti(tmp_path / "volumes" / "images" / f"c{i:02}.nii.gz", values.astype(np.float32))
+        nifti(tmp_path / "volumes" / "labels" / f"c{i:02}.nii.gz", mask)
+    return tmp_path
+
+
+def of(engine: str, **changes: str) -> str:
+    """The study with another engine."""
+    text = STUDY.replace('kind = "in-process"', engine)
+    for old, new in changes.items():
+        text = re.sub(rf"^{old} = .*$", new, text, flags=re.MULTILINE)
+    return text
+
+
+def test_the_same_bits_with_workers_threads_and_in_process(here: Path) -> None:
+    """Workers inherit the places of the files; they and their threads read them by themselves."""
+    engines = {"none": 'kind = "in-process"'}
+    for workers, threads in ((1, 0), (3, 2)):
+        engines[f"{workers}-{threads}"] = f'kind = "workers"\nworkers = {workers}\nthreads = {threads}'
+    for name, engine in engines.items():
+        list(run(parse(of(engine)), of(engine), here / name))
+    assert tensors(here / "none")
+    assert same(here / "1-0", here / "none")
+    assert same(here / "3-2", here / "none")
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(here: Path) -> None:
+    """Also if the store was lost in between, and is built again."""
+    text = of('kind = "in-process"', rounds="rounds = 3")
+    list(run(parse(text), text, here / "whole"))
+    events = run(parse(text), text, here / "cut")
+    while (event := next(events)).what != "round" or event.round < 1:
+        pass
+    ask_to_stop(here / "cut")
+    with pytest.raises(Stopped):
+        list(events)
+    for file in (here / "cache" / "cases").rglob("*.safetensors"):
+        file.unlink()
+    list(run(parse(text), text, here / "cut", resume=True))
+    a, b = tensors(here / "whole"), tensors(here / "cut")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert facts(here / "whole") == facts(here / "cut")
+
+
+def test_the_test_is_of_complete_images(here: Path) -> None:
+    """Every test case has one row of scores, and its Dice counts voxels outside of the central patch too."""
+    text = of('kind = "in-process"')
+    list(run(parse(text), text, here / "run"))
+    data = parse(text).data
+    from polyclinic.data.federation import federate
+
+    cases = federate(data, 0).sites["site-1"]["test"]
+    assert isinstance(cases, Cases)
+    found = {name: leaf for name, leaf in tensors(here / "run").items() if "fedavg" in name and name.endswith("dice")}
+    assert found
+    assert len(next(iter(found.values()))) == len(cases)
+
+
+def test_pictures_of_many_sizes_with_a_method_for_each_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classification of color pictures that no step makes alike."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for i in range(48):
+        picture(tmp_path / "pictures" / "ab"[i % 2] / f"p{i}.png", (12 + i % 7, 20 - i % 5), color=True)
+    text = """\
+name = "sizes"
+rounds = 1
+[data]
+kind = "folders"
+path = "pictures"
+patch = [8, 8]
+sites = { partition = "iid", count = 2 }
+min_patients = 1
+[task]
+options = { width = 4, depth = 2 }
+[training]
+balance = 1.0
+[augmentation]
+recipe = "picture"
+[engine]
+kind = "in-process"
+[[methods]]
+name = "scaffold"
+[[methods]]
+name = "zscore"
+[[methods]]
+name = "fedsld"
+[[methods]]
+name = "ditto"
+"""
+    list(run(parse(text), text, tmp_path / "run"))
+    assert len({name.split("/")[0] for name in tensors(tmp_path / "run")}) == 4
+
+
+@pytest.mark.parametrize("method", ["combat", "vafl"])
+def test_methods_that_take_all_images_at_once_are_refused(here: Path, method: str) -> None:
+    """At the line of the method, before any image is read."""
+    text = of('kind = "in-process"').replace('name = "fedavg"', f'name = "{method}"')
+    with pytest.raises(BadStudy, match=f"{method} takes all images of a site at once, and patch in .data. leaves"):
+        parse(text)
+
+
+@pytest.mark.skipif(not HIPPOCAMPUS.is_file(), reason="needs POLYCLINIC_DATA with msd_hippocampus")
+@pytest.mark.slow
+def test_hippocampus_without_a_resize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """260 cases of 236 shapes are read as they are and trained for a few steps."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    text = of(
+        'kind = "workers"\nworkers = 2',
+        path=f'path = "{HIPPOCAMPUS}"',
+        patch="patch = [40, 56, 40]",
+        split="split = [0.7, 0.05, 0.25]",
+        rounds="rounds = 1",
+    )
+    study = parse(text)
+    from polyclinic.data.federation import federate
+
+    data = federate(study.data, 0)
+    cases = [examples for roles in data.sites.values() for examples in roles.values()]
+    sizes = [file.size for part in cases if isinstance(part, Cases) for file in part.files]
+    assert len(sizes) == 260
+    assert len(set(sizes)) == 236
+    list(run(study, text, tmp_path / "run"))
+    dice = {name: leaf for name, leaf in tensors(tmp_path / "run").items() if name.endswith("dice")}
+    assert sum(len(leaf) for name, leaf in dice.items() if name.startswith("fedavg")) == 65

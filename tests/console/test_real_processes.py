@@ -60,7 +60,7 @@ def opened(chromium: Any, running: Running) -> Tab:  # noqa: F811
     return tab
 
 
-def test_a_study_goes_from_its_file_to_its_report_and_a_dead_server_is_shown(
+def test_a_study_goes_from_its_file_to_its_report(
     hospitals: Hospitals,
     chromium: Any,  # noqa: F811
 ) -> None:
@@ -110,7 +110,22 @@ def test_a_study_goes_from_its_file_to_its_report_and_a_dead_server_is_shown(
         assert "approved by a person" in events
         assert "console opened" in events
 
-        # The server stops, which the hospital sees within 15 seconds, and returns.
+        server.check()
+        site.check()
+
+
+def test_a_server_that_stops_and_returns_is_shown_at_the_hospital(
+    hospitals: Hospitals,
+    chromium: Any,  # noqa: F811
+) -> None:
+    home = next(iter(hospitals.homes.values()))
+    coordinator = console("server", "console", "--home", str(hospitals.server.path), "--port", "0")
+    hospital = console("site", "console", "--home", str(home.path), "--port", "0")
+    with coordinator as at_server, hospital as at_site:
+        server, site = opened(chromium, at_server), opened(chromium, at_site)
+        page, mine = server.page, site.page
+        page.get_by_text("2 / 2").wait_for(timeout=60_000)
+        mine.get_by_text("Connected", exact=True).wait_for(timeout=60_000)
         page.get_by_role("button", name="Stop", exact=True).click()
         page.get_by_label(re.compile("Type tests to confirm")).fill("tests")
         page.get_by_role("button", name="Stop the server").click()

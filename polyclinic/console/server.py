@@ -140,11 +140,12 @@ class ServerPage:
             return authorities.fingerprint(authorities.load_certificate(read_small(self.home.authority / "ca.crt")))
         return "its certificate cannot be read"
 
-    def _own_days(self) -> float:
+    def _own_days(self) -> float | None:
+        """Return the days until the server's certificate ends; None if it cannot be read."""
         with suppress(SetupError, OSError, ValueError):
             own = authorities.load_certificate(read_small(self.home.kit / "startup" / "server.crt"))
             return (own.not_valid_after_utc.timestamp() - time.time()) / 86400
-        return 0.0
+        return None
 
     def _site_rows(self) -> list[dict[str, Any]]:
         totals = self.runs.totals()
@@ -354,7 +355,9 @@ class ServerPage:
         faults = sum(run.count_of_faults for run in self.runs.all.values())
         yield Sample("faults", faults, help="Replies that were lost or refused, in all runs.")
         days = [row["days"] for row in self._site_rows() if row["state"] != "revoked"]
-        yield Sample("certificate_days", round(self._own_days(), 2), help="Days until the server's certificate ends.")
+        yield Sample(
+            "certificate_days", round(self._own_days() or 0.0, 2), help="Days until the server's certificate ends."
+        )
         yield Sample("site_certificate_days", round(min(days, default=0.0), 2), help="Of the site whose ends first.")
         yield Sample("journal_intact", not self.journal.broken, help="Whether the journal's hash chain is complete.")
 

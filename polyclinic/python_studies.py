@@ -20,7 +20,7 @@ from polyclinic.core import extensions, toml_text
 from polyclinic.data.source import Task as Kind
 from polyclinic.data.sources.datasets import Datasets, MapStyle
 from polyclinic.errors import ConfigError, RunError
-from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.evaluation.records.method_runs import arm_name
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Evaluation, evaluate
 from polyclinic.learning.networks.adapters import merge_adapters

@@ -30,7 +30,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.routing import Route
 
 from polyclinic.console.guard import OPERATOR, REPORT_POLICY, VIEWER, Guard, Keys
-from polyclinic.console.page import Page, Refused, Watcher, exposition
+from polyclinic.console.page import Page, Refused, Watcher, encoded, exposition
 from polyclinic.errors import PolyclinicError
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class Console:
         if (file := shown.pop("file", None)) is not None:
             shown["ticket"] = self.keys.ticket(file)
         await self.wake()
-        return JSONResponse(shown)
+        return Response(encoded(shown), media_type="application/json")
 
     async def _report(self, request: Request) -> Response:
         file = self.keys.redeem(request.path_params["ticket"])
@@ -219,4 +219,4 @@ def _error(message: str, status: int) -> Response:
 
 
 def _event(name: str, data: Any) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+    return b"event: " + name.encode() + b"\ndata: " + encoded(data) + b"\n\n"

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare.protocol.messages import printable
 
 COMMANDS = "polyclinic.cli.app"
@@ -37,6 +36,7 @@ class Child:
         code: Its exit code; None while it runs.
         out: File with its standard output. ``log``: with its standard error.
         about: What the command works on, for the page.
+        start: Position in ``log`` at which its part begins.
     """
 
     number: int
@@ -49,6 +49,7 @@ class Child:
     begun: float = field(default_factory=time.time)
     code: int | None = None
     ended: float = 0.0
+    start: int = 0
 
     def look(self) -> bool:
         """Return whether it has ended since the last call."""
@@ -70,7 +71,7 @@ class Child:
     def output(self) -> str:
         """The last lines of its standard error."""
         with suppress(OSError), open(self.log, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 8000))
+            file.seek(max(self.start, os.fstat(file.fileno()).st_size - 8000))
             lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
             return "\n".join(printable(line, 400) for line in lines[-SHOWN_LINES:] if line.strip())
         return ""
@@ -105,7 +106,8 @@ class Children:
         self._count += 1
         folder = Path(self._folder.name)
         out, log = folder / f"{self._count}.out", log or folder / f"{self._count}.log"
-        write_private(out, b"", durable=False)
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        start = log.stat().st_size if log.exists() else 0
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with open(out, "wb") as stdout, open(log, "ab") as stderr:
             process = subprocess.Popen(
@@ -116,7 +118,7 @@ class Children:
                 env=environment,
                 start_new_session=True,
             )
-        child = Child(self._count, what, tuple(words), out, log, process, about)
+        child = Child(self._count, what, tuple(words), out, log, process, about, start=start)
         self._all.append(child)
         ended = [one for one in self._all if one.code is not None]
         for old in ended[: max(0, len(self._all) - KEPT)]:

@@ -1,6 +1,8 @@
 """What the three pages of the console have in common: reading, watching, acting and measuring."""
 
+import json
 import logging
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -130,6 +132,22 @@ def text_of(body: Mapping[str, Any], key: str, most: int = 500) -> str:
     if not isinstance(value, str) or len(value) > most:
         raise Refused(f"{key!r} must be text of at most {most} characters", 400)
     return value
+
+
+def encoded(value: Any) -> bytes:
+    """Return ``value`` as JSON. Numbers that are not finite, which a browser cannot read, become null."""
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False).encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def exposition(samples: Iterable[Sample]) -> str:

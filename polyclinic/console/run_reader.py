@@ -4,6 +4,7 @@ Test scores stay closed until every method run is done, so that no method is cho
 """
 
 import json
+import math
 import os
 import statistics
 import time
@@ -14,12 +15,12 @@ from typing import Any
 
 from polyclinic.console.tail import Tail, parsed
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.evaluation.records.record_schema import BASELINES, arm_name
+from polyclinic.evaluation.records.method_runs import BASELINES, arm_name
 from polyclinic.studies.run.run_lock import LOCK, holder
 
 RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"
 LAST_EVENTS, LAST_FAULTS = 40, 100
-MAX_INFO = 16 * 2**20
+MAX_INFO, MAX_METHOD_RUNS = 16 * 2**20, 20_000
 
 
 @dataclass
@@ -96,6 +97,8 @@ class RunReader:
     def _begin(self) -> None:
         """Forget what was read."""
         folds = range(int(self.info["folds"])) if self.info.get("folds") else [None]
+        if len(self.info.get("seeds", [0])) * len(folds) * len(self.info["methods"]) > MAX_METHOD_RUNS:
+            raise ValueError("run.json describes too many method runs")
         self.arms: dict[tuple[str, int, int], MethodRunView] = {}
         for seed in self.info.get("seeds", [0]):
             for fold in folds:
@@ -212,7 +215,7 @@ class RunReader:
             self._score(arm, int(fact["round"]), str(fact["site"]), fact["metrics"].get(self.metric))
         elif kind == "test":
             value = fact["metrics"].get(self.metric)
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and math.isfinite(value):
                 arm.test[str(fact["site"])] = value
         elif kind == "privacy":
             arm.epsilon = max(arm.epsilon or 0.0, float(fact.get("epsilon") or 0.0))
@@ -222,7 +225,7 @@ class RunReader:
             arm.trials += 1
 
     def _score(self, arm: MethodRunView, number: int, site: str, value: Any) -> None:
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or not math.isfinite(value):
             return
         if arm.scored[0] != number:
             self._settle(arm)

@@ -21,6 +21,8 @@ RESCAN_SECONDS = 5.0
 READS = frozenset({"file"})
 START, RESUME, REPORT, COMPARE = "run", "resume", "report", "compare"
 MAX_STUDIES = 100
+LOGS = ".console"
+"""Folder in the folder of runs with the output of studies that were started here."""
 
 
 class RunsPage:
@@ -224,7 +226,8 @@ class RunsPage:
         if self.children.running(START, study):
             raise Refused(f"{study} was started here and still runs")
         self.root.mkdir(parents=True, exist_ok=True)
-        child = self.children.start(START, ["run", str(path), "--out", str(self.root)], about=study)
+        log = self.root / LOGS / f"{path.stem}.log"
+        child = self.children.start(START, ["run", str(path), "--out", str(self.root)], about=study, log=log)
         return {"say": f"Started process {child.process.pid}. Reading the data and building the models takes a moment."}
 
     def _resume(self, reader: RunReader) -> dict[str, Any]:
@@ -233,7 +236,8 @@ class RunsPage:
         if not reader.summary()["resumable"]:
             raise Refused("this run is one of several of a file: polyclinic run FILE --resume continues all of them")
         words = ["run", str(reader.path / "study.toml"), "--resume", "--out", str(reader.path.parent)]
-        child = self.children.start(RESUME, words, about=reader.id)
+        log = self.root / LOGS / f"{reader.path.name}.log"
+        child = self.children.start(RESUME, words, about=reader.id, log=log)
         return {"say": f"Started process {child.process.pid}. It continues after the last complete round."}
 
     def _report(self, reader: RunReader) -> dict[str, Any]:

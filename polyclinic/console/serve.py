@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 import webbrowser
@@ -93,7 +94,7 @@ def serve(
                 "         valid once, for ten minutes; --link prints another. Ctrl-C ends the console and nothing else."
             )
             if open_browser:
-                threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
+                threading.Thread(target=_open, args=(link,), daemon=True).start()
             await server.serve(sockets=[line])
 
         with _announced(page.kind, folder, actual, keys.link), suppress(KeyboardInterrupt):
@@ -101,6 +102,17 @@ def serve(
                 asyncio.run(main())
             finally:
                 page.close()
+
+
+def _open(link: str) -> None:
+    """Open ``link`` in this machine's browser, by a private file, since other accounts can read its command line."""
+    file = _folder() / f"open-{secrets.token_hex(8)}.html"
+    try:
+        write_private(file, f'<meta http-equiv="refresh" content="0; url={link}">', durable=False)
+        webbrowser.open(file.as_uri())
+        time.sleep(30)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def new_link(kind: str, folder: Path, viewer: bool) -> str:
@@ -156,11 +168,16 @@ def _announced(kind: str, folder: Path, port: int, key: str) -> Iterator[None]:
 
 def _place(kind: str, folder: Path) -> Path:
     """Return the path of the file of the console of ``folder``."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return _folder() / f"console-{kind}-{name}.json"
+
+
+def _folder() -> Path:
+    """Return this account's folder for files of running consoles."""
     given = os.environ.get("XDG_RUNTIME_DIR")
     place = Path(given) / "polyclinic" if given else platformdirs.user_cache_path("polyclinic") / "runtime"
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return place / f"console-{kind}-{name}.json"
+    return place
 
 
 def _metrics_key(file: Path) -> str:

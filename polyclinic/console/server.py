@@ -94,7 +94,8 @@ class ServerPage:
         found = []
         for path in sorted(folder.glob("*")) if folder.is_dir() else []:
             if path.is_dir() and not path.is_symlink():
-                report = (path / "report" / "report.html").is_file()
+                page = path / "report" / "report.html"
+                report = page.is_file() and not page.is_symlink() and not page.parent.is_symlink()
                 found.append({"name": path.name, "report": report, "run": (path / "run.json").is_file()})
         return found[::-1]
 
@@ -139,11 +140,12 @@ class ServerPage:
             return authorities.fingerprint(authorities.load_certificate(read_small(self.home.authority / "ca.crt")))
         return "its certificate cannot be read"
 
-    def _own_days(self) -> float:
+    def _own_days(self) -> float | None:
+        """Return the days until the server's certificate ends; None if it cannot be read."""
         with suppress(SetupError, OSError, ValueError):
             own = authorities.load_certificate(read_small(self.home.kit / "startup" / "server.crt"))
             return (own.not_valid_after_utc.timestamp() - time.time()) / 86400
-        return 0.0
+        return None
 
     def _site_rows(self) -> list[dict[str, Any]]:
         totals = self.runs.totals()
@@ -231,7 +233,10 @@ class ServerPage:
                 self._start("report", ["report", str(path)], path.name)
                 return {"say": "The report is being written."}
             case "file":
-                return {"file": str(self._exported(body) / "report" / "report.html")}
+                path = self._exported(body)
+                if not next(one["report"] for one in self._exports() if one["name"] == path.name):
+                    raise Refused("this export has no report", 404)
+                return {"file": str(path / "report" / "report.html")}
             case "verify":
                 return self._verify()
         raise Refused("this page cannot do that", 404)
@@ -350,7 +355,9 @@ class ServerPage:
         faults = sum(run.count_of_faults for run in self.runs.all.values())
         yield Sample("faults", faults, help="Replies that were lost or refused, in all runs.")
         days = [row["days"] for row in self._site_rows() if row["state"] != "revoked"]
-        yield Sample("certificate_days", round(self._own_days(), 2), help="Days until the server's certificate ends.")
+        yield Sample(
+            "certificate_days", round(self._own_days() or 0.0, 2), help="Days until the server's certificate ends."
+        )
         yield Sample("site_certificate_days", round(min(days, default=0.0), 2), help="Of the site whose ends first.")
         yield Sample("journal_intact", not self.journal.broken, help="Whether the journal's hash chain is complete.")
 

@@ -1,5 +1,6 @@
 """Runs of a server, read as they grow: queue, progress, scores, traffic, faults and privacy spent."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ class ServerRun:
                 metrics = fact["metrics"]
                 self.metric = self.metric or next((m for m in (*PREFERRED, *metrics) if m in metrics), "")
                 value = metrics.get(self.metric)
-                if isinstance(value, int | float):
+                if isinstance(value, int | float) and math.isfinite(value):
                     if not self.rows or self.rows[-1][0] != fact["round"]:
                         self.rows.append((int(fact["round"]), {}))
                     self.rows[-1][1][str(fact["site"])] = round(value, 5)

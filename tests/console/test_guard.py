@@ -185,6 +185,7 @@ def test_every_response_has_the_headers(app: Any, path: str) -> None:
     "path",
     [
         "@/../guard.py",
+        "@/../../report/style.css",
         "@/../../guard.py",
         "@//etc/passwd",
         "@/vendor/README.md",

@@ -16,7 +16,7 @@ pytest.importorskip("starlette", reason="the extra [console] is not installed")
 
 from polyclinic.console.app import Console
 from polyclinic.console.guard import VIEWER, Keys
-from polyclinic.console.page import exposition
+from polyclinic.console.page import encoded, exposition
 from polyclinic.console.run_reader import FINISHED, RUNNING, STOPPED, RunReader
 from polyclinic.console.runs import RunsPage
 from polyclinic.core import atomic
@@ -26,6 +26,9 @@ from polyclinic.studies.run.run_lock import LOCK, STOP, delete, holder
 from tests.support.console import PORT, Response, request
 
 SITES = ("lyon", "oslo")
+HUGE = json.dumps(
+    {"metric": "auc", "name": "x", "sites": [], "methods": [{"label": "a"}], "seeds": list(range(30_000))}
+)
 EVIL = "<img src=x onerror=alert(1)>"
 
 
@@ -267,7 +270,21 @@ def test_strange_lines_are_ignored(run: Run) -> None:
     assert reader.summary()["done"] == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"metric": 1}', '{"metric":"auc","methods":{},"sites":[]}', "\x00"])
+def test_numbers_that_are_not_finite_break_no_page(run: Run) -> None:
+    """JSON of Python has NaN and Infinity; a browser's has not."""
+    run.round("fedavg", 1, {"lyon": float("nan"), "oslo": 0.5})
+    run.write("fedavg", "privacy", round=1, site="lyon", epsilon=float("inf"))
+    run.journal.write("round", {"epsilon": {"lyon": float("inf")}})
+    browser = Browser(run.path.parent)
+    events = browser.page.watch({"run": run.path.name}).updates()
+    sent = json.loads(encoded(events), parse_constant=lambda text: pytest.fail(f"{text} was sent"))
+    arms = dict(sent)["arms"]
+    assert next(arm for arm in arms if arm["label"] == "fedavg")["rows"] == [[1, {"oslo": 0.5}]]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"metric": 1}', '{"metric":"auc","methods":{},"sites":[]}', "\x00", HUGE]
+)
 def test_a_folder_with_a_strange_description_hides_no_other_run(run: Run, text: str) -> None:
     bad = run.path.parent / "bad"
     bad.mkdir()

@@ -102,7 +102,7 @@ function home() {
     h("div", { cls: "tiles" }, tile(String(running), "running"), tile(String(rows.size), "runs"), tile(bytes(disk), "in run folders"), tile(bytes(house.free), "free on this disk", house.free < 2e9 ? "bad" : "")),
     starter(), commands(),
     h("section", { cls: "card" }, table("Running runs first, then the latest. Values are of validation data.",
-      ["Run", "State", "Progress", "Best so far", "Size", "Faults", { t: "Sent", n: 1 }, { t: "Disk", n: 1 }, "Begun", may() ? "Actions" : ""].filter(Boolean),
+      ["Run", "State", "Progress", "Best so far", "Size", "Faults", { t: "Moved", n: 1 }, { t: "Disk", n: 1 }, "Begun", may() ? "Actions" : ""].filter(Boolean),
       all.slice(0, shown).map((r) => [
         h("span", { cls: "tick" }, h("input", { type: "checkbox", "data-set": "choose", "data-run": r.id, "data-key": `choose-${r.id}`, "aria-label": `Compare ${r.id}` }),
           h("span", { cls: "v" }, h("a", { href: `#/run/${encodeURIComponent(r.id)}` }, r.title), h("span", { cls: "why mono" }, r.id))),
@@ -195,7 +195,7 @@ function one() {
         [...all].sort((a, b) => (a.best === null) - (b.best === null) || better(a.best, b.best)).map((r) => [r.label, r.best === most && most !== undefined ? h("b", {}, number(r.best)) : number(r.best), r.test === null ? "closed" : number(r.test),
           r.worst ? `${number(r.site[r.worst])} ${r.worst}` : "–", bytes(r.moved), number(r.pace, 2), ...(priv ? [r.spent ? (Math.ceil(r.spent * 100 - 1e-9) / 100).toFixed(2) : "–"] : [])])))),
     h("div", { cls: "cols two" },
-      card("Sites", table(top ? `Under ${top.label}, the best federated method so far, and under local training` : "Scores follow with the first round", ["Site", "Role", { t: "Patients", n: 1 }, { t: run.metric, n: 1 }, { t: "Local", n: 1 }],
+      card("Sites", table(top ? `Under ${top.label}, the best federated method on validation data, and under local training` : "Scores follow with the first round", ["Site", "Role", { t: "Patients", n: 1 }, { t: run.metric, n: 1 }, { t: "Local", n: 1 }],
         run.site.map((s) => {
           const v = top?.site[s.name] ?? null, alone = all.find((r) => r.name === "local")?.site[s.name] ?? null;
           return [s.name, s.role, Object.values(s.patients).reduce((a, b) => a + b, 0), v !== null && alone !== null && better(v, alone) > 0 ? h("span", {}, number(v), " ", pill("below local", "bad")) : number(v), number(alone)];

@@ -168,10 +168,10 @@ export function view(path) {
   const broken = Object.entries(state.unreadable);
   return [
     h("div", { cls: "head" }, h("div", { cls: "grow" }, h("h1", {}, state.project), note(`${state.organization} · ${state.host}:${state.port} · `, h("code", {}, state.home))),
-      pill(state.well ? `server ${state.state}` : `server ${state.state}`, state.well ? "good" : "bad"), may() ? h("div", { cls: "row" }, state.well ? button("Stop", "stop") : button("Start the server", "start", {}, "main"), state.well && state.sites.length ? button("Rehearse", "rehearse") : null) : null),
+      pill(`server ${state.state}`, state.well ? "good" : "bad"), may() ? h("div", { cls: "row" }, state.well ? button("Stop", "stop") : button("Start the server", "start", {}, "main"), state.well && state.sites.length ? button("Rehearse", "rehearse") : null) : null),
     confirmation(), state.well ? null : call("bad", state.state === "not running" ? "The server is not running" : "The server does not respond", h("p", {}, "Sites cannot connect, and no run continues until it runs.")),
     h("div", { cls: "tiles" }, tile(`${state.sites.filter((s) => s.state === "connected").length} / ${state.sites.filter((s) => s.state !== "revoked").length}`, "sites connected"), tile(String(active), "runs active"), tile(String(state.runs.filter((r) => r.state === "waiting").length), "runs queued"),
-      tile(String(state.runs.reduce((n, r) => n + r.faults, 0)), "faults"), tile(count(Math.max(0, Math.floor(state.own_days)), "day"), "server's certificate", state.own_days < 30 ? "bad" : "")),
+      tile(String(state.runs.reduce((n, r) => n + r.faults, 0)), "faults"), tile(state.own_days === null ? "–" : count(Math.max(0, Math.floor(state.own_days)), "day"), "server's certificate", state.own_days !== null && state.own_days < 30 ? "bad" : "")),
     waits(), broken.length ? call("bad", "Entries of the queue that cannot be read", h("ul", {}, broken.map(([run, why]) => h("li", {}, `${run}: ${why}`)))) : null,
     soon.length ? call("", "Certificates end soon", h("p", {}, list(soon.map((s) => `${s.name} in ${count(Math.max(0, Math.floor(s.days)), "day")}`)), ". The site renews with polyclinic site init --renew.")) : null,
     commands(), sites(), studies(), runs(),

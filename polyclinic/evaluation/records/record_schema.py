@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-BASELINES = ("local", "pooled", "cross")
+from polyclinic.evaluation.records.method_runs import BASELINES, arm_name
+
 TASKS = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
 
 
@@ -243,11 +244,6 @@ class RunInfo(_Line):
 Known = Annotated[
     Round | Scores | Sealed | Privacy | Quarantine | Trial | Chosen | Standing, Field(discriminator="kind")
 ]
-
-
-def arm_name(label: str, seed: int, fold: int | None = None) -> str:
-    """Return the name of a method run's folder."""
-    return f"{label}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
 
 
 def arm_names(info: RunInfo) -> list[tuple[str, int, int, str]]:

@@ -11,7 +11,8 @@ import torch
 from polyclinic.attacks import canary, inversion
 from polyclinic.core import atomic
 from polyclinic.core.site import Site
-from polyclinic.evaluation.records.record_schema import Privacy, arm_name
+from polyclinic.evaluation.records.method_runs import arm_name
+from polyclinic.evaluation.records.record_schema import Privacy
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.learning.networks.model_tree import load
 from polyclinic.studies.audits.audit_file import Audit, Inverted, Leak

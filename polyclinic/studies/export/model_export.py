@@ -19,7 +19,7 @@ from polyclinic import __version__
 from polyclinic.core import atomic
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import MissingDependency, PolyclinicError, RunError
-from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.evaluation.records.method_runs import arm_name
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.learning.networks.adapters import DOWN, UP, Adapted, is_factor, merge_adapters
 from polyclinic.learning.networks.model_tree import load, params_of

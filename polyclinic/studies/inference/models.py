@@ -11,7 +11,7 @@ from polyclinic.core import serialization as states
 from polyclinic.core.tree import Tree
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import ConfigError, RunError
-from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.evaluation.records.method_runs import arm_name
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.learning.networks.model_tree import params_of
 from polyclinic.learning.tasks.task import Task

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.evaluation.records.method_runs import arm_name
 from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.statistics.undefined import Array
 

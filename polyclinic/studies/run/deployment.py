@@ -18,7 +18,7 @@ from polyclinic.engines.flare.protocol.data_restrictions import FROM_STUDY
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.site_description import shape_of
 from polyclinic.errors import ConfigError
-from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.evaluation.records.method_runs import arm_name
 from polyclinic.methods import registry
 from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.records.run_description import declared, environment, method_facts, start_facts

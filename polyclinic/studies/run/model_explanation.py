@@ -15,7 +15,7 @@ from polyclinic.core.execution import Policy
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.errors import RunError
-from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.evaluation.records.method_runs import arm_name
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.studies.records.saliency_maps import FILE
 from polyclinic.studies.run.data_identity import read_again

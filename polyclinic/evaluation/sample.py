@@ -9,7 +9,7 @@ of a seed are those of all folds together, each patient once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Sample:
     level: float
     images: Mapping[str, tuple[int, int]]
     unit: str = "patient"
+    _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def one_split(self) -> bool:
@@ -78,8 +79,12 @@ class Sample:
 
     def value(self, label: str, seed: int, sites: Sequence[str], metric: Metric) -> float:
         """Return the metric of one seed over the pooled cases of ``sites``; NaN if undefined."""
-        score, target = _together(self._cases(label, seed, sites), metric.name)
-        return float(metric.kernel(score, target, np.ones((1, len(target))))[0])
+        key = (label, seed, tuple(sites), metric)
+        if key not in self._known:
+            score, target = _together(self._cases(label, seed, sites), metric.name)
+            self._known[key] = float(metric.kernel(score, target, np.ones((1, len(target))))[0])
+        value: float = self._known[key]
+        return value
 
     def by_seed(self, label: str, sites: Sequence[str], metric: Metric) -> Array:
         """Return the mean over those of ``sites`` for which the metric is defined in every seed. [seeds]"""
@@ -132,6 +137,13 @@ class Sample:
 
     def estimate(self, label: str, sites: Sequence[str], metric: Metric, interval: bool) -> Estimate:
         """Return the metric over the pooled cases of ``sites``, averaged over seeds, with or without its interval."""
+        key = (label, tuple(sites), metric, interval)
+        if key not in self._known:
+            self._known[key] = self._estimate(label, sites, metric, interval)
+        found: Estimate = self._known[key]
+        return found
+
+    def _estimate(self, label: str, sites: Sequence[str], metric: Metric, interval: bool) -> Estimate:
         n, seeds = self._patients(label, sites), self.seeds(label)
         values = [self.value(label, seed, sites, metric) for seed in seeds]
         value = float(np.mean(values))

@@ -1385,6 +1385,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "counts of spacings, sizes and intensities of all sites' images, for a plan; trains nothing",
             "Isensee et al. 2021; Skorupko et al. 2025",
             "sums over the images of a site: counts by spacing, size and foreground value",
+            unseen=NOTHING,
             fidelity="departs: sums in public bins in place of values of single images",
         ),
     ),

@@ -115,7 +115,7 @@ def inches(text: str, points: float) -> float:
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    font = FontProperties("DejaVu Sans", size=points)
+    font = FontProperties(family="DejaVu Sans", size=points)
     return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
 
 

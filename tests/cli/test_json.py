@@ -14,6 +14,7 @@ from polyclinic.cli import app, rendering
 from polyclinic.engines.flare.client.reviews import Reviews
 from polyclinic.engines.flare.protocol.paths import ServerFolder
 from polyclinic.engines.flare.server.job_queue import FINISHED, Queue
+from polyclinic.learning.weights.store import VARIABLE
 from tests.studies.run.test_scheduler import npz
 from tests.support.local_deployment import hospital, order
 from tests.support.synthetic_run import write_run
@@ -53,6 +54,8 @@ OTHERS = {  # commands that are not called here, and the tests that read their J
     "audit release": "tests/studies/audits/test_release_command",
     "plan": "tests/studies/run/test_case_planning",
     "explain": "needs captum",
+    "predict": "tests/studies/inference/test_predict",
+    "evaluate": "tests/studies/inference/test_frozen_evaluation",
     "data deidentify": "needs pydicom",
     "vectors make": "tests/studies/export/test_vector_exchange",
     "vectors merge": "tests/studies/export/test_vector_exchange",
@@ -101,6 +104,7 @@ Call = Callable[..., Any]
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Run a command in ``tmp_path`` with ``--json`` and return the document."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "store"))  # commands of a site change it
     called: set[str] = set()
 
     def run(*words: str, code: int = 0) -> Any:
@@ -124,6 +128,7 @@ def test_each_prints_one_document_and_nothing_else(call: Call, tmp_path: Path, m
     studies(call, tmp_path)
     replaced(call, tmp_path, monkeypatch)
     catalogs_and_data(call, tmp_path)
+    weights(call, tmp_path)
     server(call, tmp_path)
     site(call, tmp_path)
     names = {name for name, _ in commands()}
@@ -188,6 +193,21 @@ def catalogs_and_data(call: Call, tmp_path: Path) -> None:
 
     Ledger(tmp_path / "x.jsonl").begin(site="ada", data="d", unit="patient", epsilon=1.0, delta=1e-5)
     assert call("privacy", "ledger", "x.jsonl")[0]["left"] == 1.0
+
+
+def weights(call: Call, tmp_path: Path) -> None:
+    """Commands on the model that ``studies`` exported."""
+    added = call("weights", "add", "m.safetensors", "--name", "start", "--license", "MIT")
+    assert added["tensors"] == 4
+    assert call("weights", "list")[0]["sha256"] == added["sha256"]
+    assert len(call("weights", "show", "start")["tensors"]) == 4
+    (tmp_path / "w.toml").write_text(STUDY.replace("[engine]", '[task.weights]\nfile = "start"\nhead = true\n[engine]'))
+    assert len(call("weights", "check", "w.toml")["loaded"]) == 4
+    home = ("--home", str(hospital(tmp_path / "weights", count=1)["site-0"].path))
+    at_site = call("site", "weights", "add", "m.safetensors", "--name", "start", "--license", "MIT", *home)
+    assert at_site["sha256"] == added["sha256"]
+    assert call("site", "weights", "list", *home)[0]["name"] == "start"
+    assert call("weights", "remove", "start", "--yes") == {"name": "start", "sha256": added["sha256"]}
 
 
 def call_code(tmp_path: Path) -> int:

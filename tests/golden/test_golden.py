@@ -163,5 +163,15 @@ def test_every_tag_is_independent_of_the_module_that_defines_it() -> None:
     folders = {"polyclinic", "methods", "stats", "state", "studies", "engines", "transforms", "audits", "tasks"}
     assert not [tag for tag in ours if folders & set(tag.split("."))]
     heads = {tag.partition(".")[0] for tag, cls in ours.items() if ".methods." in cls.__module__}
-    shared = {"local", "personal", "phases", "prepared", "robust", "teacher-student", "dataset-fingerprint", "fedopt"}
+    shared = {
+        "local",
+        "personal",
+        "phases",
+        "prepared",
+        "robust",
+        "teacher-student",
+        "dataset-fingerprint",
+        "fedopt",
+        "pid-weights",
+    }
     assert heads - shared <= METHODS.keys()

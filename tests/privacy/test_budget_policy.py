@@ -240,7 +240,11 @@ def test_the_survey_is_free_by_who_answers_and_not_by_its_name(tmp_path: Path) -
             return (1, 8, 8)
 
         @property
-        def targets(self) -> torch.Tensor:
+        def highest(self) -> int:
+            return int(self.y.max())
+
+        @property
+        def labels(self) -> torch.Tensor:
             return self.y
 
     reply, _ = execute(Describe("classification"), request, {}, Site("a", {"train": Examples()}), paid)

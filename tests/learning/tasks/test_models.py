@@ -99,7 +99,7 @@ def test_a_wrong_tree_is_refused() -> None:
         load(task.model(), {**first, "head.bias": torch.zeros(9)})
     with pytest.raises(ValueError, match="downloaded"):
         Network("densenet121", (1, 32, 32), 2, (("pretrained", True),))()
-    with pytest.raises(ValueError, match="no network is called 'resnet'"):
+    with pytest.raises(ValueError, match='no network is called "resnet"'):
         Network("resnet", (1, 32, 32), 2)()
 
 

@@ -61,7 +61,7 @@ def fixed(name: str) -> Any:
 def change_training(module: Any) -> None:
     """A site whose noise repeats, and that works as long as a test holds it."""
     site, request = module.Site, module.Training._ask
-    module.Site = lambda name, *rest: site(name, *rest, entropy=fixed(name))
+    module.Site = lambda name, *rest, **more: site(name, *rest, entropy=fixed(name), **more)
 
     def held(self: Any, command: Any) -> Any:
         hold = FOLDER / f"hold-{self.site.name}-{command['round']}"

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -59,6 +60,10 @@ def connected(address: str, workers: int | None = None) -> Iterator[None]:
     if package.is_initialized():
         yield
         return
+    where = "on this machine" if address == "auto" else f"at {address}"
+    remedy = 'start one with `ray start --head`, give its address, or use address = "local"'
+    if not _answers(address):
+        raise ClusterError(f"no Ray cluster can be reached {where}: {remedy}")
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     try:
         if address == LOCAL:
@@ -66,15 +71,24 @@ def connected(address: str, workers: int | None = None) -> Iterator[None]:
         else:
             package.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "on this machine" if address == "auto" else f"at {address}"
-        raise ClusterError(
-            f"no Ray cluster can be reached {where} ({str(error).splitlines()[0]}): start one with `ray start --head`, "
-            'give its address, or use address = "local"'
-        ) from error
+        why = str(error).splitlines()[0]
+        raise ClusterError(f"no Ray cluster can be reached {where} ({why}): {remedy}") from error
     try:
         yield
     finally:
         package.shutdown()
+
+
+def _answers(address: str) -> bool:
+    """Return whether a process listens at ``address``, without which Ray would end this process."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "//" in address:
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def slots(cpus: float, gpus: float) -> int:

@@ -2,8 +2,7 @@
 
 Every worker holds the data of some sites, which are sent to it once, and computes on one thread. Requests, replies and
 site states travel as safetensors in Ray's object store. If a worker or its machine dies, its sites move to another
-worker and the request is repeated; since a site's work depends only on its inputs, the results are bit-identical to
-those of the in-process engine, after any number of failures.
+worker and the request is repeated, which gives the same reply, since a site's work depends only on its inputs.
 """
 
 import json

@@ -128,6 +128,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Guan et al. 2024",
             "nothing",
             baseline=True,
+            private=BOTH,
         ),
     ),
     "Federated optimization": (
@@ -1386,6 +1387,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Isensee et al. 2021; Skorupko et al. 2025",
             "sums over the images of a site: counts by spacing, size and foreground value",
             unseen=NOTHING,
+            exposes="it sends exact counts of the training images",
             fidelity="departs: sums in public bins in place of values of single images",
         ),
     ),

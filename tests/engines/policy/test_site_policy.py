@@ -688,7 +688,7 @@ def test_every_reason_of_the_plan_and_of_the_ask_is_told() -> None:
     ]
 
 
-@pytest.mark.parametrize("method", ["harmofl", "fmtl", "fedni", "lc-fed", "site-graph"])
+@pytest.mark.parametrize("method", ["harmofl", "fmtl", "fedni", "site-graph"])
 def test_a_method_that_predicts_with_more_than_the_network_may_send_that_too(method: str) -> None:
     """Some put a front before the approved network, or another head behind it; nothing else may come."""
     p = plan(method=method)

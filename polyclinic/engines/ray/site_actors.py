@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from polyclinic.core import serialization
 from polyclinic.core.method import Method, Request
@@ -32,6 +33,9 @@ DEATHS = 3
 """Number of deaths of its worker after which a request is given up."""
 START = 120.0
 """Seconds in which a worker must start, after which its sites move to the others."""
+
+ORDERED = ("inputs", "targets")
+"""Tensors whose strides are kept. PyTorch chooses its kernels by them, and kernels differ in the last bits."""
 
 Build: TypeAlias = Callable[[str], Method[Any]]
 Reference: TypeAlias = Any
@@ -52,17 +56,27 @@ def encode_data(site: str, data: Mapping[str, Any]) -> bytes:
                 'Use parallel = "arms" with a folder that all machines share, or kind = "workers"'
             )
         geometries = examples.geometries and [geometry.table for geometry in examples.geometries]
-        roles[role] = {**vars(examples), "geometries": geometries}
+        strides = {name: list(getattr(examples, name).stride()) for name in ORDERED}
+        roles[role] = {"fields": {**vars(examples), "geometries": geometries}, "strides": strides}
     return serialization.encode(roles)
 
 
 def decode_data(encoded: bytes) -> dict[str, Examples]:
     """Decode the result of ``encode_data``."""
     roles = {}
-    for role, fields in serialization.decode(bytearray(encoded), share=True).items():
+    for role, found in serialization.decode(bytearray(encoded), share=True).items():
+        fields = found["fields"]
         geometries = fields["geometries"] and tuple(map(Geometry.of_table, fields["geometries"]))
-        roles[role] = Examples(**{**fields, "geometries": geometries})
+        ordered = {name: _with_strides(fields[name], found["strides"][name]) for name in ORDERED}
+        roles[role] = Examples(**{**fields, "geometries": geometries, **ordered})
     return roles
+
+
+def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """Return ``tensor`` with its elements in memory as ``strides`` say."""
+    if list(tensor.stride()) == list(strides):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
 
 
 class SiteWorker:

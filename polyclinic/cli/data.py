@@ -118,6 +118,20 @@ def _counts(counter: Counter[Any]) -> dict[str, int]:
     return {str(key): count for key, count in sorted(counter.items(), key=lambda item: str(item[0]))}
 
 
+def _plan_file(study: Path, out: Path | None, force: bool) -> Path:
+    """Return the file to which the plan of ``study`` is written.
+
+    Raises:
+        ConfigError: If there is no such study, or the file exists and ``force`` is not given.
+    """
+    require_file(study)
+    to = out or study.with_name(f"{study.stem}.plan.toml")
+    require_file(to)
+    if to.exists() and not force:
+        raise ConfigError(f"{to} exists already; --force replaces it")
+    return to
+
+
 @app.command
 def plan(
     study: Path,
@@ -144,11 +158,7 @@ def plan(
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run.planning import plan as made
 
-    require_file(study)
-    to = out or study.with_name(f"{study.stem}.plan.toml")
-    require_file(to)
-    if to.exists() and not force:
-        raise ConfigError(f"{to} exists already; --force replaces it")
+    to = _plan_file(study, out, force)
     with document(json_) as emit:
         config = study_config.read(study, changes(set_ or []))
         chosen = config.seeds[0] if seed is None else seed
@@ -203,11 +213,7 @@ def case_plan(
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run import case_planning
 
-    require_file(study)
-    to = out or study.with_name(f"{study.stem}.plan.toml")
-    require_file(to)
-    if to.exists() and not force:
-        raise ConfigError(f"{to} exists already; --force replaces it")
+    to = _plan_file(study, out, force)
     if width < 1 or (memory_gb is not None and memory_gb <= 0):
         raise ConfigError("--width and --memory-gb need numbers above 0")
     with document(json_) as emit:

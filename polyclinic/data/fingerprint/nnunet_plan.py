@@ -5,7 +5,6 @@ A TOML file that people can read and edit. ``polyclinic plan`` writes it, and a 
 holds sums over patients and nothing of a single one.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from polyclinic.core.toml_text import dumps, inline
 from polyclinic.data.fingerprint.nnunet_planner import CaseFacts, Configuration, Planned
-from polyclinic.data.formats.safe_reading import Unreadable, read_text
+from polyclinic.data.formats.safe_reading import read_toml
 from polyclinic.errors import DataError
 
 KIND = "nnunet"
@@ -60,10 +59,7 @@ class NnunetPlan:
         Raises:
             DataError: If it is not a valid plan, with every problem.
         """
-        try:
-            table = tomllib.loads(read_text(path))
-        except (Unreadable, tomllib.TOMLDecodeError) as error:
-            raise DataError(f"{path.name} cannot be read: {error}") from None
+        table = read_toml(path)
         if table.get("kind") != KIND:
             return None
         if table.get("version") != VERSION:

@@ -7,14 +7,13 @@ compares new data with it (``polyclinic.data.quality.drift``). It contains sums 
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from polyclinic.data.examples import DataError
-from polyclinic.data.formats.safe_reading import Unreadable, read_text
+from polyclinic.data.formats.safe_reading import read_toml
 from polyclinic.data.preprocessing.table_statistics import Statistics
 
 VERSION = 1
@@ -113,10 +112,7 @@ class DataPlan:
         Raises:
             DataError: If it is not a valid plan, with the reason.
         """
-        try:
-            table = tomllib.loads(read_text(path))
-        except (Unreadable, tomllib.TOMLDecodeError) as error:
-            raise DataError(f"{path.name} cannot be read: {error}") from None
+        table = read_toml(path)
         if table.get("version") != VERSION or not isinstance(table.get("use"), dict):
             raise DataError(f"{path.name} is not a plan of this version: create one with `polyclinic data plan STUDY`")
         use = table["use"]

@@ -10,6 +10,7 @@ import gzip
 import math
 import os
 import stat
+import tomllib
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,18 @@ def read_text(path: str | os.PathLike[str], limits: Limits = LIMITS) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return data.decode("latin-1")
+
+
+def read_toml(path: Path, limits: Limits = LIMITS) -> dict[str, Any]:
+    """Return the table in a TOML file of at most ``limits.text_bytes``.
+
+    Raises:
+        DataError: If it cannot be read, or is not TOML. The message names the file.
+    """
+    try:
+        return tomllib.loads(read_text(path, limits))
+    except (Unreadable, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path.name} cannot be read: {error}") from None
 
 
 def fits(

@@ -5,7 +5,6 @@ the inputs and their statistics are therefore computed once, from sums over the 
 hospital reads: ``statistics = "declared"``.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from polyclinic.data.examples import DataError
-from polyclinic.data.formats.safe_reading import Unreadable, read_text
+from polyclinic.data.formats.safe_reading import read_toml
 
 Array = np.ndarray[Any, Any]
 
@@ -83,12 +82,9 @@ class Statistics:
         Raises:
             DataError: If it is not such a file; the message names the input.
         """
-        try:
-            table = tomllib.loads(read_text(path))
-            if "version" in table and isinstance(table.get("use"), dict):  # a plan
-                table = table["use"].get("inputs", {})
-        except (Unreadable, tomllib.TOMLDecodeError) as error:
-            raise DataError(f"{path.name} cannot be read: {error}") from None
+        table = read_toml(path)
+        if "version" in table and isinstance(table.get("use"), dict):  # a plan
+            table = table["use"].get("inputs", {})
         return cls.of_table(table, path)
 
     @classmethod

@@ -70,25 +70,14 @@ class AlternatingTraining(LocalTraining):
     in_turn: tuple[str, ...] = IN_TURN
 
     def fit(self, task: Any, start: Tree, site: Site, round: int, **how: Any) -> Tree:
-        """Train, as ``LocalTraining.fit``, what moves in this round."""
+        """Train what moves in this round; arguments as in ``LocalTraining.fit``."""
         how["trainable"] = Moving(self.in_turn, round).within(how.get("trainable"))
         return super().fit(task, start, site, round, **how)
 
 
 @dataclass(frozen=True)
-class AlternatingDPSGD(DPSGD):
-    """Private training of the factor of the round.
-
-    Attributes:
-        in_turn: The factors that move, by round.
-    """
-
-    in_turn: tuple[str, ...] = IN_TURN
-
-    def fit(self, task: Any, start: Tree, site: Site, round: int, **how: Any) -> Tree:
-        """Train, as ``DPSGD.fit``, what moves in this round."""
-        how["trainable"] = Moving(self.in_turn, round).within(how.get("trainable"))
-        return super().fit(task, start, site, round, **how)
+class AlternatingDPSGD(AlternatingTraining, DPSGD):
+    """Private training of the factor of the round."""
 
 
 def alternating(local: LocalTraining, in_turn: tuple[str, ...]) -> LocalTraining:

@@ -59,7 +59,7 @@ class FedAWA(Method[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
-        change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+        change = self.local.change(self.task, start, site, request.round)
         examples = {EXAMPLES: torch.tensor(float(len(site.data["train"])))}
         return Reply({"update": PerSiteUniform({site.name: {**change, **examples}})}), memory
 

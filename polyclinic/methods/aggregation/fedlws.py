@@ -55,7 +55,7 @@ class FedLWS(Method[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
-        change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+        change = self.local.change(self.task, start, site, request.round)
         examples = {EXAMPLES: torch.tensor(float(len(site.data["train"])))}
         return Reply({"update": PerSiteUniform({site.name: {**change, **examples}})}), memory
 

@@ -111,7 +111,7 @@ class FedNoRo(Method[State]):
             learned = F.kl_div(z.log_softmax(1), soft, reduction="batchmean")
             return share * learned + (1 - share) * F.cross_entropy(z, batch[1])
 
-        change = tree.sub(self.local.fit(self.task, start, site, request.round, loss=loss), start)
+        change = self.local.change(self.task, start, site, request.round, loss=loss)
         examples = {EXAMPLES: torch.tensor(float(len(data)))}
         return Reply({"update": PerSiteUniform({site.name: {**change, **examples}})}), memory
 

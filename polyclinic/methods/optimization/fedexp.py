@@ -65,7 +65,7 @@ class FedExP(SizeWeighted[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
-        change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+        change = self.local.change(self.task, start, site, request.round)
         learned, weight = tree.select(change, trained(self.task).__contains__), self.site_weight(site)
         square = {"square": torch.tensor(tree.dot(learned, learned), dtype=torch.float64)}
         return Reply({"update": WeightedMean.of(change, weight), "square": WeightedMean.of(square, weight)}), memory

@@ -6,11 +6,8 @@ by Seeking Flat Minima", ECCV 2022, https://arxiv.org/abs/2203.11834 (FedASAM wi
 training of any method. Departure: the first pass of a step does not update running statistics.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
-
-from torch import Tensor, nn
 
 from polyclinic.core.method import Method
 from polyclinic.core.site import Site
@@ -37,34 +34,10 @@ class SharpnessAware(LocalTraining):
     adaptive: bool = False
 
     def fit(
-        self,
-        task: Trainable,
-        start: Tree,
-        site: Site,
-        round: int,
-        *,
-        role: str = "train",
-        data: Any = None,
-        loss: Loss | None = None,
-        gradient_hook: Callable[[str, Tensor], Tensor] | None = None,
-        trainable: Callable[[str], bool] | None = None,
-        after_step: Callable[[nn.Module], None] | None = None,
-        slot: str = "",
+        self, task: Trainable, start: Tree, site: Site, round: int, *, loss: Loss | None = None, **how: Any
     ) -> Tree:
         """Return the parameters after training from ``start``. Arguments as in ``LocalTraining.fit``."""
-        return super().fit(
-            task,
-            start,
-            site,
-            round,
-            role=role,
-            data=data,
-            loss=sharpened(loss or task.loss, self.rho, self.adaptive),
-            gradient_hook=gradient_hook,
-            trainable=trainable,
-            after_step=after_step,
-            slot=slot,
-        )
+        return super().fit(task, start, site, round, loss=sharpened(loss or task.loss, self.rho, self.adaptive), **how)
 
 
 def sharpness_aware(local: LocalTraining, rho: float, adaptive: bool = False) -> SharpnessAware:

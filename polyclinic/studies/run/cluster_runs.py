@@ -189,10 +189,11 @@ def on_cluster(
                     worker.job = waiting.popleft()
                     worker.reference = worker.actor.run.remote(worker.job[0].name)
             busy = {w.reference: w for w in own.all if w.job or not w.ready}
-            ready, _ = package.wait([letters, *busy], num_returns=1, timeout=None if _any(own.all) else START)
+            patience = None if any(worker.ready for worker in own.all) else START
+            ready, _ = package.wait([letters, *busy], num_returns=1, timeout=patience)
             if not ready:
                 raise ClusterError(f"no worker could start within {START:g} s: is the cluster busy?")
-            if ready[0] is letters or ready[0] == letters:
+            if ready[0] == letters:
                 yield from _events(package.get(letters), own.mailbox, note)
                 letters = own.mailbox.take.remote()
                 continue
@@ -230,11 +231,6 @@ def on_cluster(
     finally:
         own.close()
         (folder / SHARED).unlink(missing_ok=True)
-
-
-def _any(workers: Sequence[_Running]) -> bool:
-    """Return whether a worker has started."""
-    return any(worker.ready for worker in workers)
 
 
 def _events(messages: Sequence[str], mailbox: Any, note: Note) -> Iterator[Event]:

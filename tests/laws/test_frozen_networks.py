@@ -37,7 +37,7 @@ FREEZINGS = {
 }
 REFUSED = {
     "head": {*NEEDS},
-    "last block": set[str](),
+    "last block": {name for name, (parts, _) in NEEDS.items() if "adapters" in parts},
 }
 """The methods that are refused, by what is trained; the reasons are in ``methods.frozen_networks``."""
 QUICK = ("fedavg", "scaffold", "fedbn", "ditto", "mime", "fedmic", "feddg", "fedirm", "data-vectors", "split", "fedmri")

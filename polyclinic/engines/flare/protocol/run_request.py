@@ -330,7 +330,7 @@ def code_on_disk() -> str:
     Excludes names and places of files, comments and docstrings: see ``core.syntax_hash``.
     """
     package = Path(__file__).parents[3]
-    files = [path for part in COMPUTES for path in sorted((package / part).rglob("*.py"))]
+    files = [path for part in COMPUTES for path in (package / part).rglob("*.py")]
     stats = [(str(path), path.stat()) for path in files]
     return combined(_hash_of(path, stat.st_ctime_ns, stat.st_size) for path, stat in stats)
 

@@ -43,7 +43,14 @@ def sites_for(kind):
     }
 
 
-CASES = [(n, k) for n in MINE for k in TASKS if not METHODS[n].tasks or k in METHODS[n].tasks]
+KINDS_OF = {n: [k for k in TASKS if not METHODS[n].tasks or k in METHODS[n].tasks] for n in MINE}
+# By default one kind of each method, the last, and segmentation of methods that treat masks in a way of their own.
+QUICK = {(n, kinds[-1]) for n, kinds in KINDS_OF.items() if kinds} | {("fedsemi", "segmentation")}
+CASES = [
+    pytest.param(n, k, marks=() if (n, k) in QUICK else pytest.mark.slow)
+    for n, kinds in KINDS_OF.items()
+    for k in kinds
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

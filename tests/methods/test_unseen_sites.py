@@ -56,7 +56,14 @@ def newcomer(sites: dict[str, Site]) -> Site:
     return Site("elsewhere", {"test": sites["site-1"].data["test"]})
 
 
-@pytest.mark.parametrize("name", HAVE)
+# One of each way to a model for an unseen site; the others are slow tests.
+QUICK = (
+    *("fedavg", "fedavg-recomputed", "silobn", "ditto", "apfl", "moon", "fed-moe", "ifca", "fedsm", "krum", "feddf"),
+    *("fedbabu", "combat", "split", "swarm", "fedmoco", "data-vectors", "local", "scaffold"),
+)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in HAVE])
 def test_no_part_is_untrained(name: str) -> None:
     """Every parameter and statistic of its model differs from its initial value, which no training would change."""
     method, task, sites = case(name)

@@ -36,6 +36,7 @@ def test_the_bits_are_those_of_the_classes(name: str, theirs, options) -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, copies, strict=True))
 
 
+@pytest.mark.slow
 def test_training_imports_no_compiler() -> None:
     """It takes two seconds and 70 MB in each process, and nothing uses it."""
     script = (

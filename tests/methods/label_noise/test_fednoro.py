@@ -30,7 +30,7 @@ def ran(method, params, sites, rounds):
     return steps[-1].state, steps
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_two_groups_are_those_of_scikit_learn(seed: int) -> None:
     """Well-separated sites: the majority of nine random starts, as in the published code."""
     mixture = pytest.importorskip("sklearn.mixture")

@@ -5,6 +5,7 @@ Requires no PyTorch, so that a site can hash a run request before it builds anyt
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -330,8 +331,9 @@ def code_on_disk() -> str:
     Excludes names and places of files, comments and docstrings: see ``core.syntax_hash``.
     """
     package = Path(__file__).parents[3]
-    files = [path for part in COMPUTES for path in (package / part).rglob("*.py")]
-    stats = [(str(path), path.stat()) for path in files]
+    folders = [found for part in COMPUTES for found in os.walk(package / part)]
+    files = [f"{folder}/{name}" for folder, _, names in folders for name in names if name.endswith(".py")]
+    stats = [(path, os.stat(path)) for path in files]
     return combined(_hash_of(path, stat.st_ctime_ns, stat.st_size) for path, stat in stats)
 
 

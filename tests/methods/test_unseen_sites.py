@@ -1,5 +1,7 @@
 """What a site that never trained predicts with: no method gives it a part that was never trained."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -44,7 +46,7 @@ PRIVATE = (
 HAVE = [name for name, entry in METHODS.items() if entry.newcomers and name not in ("pooled", "histofl", "frozen")]
 
 
-def trained(method: Method, sites: dict[str, Site], params: dict, rounds: int = 2):
+def trained(method: Method[Any], sites: dict[str, Site], params: dict[str, Any], rounds: int = 2) -> Any:
     engine, state = InProcess(method, sites, server_data=held_by_server(sites)), method.init(params)
     for step in train(method, engine, state, rounds=rounds):
         state = step.state

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ class Heard:
     def __init__(self) -> None:
         self.states: list[str] = []
 
-    def state_change(self, connection) -> None:
+    def state_change(self, connection: Any) -> None:
         self.states.append(connection.state.name)
 
 

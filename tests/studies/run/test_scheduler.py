@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def study(folder: Path, engine: str = "in-process", **changes: str) -> str:
     return text
 
 
-def go(text: str, path: Path, resume: bool = False) -> list:
+def go(text: str, path: Path, resume: bool = False) -> list[Any]:
     return list(run(parse(text), text, path, resume))
 
 
@@ -93,7 +94,7 @@ def stopped_and_resumed(text: str, path: Path, stop_after: int) -> None:
     go(text, path, resume=True)
 
 
-def facts(path: Path) -> list[dict]:
+def facts(path: Path) -> list[dict[str, Any]]:
     """The records without what differs from machine to machine."""
     with open(path / "records.jsonl") as file:
         return [{k: v for k, v in json.loads(line).items() if k not in ("wall", "seconds")} for line in file]
@@ -114,7 +115,7 @@ def same(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and facts(a) == facts(b)
 
 
-def opened_once(path: Path) -> list[dict]:
+def opened_once(path: Path) -> list[dict[str, Any]]:
     """The records as if no arm had been killed while its test data were open; how often they were is checked separately."""
     return [{k: v for k, v in fact.items() if k != "opened"} for fact in facts(path)]
 
@@ -261,7 +262,7 @@ def test_a_site_that_fails_is_left_out_and_named(done: Path, tmp_path: Path, mon
 
     real = FedAvg.site_update
 
-    def failing(self, request, memory, site):
+    def failing(self: Any, request: Any, memory: Any, site: Any) -> Any:
         if site.name == "b" and request.round == 1:
             raise MemoryError("out of memory")
         return real(self, request, memory, site)

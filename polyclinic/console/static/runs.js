@@ -88,7 +88,7 @@ const operate = (r) => may() && [
   r.state === "stopped" && r.resumable && button("Resume", "resume", { run: r.id }),
 ];
 const progress = (r) => h("span", {}, bar(r.done, r.total, `${Math.floor((100 * r.done) / Math.max(1, r.total))} %`, `Progress of ${r.id}`),
-  h("span", { cls: "why" }, `${r.tested} of ${count(r.runs, "method run")} tested${r.left ? ` · about ${span(r.left)} left` : ""}`));
+  h("span", { cls: "why" }, r.reading ? "its records are being read" : `${r.tested} of ${count(r.runs, "method run")} tested${r.left ? ` · about ${span(r.left)} left` : ""}`));
 
 function home() {
   const words = search.toLowerCase().split(/\s+/).filter(Boolean), order = { running: 0, stopped: 1, finished: 1 };

@@ -170,7 +170,7 @@ function journal() {
   const shown = lines.filter(({ e, text }) => words.every((w) => `${e.event} ${text}`.toLowerCase().includes(w)));
   return card("Journal",
     j.broken ? call("bad", "The journal was changed", h("p", {}, j.broken)) : null,
-    facts(["Entries", count(j.count, "entry", "entries")], ["Latest hash", h("span", { cls: "mono" }, j.head.slice(0, 32)), h("span", { cls: "why" }, "read it to the coordinator to compare")],
+    facts(["Entries", `${count(j.count, "entry", "entries")}${j.behind ? ", more are being read" : ""}`], ["Latest hash", h("span", { cls: "mono" }, j.head.slice(0, 32)), h("span", { cls: "why" }, "read it to the coordinator to compare")],
       verified && ["Verified", verified.good ? pill(`complete: ${count(verified.count, "entry", "entries")} since ${when(verified.first)}`, "good") : pill(verified.problem, "bad")]),
     h("div", { cls: "row", "data-key": "journal-row" }, button("Verify the whole journal", "verify"), h("label", { cls: "row" }, "Find", h("input", { type: "search", "data-set": "filter", "data-key": "filter" }))),
     h("div", { cls: "log", tabindex: "0", role: "region", "aria-label": "Entries of the journal", "data-key": "journal-log" }, h("ul", { cls: "plain" }, shown.map(({ e, text }) => h("li", { "data-key": `e${e.seq}` }, h("b", {}, e.event), h("span", { cls: "why" }, `${e.seq} · ${when(e.time)} · ${text.slice(0, 400)}`))))));

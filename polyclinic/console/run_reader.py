@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.console.tail import Tail, open_regular, parsed
+from polyclinic.engines import step_file
 from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.evaluation.records.method_runs import BASELINES, arm_name
 from polyclinic.studies.run.run_lock import LOCK, holder
@@ -190,7 +191,7 @@ class RunReader:
             if arm.tested:
                 now: dict[str, Any] = {}
             else:
-                now = _now(self.path / "arms" / arm.name / "now.json", arm.round)
+                now = _now(self.path / "arms" / arm.name, arm.round)
             changed |= now != arm.now
             arm.now = now
         return changed
@@ -398,15 +399,22 @@ def _site(site: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": str(site["name"]), "role": str(site.get("role", "training")), "patients": patients}
 
 
-def _now(path: Path, done: int) -> dict[str, Any]:
-    """Return the progress within a round, unless that round is complete."""
+def _now(folder: Path, done: int) -> dict[str, Any]:
+    """Return the progress within a round, unless that round is complete: sites, and minibatches of those that train."""
     try:
-        with open_regular(path) as file:
+        with open_regular(folder / "now.json") as file:
             now = json.loads(file.read(MAX_NOW))
         asked, arrived = len(now["asked"]), len(now["arrived"])
         waits = [site for site in now["asked"] if site not in now["arrived"]][:20]
-        started = {"round": int(now["round"]), "asked": asked, "arrived": arrived, "waits": waits}
-        return {**started, "since": float(now["since"])} if now["round"] > done else {}
+        if int(now["round"]) <= done:
+            return {}
+        steps = {
+            one["site"]: [one["done"], one["total"]]
+            for one in step_file.read(folder)
+            if one["round"] == now["round"] and one["site"] in waits and one["total"] > 0
+        }
+        started = {"round": int(now["round"]), "asked": asked, "arrived": arrived, "waits": waits, "steps": steps}
+        return {**started, "since": float(now["since"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -142,7 +142,7 @@ function connection() {
 }
 
 function running() {
-  const now = state.doing.length ? h("ul", { cls: "plain" }, state.doing.map((d) => h("li", { "data-key": d.run }, pill("working", "good"), ` ${d.run}: ${d.job || d.kind}, round ${d.round}`, h("span", { cls: "why" }, `since ${ago(d.since)}`)))) : null;
+  const now = state.doing.length ? h("ul", { cls: "plain" }, state.doing.map((d) => h("li", { "data-key": d.run }, pill("working", "good"), ` ${d.run}: ${d.job || d.kind}, round ${d.round}`, d.total ? bar(d.done, d.total, `minibatch ${d.done.toLocaleString("en-US")} of ${d.total.toLocaleString("en-US")}`, `Progress of ${d.run}`) : null, h("span", { cls: "why" }, `since ${ago(d.since)}`)))) : null;
   return card([h("span", { cls: "q" }, "2"), "What is running?"], now,
     state.running.length ? h("ul", { cls: "plain" }, state.running.map((r) => h("li", { "data-key": r.run }, h("b", {}, r.study || r.run), ` · ${list(r.methods)}`,
       bar(r.round, r.rounds, `round ${r.round} of ${r.rounds}`, r.run), h("span", { cls: "why" }, `${r.run} · ${r.event}${r.reason ? `: ${r.reason}` : ""}, ${ago(r.time)}`)))) : now ? null : note("Nothing runs at this site now."),

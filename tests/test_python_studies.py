@@ -48,6 +48,14 @@ def my_loss(scores: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(scores, target, label_smoothing=0.1)
 
 
+def my_metric(scores: Any, target: Any) -> float:
+    return float((scores.argmax(1) == target).mean())
+
+
+def my_augmentation(image: Tensor, target: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    return image + 0.1 * torch.randn(image.shape, generator=rng), target
+
+
 def test_fifteen_lines_from_data_sets_to_a_report(tmp_path: Path) -> None:
     sites = {"lyon": Hospital(0), "kiel": Hospital(1), "oslo": Hospital(2)}
     seen: list[Any] = []
@@ -59,6 +67,8 @@ def test_fifteen_lines_from_data_sets_to_a_report(tmp_path: Path) -> None:
             patients={name: data.patients for name, data in sites.items()},
             network=pc.network(MyNet, head="out."),
             loss=pc.loss(my_loss),
+            evaluation={"metric": pc.metric(my_metric, label="Mine")},
+            augmentation={"own": [pc.augmentation(my_augmentation)]},
             methods=["local", "fedavg", "fedper", "fedbn", {"name": "fedprox", "mu": 0.01}],
             rounds=2,
             training={"lr": 0.1},
@@ -69,10 +79,13 @@ def test_fifteen_lines_from_data_sets_to_a_report(tmp_path: Path) -> None:
     result = study()
     rows = {row["method"]: row for row in result.compare()}
     assert set(rows) == {"local", "fedavg", "fedper", "fedbn", "fedprox"}
-    assert rows["fedavg"]["auc"] > 0.6
+    metric = result.evaluation.metric
+    assert (metric.label, metric.name.split("-")[0]) == ("Mine", "local:my_metric")
+    assert rows["fedavg"][metric.name] > 0.55
+    assert rows["fedavg"][metric.name] == result.evaluation.of("fedavg").means["accuracy"].value
     assert "fedavg" in str(result.compare())
     assert "<td>fedavg</td>" in result.compare()._repr_html_()
-    assert "fedavg" in result.report().read_text(encoding="utf-8")
+    assert "Mine" in result.report().read_text(encoding="utf-8")
     model = result.model("fedavg")
     assert isinstance(model, MyNet)
     assert not model.training

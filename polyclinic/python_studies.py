@@ -203,8 +203,8 @@ class Result:
         """The evaluation on test data, as reported."""
         return evaluate(read_run(self.folder))
 
-    def compare(self) -> "Comparison":
-        """Return the methods' results as a table, for notebooks and as rows."""
+    def compare(self) -> "ResultTable":
+        """Return the methods' results, means over the training sites: a row for each method."""
         found = self.evaluation
         rows = []
         for method in found.methods:
@@ -216,7 +216,27 @@ class Result:
                 "high": mean.high,
             }
             rows.append(row | ({"worst_site": worst[0], "worst": worst[1]} if worst else {}))
-        return Comparison(tuple(rows))
+        return ResultTable(tuple(rows))
+
+    def sites(self) -> "ResultTable":
+        """Return the methods' results at every site: a row for each method, site and metric, with the interval."""
+        rows = [
+            {"method": method.label, "site": site, "metric": name, "value": e.value, "low": e.low, "high": e.high}
+            for method in self.evaluation.methods
+            for site, found in method.sites.items()
+            for name, e in found.items()
+            if e.value is not None
+        ]
+        return ResultTable(tuple(rows))
+
+    def curves(self) -> "ResultTable":
+        """Return the scores on validation data: a row for each method, seed, round and site."""
+        return ResultTable(
+            tuple(
+                {"method": s.method, "seed": s.seed, "round": s.round, "site": s.site, **s.metrics}
+                for s in read_run(self.folder).curves
+            )
+        )
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the report into the folder ``out``, by default within the run folder, and return its page."""
@@ -246,14 +266,26 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A table of results: rows by method.
+class ResultTable:
+    """A table of results, for notebooks, as text and as rows.
 
     Attributes:
-        rows: Mappings from column to value; ``pandas.DataFrame(comparison.rows)`` is the table as a data frame.
+        rows: Mappings from column to value.
     """
 
     rows: tuple[Mapping[str, Any], ...]
+
+    def frame(self) -> Any:
+        """Return the table as a pandas data frame.
+
+        Raises:
+            RunError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise RunError("a data frame needs pandas, which is not installed: pip install pandas") from error
+        return pd.DataFrame(self.rows)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return iter(self.rows)

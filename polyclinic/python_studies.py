@@ -252,7 +252,7 @@ class Result:
             seed: The seed; by default the first.
 
         Raises:
-            RunError: If there is no such model.
+            RunError: If there is no such model, or the method keeps parts of it at the sites.
         """
         run = read_run(self.folder)
         label = method or self.evaluation.headline or ""
@@ -262,7 +262,13 @@ class Result:
             raise RunError(f"{file}: no such model. The methods are {', '.join(m.label for m in run.info.methods)}")
         plan = read_plan(file)
         module = (plan.build_method().prediction_task or plan.build_task()).model()
-        return merge_adapters(load(module, read_tensors(file))).eval()
+        leaves = read_tensors(file)
+        if kept := sorted(params_of(module).keys() - leaves.keys()):
+            raise RunError(
+                f"{label} keeps {', '.join(kept[:3])}{' and others' if len(kept) > 3 else ''} at each site, so that "
+                "there is no one model: choose another method"
+            )
+        return merge_adapters(load(module, leaves)).eval()
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ def test_a_study_of_data_sets_a_network_a_loss_a_metric_and_an_augmentation(tmp_
     again = study()  # continues a finished run: nothing is trained again
     assert again.folder == result.folder
     assert "round" not in [event.what for event in seen]
+    with pytest.raises(RuntimeError, match=r"fedbn keeps body.1.bias, .* at each site, so that there is no one model"):
+        result.model("fedbn")
     with pytest.raises(RuntimeError, match=r"no such model\. The methods are local, fedavg"):
         result.model("krum")
 

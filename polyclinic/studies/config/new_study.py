@@ -22,6 +22,8 @@ from polyclinic.data.source import Source, Table, slug
 from polyclinic.data.splits import official
 
 PATIENTS_PER_SITE = 10
+SMALLEST = 16
+"""The smallest side of volumes, which a network halves up to four times."""
 SAMPLE = 200
 MOST_PIXELS = 2**29
 """Pixels of all sampled images together, after which no more are read."""
@@ -201,7 +203,8 @@ def _alike(shapes: Sequence[tuple[int, ...]], why: list[str]) -> tuple[tuple[int
     steps: list[dict[str, Any]] = [{"step": "zscore"}] if dimensions > 2 else []
     options: dict[str, Any] = {}
     size: list[int] = list(sizes[0])
-    if len(sizes) > 1 or largest > LARGEST.get(dimensions, 256):
+    small = dimensions > 2 and min(min(one) for one in sizes) < SMALLEST
+    if len(sizes) > 1 or small or largest > LARGEST.get(dimensions, 256):
         count = f"images have {len(sizes)} sizes" if len(sizes) > 1 else "images have one size"
         if dimensions == 2:
             side = min(LARGEST[2], max(32, 2 ** int(np.log2(min(min(one) for one in sizes)))))
@@ -209,7 +212,7 @@ def _alike(shapes: Sequence[tuple[int, ...]], why: list[str]) -> tuple[tuple[int
             size = [side] * len(size)
             why.append(f"{count}, up to {largest} pixels a side: the step resize is set")
         else:
-            options["patch"] = size = [min(LARGEST[3], side) for side in usual_patch(shapes)]
+            options["patch"] = size = [min(LARGEST[3], max(SMALLEST, side)) for side in usual_patch(shapes)]
             why.append(f"{count}, up to {largest} voxels a side: the network sees patches of {size}")
     channels = {shape[0] for shape in shapes}
     if len(channels) > 1:
@@ -221,7 +224,8 @@ def _alike(shapes: Sequence[tuple[int, ...]], why: list[str]) -> tuple[tuple[int
 def _task(kind: str, shape: tuple[int, ...], table: Table) -> dict[str, Any]:
     task: dict[str, Any] = {"kind": kind}
     if kind == "segmentation":
-        task |= {"network": "unet", "options": {"width": 8}}
+        deepest = {} if max(shape[1:]) >= 2 * SMALLEST else {"norm": "group"}  # one voxel has no instance statistics
+        task |= {"network": "unet", "options": {"width": 8, **deepest}}
     elif not shape:
         task |= {"network": "mlp"}
     else:

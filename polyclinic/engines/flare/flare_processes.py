@@ -49,7 +49,7 @@ class KeptProcess:
     """
 
     def __init__(self, begin: Callable[[], subprocess.Popen[bytes]], ended: Callable[[int, int], None]) -> None:
-        """``begin`` starts the process; ``ended`` is told the exit code and the number of crashes."""
+        """``begin`` starts the process; ``ended`` receives the exit code and the number of crashes."""
         self.crashes = 0
         self._begin, self._ended = begin, ended
         self._process: subprocess.Popen[bytes] | None = None

@@ -13,7 +13,7 @@ from typing import Any
 
 from polyclinic import __version__
 from polyclinic.core.atomic import write_private
-from polyclinic.engines.flare import flare_processes, require
+from polyclinic.engines.flare import flare_processes, require, service_manager
 from polyclinic.engines.flare.client import proxies, run_archive
 from polyclinic.engines.flare.pki import certificate_authority as authorities
 from polyclinic.engines.flare.pki import provisioning, site_keys
@@ -217,6 +217,7 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Calla
         while not (stopped() if stopped else ending["now"]):
             client.look()
             _write_status(home, "up", started=started, crashes=client.crashes)
+            service_manager.tell(service_manager.READY, service_manager.ALIVE)
             if time.time() - tidied > TIDY_EVERY:
                 tidied = time.time()
                 for run_ in run_archive.retire(home):
@@ -226,6 +227,7 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Calla
                 notify()
             time.sleep(pause)
     finally:
+        service_manager.tell(service_manager.STOPPING)
         flare_processes.end(home.kit)
         flare_processes.end(home.path)
         _write_status(home, "stopped")

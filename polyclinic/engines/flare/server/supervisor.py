@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core.atomic import write_private
-from polyclinic.engines.flare import flare_processes
+from polyclinic.engines.flare import flare_processes, service_manager
 from polyclinic.engines.flare.protocol import flare_job as jobs
 from polyclinic.engines.flare.protocol.paths import ServerFolder, read_toml
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
@@ -74,8 +74,10 @@ class Supervisor:
                 except OSError as error:  # such as a full disk: the write is retried
                     with suppress(OSError):  # the log is on the same disk
                         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                service_manager.tell(service_manager.READY, service_manager.ALIVE)
                 time.sleep(pause)
         finally:
+            service_manager.tell(service_manager.STOPPING)
             self.console.close()
             flare_processes.end(self.home.kit)
             self.journal.write("server stopped", {})

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tests.support.synthetic_run import write_run
 SITES = {"ada": ("training", 40, 0.4, 0.0, 0.0), "bo": ("training", 30, 0.2, 0.2, 0.1)}
 
 
-def two(p):
+def two(p: Any) -> Any:
     return np.stack([1 - np.asarray(p), np.asarray(p)], 1)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_every_picture_is_well_formed_and_the_same_twice(kind) -> None:
+def test_every_picture_is_well_formed_and_the_same_twice(kind: Any) -> None:
     first = DRAWN[kind]("one")
     assert first == DRAWN[kind]("one")
     root = ET.fromstring(first)
@@ -60,7 +61,7 @@ def test_ids_of_two_pictures_do_not_clash() -> None:
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_references_lead_somewhere(kind) -> None:
+def test_references_lead_somewhere(kind: Any) -> None:
     text = DRAWN[kind]("one")
     ids = set(re.findall(r'\bid="([^"]+)"', text))
     assert set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text)) <= ids
@@ -83,7 +84,7 @@ def test_names_however_long_stay_within_the_picture() -> None:
 def test_contrast_of_the_colors_on_white() -> None:
     """At least 4.5 to 1, as WCAG 2.2 AA asks of text."""
 
-    def light(color):
+    def light(color: Any) -> Any:
         parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

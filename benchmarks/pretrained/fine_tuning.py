@@ -192,8 +192,8 @@ def main() -> None:
         first = next(other for other in ROWS if ROWS[other][2] == which)  # the others of a kind have its learning rate
         scores = {lr: found(first, lr, PILOT)["validation"] for lr in RATES[which]}
         rates[row] = max(scores, key=lambda lr, of=scores: of[lr])  # type: ignore[misc]
-    for row in ROWS:
-        for seed in range(PILOT + 1, PILOT + 1 + given.splits):
+    for seed in range(PILOT + 1, PILOT + 1 + given.splits):
+        for row in ROWS:
             results[row][str(seed)] = found(row, rates[row], seed)
     groups = [number for numbers in of[1].values() for number in numbers]
     out = Path(__file__).parents[2] / "docs" / "results" / "fine-tuning.md"

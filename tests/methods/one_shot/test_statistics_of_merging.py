@@ -71,6 +71,11 @@ def test_regmean_predicts_what_the_sites_predict_on_their_own_data() -> None:
     x = torch.cat([sites[k].data["train"].x for k in "ab"])
     wanted = torch.cat([sites[k].data["train"].x @ ends[k]["0.weight"].T for k in "ab"])
     torch.testing.assert_close(after["0.weight"], torch.linalg.lstsq(x, wanted).solution.T, rtol=1e-3, atol=1e-4)
+    # with α = 0, each column is the mean of the sites' with the sum of squares of its input as weight
+    squares = {k: sites[k].data["train"].x.square().sum(0) for k in "ab"}
+    expected = sum(squares[k] * ends[k]["0.weight"] for k in "ab") / sum(squares.values())
+    apart, _ = merged(RegMean(task, LOCAL, alpha=0.0), task.first(0), sites)
+    torch.testing.assert_close(apart["0.weight"], expected, rtol=1e-3, atol=1e-4)
     plain, _ = merged(RegMean(task, LOCAL, largest=1), task.first(0), sites)
     mean = sum(len(sites[k].data["train"]) * ends[k]["0.weight"] for k in "ab") / 70  # type: ignore[operator]
     torch.testing.assert_close(plain["0.weight"], mean, rtol=1e-4, atol=1e-5)

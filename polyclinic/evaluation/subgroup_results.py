@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from polyclinic.core import atomic
 from polyclinic.data.source import Table
@@ -244,7 +244,7 @@ def _difference(part: Sample, reference: Sample, label: str, metric: Metric) -> 
     toward_zero = value - low if value > 0 else high - value
     z = abs(value) / (toward_zero / z_of(part.level)) if toward_zero > 0 else 0.0
     n = sum(ours[s].n + theirs[s].n for s in both)
-    return Difference(value, low, high, 2 * float(norm.sf(z)), None, n, "limits of groups and sites combined")
+    return Difference(value, low, high, 2 * float(ndtr(-z)), None, n, "limits of groups and sites combined")
 
 
 def _only(p: Predictions, wanted: np.ndarray) -> Predictions:  # type: ignore[type-arg]

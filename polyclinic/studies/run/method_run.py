@@ -21,6 +21,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import Federated
 from polyclinic.data.splits import Fold
+from polyclinic.engines import step_file
 from polyclinic.engines.best_round import BestRound
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.virtual_time import Unequal
@@ -106,6 +107,7 @@ class MethodRun:
                 engine.close()
         finally:
             (self.path / round_progress.NAME).unlink(missing_ok=True)
+            step_file.remove(self.path)
             self.folder.close()
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
@@ -282,12 +284,12 @@ class MethodRun:
                 self.study.machines, self.method, sites, memory, policies, self.seed, held, clock
             )
         if chosen.kind == "in-process":
-            return InProcess(self.method, sites, memory, policies, self.seed, held)
+            return InProcess(self.method, sites, memory, policies, self.seed, held, self.path)
         if chosen.kind == "ray":
             recipe = self.plan.to_json()
             return RaySites(build_method, recipe, sites, memory, self.seed, chosen.workers, held, chosen.gpus)
         workers = chosen.workers or min(len(sites), cores())
-        return Workers(self.method, sites, memory, policies, self.seed, workers, held)
+        return Workers(self.method, sites, memory, policies, self.seed, workers, held, self.path)
 
     def _account(self, done: int) -> dict[str, dict[str, Any]]:
         """Record ε of each site so far, with its assumptions."""

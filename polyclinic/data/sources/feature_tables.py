@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """CSV (also gzipped) or Parquet table.
+    """CSV (also gzipped), Excel or Parquet table.
 
     Attributes:
         path: The file.
@@ -59,6 +59,7 @@ class FeatureTable:
         indicators: Whether features of 0 and 1 indicate missing values.
         statistics: Rows from which mean and deviation are computed; or ``"declared"``: from the file ``declared``.
         declared: A file that ``Statistics.text`` wrote, for a hospital that sees its own rows only.
+        sheet: The sheet of an Excel workbook, if several have content.
         about: Description from the catalog; not settable in a study file.
     """
 
@@ -80,6 +81,7 @@ class FeatureTable:
     indicators: bool = True
     statistics: Literal["federation", "site", "declared"] = "federation"
     declared: str = ""
+    sheet: str = ""
     about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
@@ -131,7 +133,7 @@ class FeatureTable:
         options = sorted(
             (k, v)
             for k, v in vars(self).items()
-            if k in self.__dataclass_fields__ and k not in ("path", "about", "declared")
+            if k in self.__dataclass_fields__ and k not in ("path", "about", "declared") and (k, v) != ("sheet", "")
         )
         return digest("table", 1, content_of(placed(self.path)), options, self._declared and self._declared.text())
 
@@ -204,7 +206,7 @@ class FeatureTable:
     @cached_property
     def _raw(self) -> dict[str, list[str]]:
         path = placed(self.path)
-        columns = read_rows(path)
+        columns = read_rows(path, sheet=self.sheet)
         problems: list[str] = []
         labels = self._labels
         problems += [no_column(columns, label, "label") for label in labels if named_column(columns, label) is None]

@@ -344,6 +344,7 @@ def test_leaves_are_those_of_state_dict_also_where_a_module_defines_its_own() ->
     shared = nn.Linear(3, 3)
     plain = nn.Sequential(nn.BatchNorm1d(3), shared, nn.Sequential(shared, nn.Linear(3, 2, bias=False)))
     plain.register_buffer("scratch", torch.zeros(2), persistent=False)
+
     def without_bias(module, state, prefix, meta) -> None:
         del state["0.bias"]
 

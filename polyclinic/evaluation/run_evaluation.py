@@ -16,7 +16,8 @@ from polyclinic.evaluation.calibration import CALIBRATION
 from polyclinic.evaluation.constant_baseline import CONSTANT, Fault, compared, faults, with_constant
 from polyclinic.evaluation.method_comparison import Against, Declared, ranked
 from polyclinic.evaluation.metric import Metric
-from polyclinic.evaluation.metric_functions import CLASSIFICATION, metrics_for
+from polyclinic.evaluation.metric_functions import CLASSIFICATION
+from polyclinic.evaluation.own_metrics import metrics_of
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.record_schema import MethodInfo
 from polyclinic.evaluation.records.run_reader import Run, external_sites, training_sites
@@ -161,7 +162,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     Raises:
         ValueError: If the run's metric is not one of its task's.
     """
-    table = metrics_for(run.info.task, len(run.info.classes) or 2)
+    table = metrics_of(run.info)
     if run.info.metric not in table:
         raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is not one of {', '.join(table)}")
     metric = table[run.info.metric]

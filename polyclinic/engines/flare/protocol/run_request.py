@@ -331,7 +331,7 @@ def code_on_disk() -> str:
     Excludes names and places of files, comments and docstrings: see ``core.syntax_hash``.
     """
     package = Path(__file__).parents[3]
-    files = [path for part in COMPUTES for path in sorted((package / part).rglob("*.py"))]
+    files = [path for part in COMPUTES for path in (package / part).rglob("*.py")]
     places = [(str(path), status.st_ctime_ns, status.st_size) for path in files for status in [path.stat()]]
     if new := [place for place in places if place not in _hashes]:  # a file is reread only after a change
         _hashes.update(zip(new, hashes_of([Path(place[0]).read_bytes() for place in new]), strict=True))

@@ -3,7 +3,7 @@
 Parsing Polyclinic's sources takes about two seconds, which every command and every process between hospitals would
 spend. The table of hashes is in the user's cache folder. It is keyed by the SHA-256 of each file, so that it cannot be
 out of date, whatever the times and sizes of files say. It is ignored, and not written, if another user can write it:
-whoever can change it could pretend that changed code is the approved code, as could whoever can change the code itself.
+a user who can change it could pass changed code off as approved code, as could a user who can change the code itself.
 """
 
 import hashlib

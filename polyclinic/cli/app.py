@@ -47,6 +47,7 @@ _EXTRAS = {
     "dicomanonymizer": "dicom",
     "h5py": "fastmri",
     "pyarrow": "tables",
+    "openpyxl": "tables",
     "starlette": "console",
     "uvicorn": "console",
 }

@@ -1,7 +1,7 @@
 """File with the progress of a site within its local training, which pages read while a round lasts.
 
 It is written at most once a second and without forcing it to disk. It contains numbers of minibatches, which tell how
-much data a site has: it stays in the folder of the run, or of the site, and is not sent.
+much data a site has: it stays in the folder of the run, or of the site, and is never sent.
 """
 
 import json

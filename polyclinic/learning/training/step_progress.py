@@ -1,6 +1,6 @@
 """Progress within local training: how many minibatches of the current call of ``fit`` were taken.
 
-Nothing is counted outside of ``watched``, and watching changes no result.
+Nothing is counted without a watcher, and watching changes no result.
 """
 
 from collections.abc import Callable, Iterable, Iterator

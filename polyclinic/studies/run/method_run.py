@@ -28,6 +28,7 @@ from polyclinic.engines.local.virtual_time import Unequal
 from polyclinic.engines.local.worker_pool import Workers
 from polyclinic.engines.plan import build_method
 from polyclinic.engines.ray.site_actors import RaySites
+from polyclinic.evaluation.own_metrics import metrics_with
 from polyclinic.evaluation.site_scores import scores_on_test
 from polyclinic.learning.tasks.task_evaluation import evaluate
 from polyclinic.methods import registry
@@ -38,6 +39,7 @@ from polyclinic.studies.config.method_plan import POOLED
 from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.records import site_outliers
 from polyclinic.studies.records.checkpoint import Checkpoint
+from polyclinic.studies.records.run_description import own_metrics
 from polyclinic.studies.run import round_progress, run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.resolved_study import ResolvedMethod
@@ -229,10 +231,11 @@ class MethodRun:
         answers = evaluate(self.method, engine, best.state, self.tested, "predict/test")
         predictions = {site: {**outputs, **self._numbered(site, "test")} for site, outputs in answers.items()}
         scores: dict[str, float] = {}
+        table = metrics_with(self.study.task.kind, len(self.data.info.classes) or 2, own_metrics(self.study))
         for site, outputs in predictions.items():
             loss = self.method.task.summary(outputs).get("loss")
             arrays = {name: leaf.numpy() for name, leaf in outputs.items()}
-            metrics = scores_on_test(arrays, self.study.task.kind, len(self.data.info.classes) or 2)
+            metrics = scores_on_test(arrays, self.study.task.kind, table)
             metrics |= {} if loss is None else {"loss": loss}
             self._record("test", round=best.round, site=site, metrics=metrics, n=len(outputs["patient"]))
             if self.study.metric in metrics:

@@ -201,23 +201,23 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Calla
     if stopped is None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ending.update(now=True))
-    process: subprocess.Popen[bytes] | None = None
-    crashes, start_time, started, tidied, notified = 0, 0.0, time.time(), 0.0, 0.0
+    started, tidied, notified = time.time(), 0.0, 0.0
     journal = SharedJournal(home.journal)
+
+    def begin() -> subprocess.Popen[bytes]:
+        flare_processes.end(home.kit)
+        who = {"uid": given["site"], "org": given["organization"]}
+        return flare_processes.start("site", home.kit, home.path / "site.log", **who)
+
+    def ended(code: int, crashes: int) -> None:
+        journal.write("FLARE's process ended", {"code": code, "crashes": crashes})
+
+    client = flare_processes.KeptProcess(begin, ended)
     journal.write("site started", {"pid": os.getpid(), "polyclinic": __version__})
     try:
         while not (stopped() if stopped else ending["now"]):
-            if process is None or process.poll() is not None:
-                if process is not None:
-                    crashes = 0 if time.time() - start_time > 300 else crashes + 1
-                    journal.write("FLARE's process ended", {"code": process.returncode, "crashes": crashes})
-                    process = None
-                if time.time() >= start_time + (min(60.0, 2.0**crashes) if crashes else 0):
-                    flare_processes.end(home.kit)
-                    organization = {"uid": given["site"], "org": given["organization"]}
-                    process = flare_processes.start("site", home.kit, home.path / "site.log", **organization)
-                    start_time = time.time()
-            _write_status(home, "up", started=started, crashes=crashes)
+            client.look()
+            _write_status(home, "up", started=started, crashes=client.crashes)
             service_manager.tell(service_manager.READY, service_manager.ALIVE)
             if time.time() - tidied > TIDY_EVERY:
                 tidied = time.time()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
 
 from polyclinic.statistics.undefined import Array, Ints, Undefined
 
@@ -54,6 +53,8 @@ def placements(score: Array, positive: NDArray[Any]) -> tuple[Array, Array]:
     Raises:
         Undefined: If a class is missing.
     """
+    from scipy.stats import rankdata  # takes a second to import, which processes that train do not need
+
     y = np.asarray(positive).astype(bool)
     m, n = int(y.sum()), int((~y).sum())
     if m == 0 or n == 0:
@@ -110,8 +111,10 @@ def delong_parts(
 
 def newcombe(auc: float, positives: int, negatives: int, level: float = 0.95) -> tuple[float, float]:
     """Return the limits by Newcombe's method 5: the AUCs θ with ``|auc − θ| ≤ z √V(θ)``, V by ``auc_variance``."""
+    from scipy.special import ndtri
+
     theta = np.linspace(0.0, 1.0, 20001)
-    z = float(norm.ppf(0.5 + level / 2))
+    z = float(ndtri(0.5 + level / 2))
     inside = theta[np.abs(auc - theta) <= z * np.sqrt(auc_variance(theta, positives, negatives)) + 1e-12]
     return float(inside.min()), float(inside.max())
 

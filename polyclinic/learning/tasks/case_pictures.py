@@ -1,7 +1,7 @@
 """Pictures of single cases with their masks: the best, the median and the worst case of a site.
 
-They show slices of patients, whom a face or a rare finding may identify. They therefore leave a site only in a job of
-their own, which its policy has to admit.
+They show slices of patients, who may be identified by a face or a rare finding. They therefore leave a site only in a
+job of their own, which its policy has to admit.
 """
 
 from typing import Any
@@ -49,7 +49,7 @@ def case_pictures(task: Task, params: Tree, data: Any, outputs: Tree, device: st
         params: The model.
         data: The cases.
         outputs: ``task_evaluation.outputs`` of the model for ``data``.
-        device: Where to compute.
+        device: The device of PyTorch.
 
     Returns:
         For each rank and plane ``<rank>/<plane>/image`` [h, w, 1 or 3], ``.../truth`` and ``.../predicted`` [h, w],

@@ -233,7 +233,7 @@ def new(
     """Write a commented study file as a starting point: a template, or with --data a study of your own data.
 
     With --data, it says what was recognized and why, asks what the data cannot say, and writes a study that runs. With
-    --plugin, write the skeleton of a package with a network and a loss instead.
+    --plugin, write the skeleton of a package with a network, a loss, a metric and an augmentation instead.
 
     Args:
         file: The file to write.

@@ -52,7 +52,7 @@ def table(path: Path, head: str, rows: list[str]) -> None:
 
 
 def lgg(root: Path) -> Path:
-    """Folder kaggle_3m: a folder for each patient, and a table of patients that lists no images."""
+    """The set of lower-grade gliomas: kaggle_3m, a folder for each patient, and a table of patients that lists no images."""
     for i in range(24):
         name = f"TCGA_{('CS', 'DU', 'HT')[i // 2 % 3]}_{4941 + i // 2}_19960909"
         picture(root / f"kaggle_3m/{name}/{name}_{1 + i % 2}.tif", i, (40, 36, 3))

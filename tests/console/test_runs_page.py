@@ -255,7 +255,8 @@ def test_progress_within_training_is_shown_of_the_sites_that_compute(run: Run, h
     now = {"round": 2, "since": 1.0, "asked": list(SITES), "arrived": {"lyon": 0.5}}
     (arm / "now.json").write_text(json.dumps(now))
     steps = {"site": "oslo", "round": 2, "job": "train", "done": 120, "total": 400}
-    for number, change in enumerate(({}, {"site": "lyon"}, {"site": "evil"}, {"round": 1}, {"total": 0})):
+    changes: list[dict[str, Any]] = [{}, {"site": "lyon"}, {"site": "evil"}, {"round": 1}, {"total": 0}]
+    for number, change in enumerate(changes):
         (arm / f"steps-{number}.json").write_text(json.dumps({**steps, **change}))
     reader = RunReader(run.path, "heart")
     reader.look()

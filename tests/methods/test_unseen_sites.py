@@ -95,7 +95,7 @@ SAME = {
 """Methods with the same model for an unseen site on these data, and why."""
 
 
-def planned(name: str, rounds: int) -> tuple[Method, Task, dict[str, Site]]:
+def planned(name: str, rounds: int) -> tuple[Method[Any], Task, dict[str, Site]]:
     """Return ``case(name)`` with the number of rounds that the study plans."""
     _, task, sites = case(name)
     return build(name, Setting(task, LOCAL, tuple(sites), rounds), FEW_STEPS.get(name)), task, sites

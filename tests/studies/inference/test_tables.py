@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_evaluation_on_other_rows_uses_the_statistics_of_training(rows: tuple[Pa
     assert again["results"][0]["mean_over_sites"]["value"] == pytest.approx(report["fedavg"].macro.value)
 
 
-def evaluate_run_of(run: Path):
+def evaluate_run_of(run: Path) -> Any:
     from polyclinic.evaluation.run_evaluation import evaluate
 
     return evaluate(read_run(run)).methods

@@ -255,7 +255,8 @@ def test_progress_within_training_is_shown_of_the_sites_that_compute(run: Run, h
     now = {"round": 2, "since": 1.0, "asked": list(SITES), "arrived": {"lyon": 0.5}}
     (arm / "now.json").write_text(json.dumps(now))
     steps = {"site": "oslo", "round": 2, "job": "train", "done": 120, "total": 400}
-    for number, change in enumerate(({}, {"site": "lyon"}, {"site": "evil"}, {"round": 1}, {"total": 0})):
+    changes: list[dict[str, Any]] = [{}, {"site": "lyon"}, {"site": "evil"}, {"round": 1}, {"total": 0}]
+    for number, change in enumerate(changes):
         (arm / f"steps-{number}.json").write_text(json.dumps({**steps, **change}))
     reader = RunReader(run.path, "heart")
     reader.look()
@@ -344,6 +345,22 @@ def test_each_watcher_gets_each_change_once(run: Run) -> None:
     browser.page.look()
     (arm,) = dict(one.updates())["arms"]
     assert (arm["from"], [number for number, _ in arm["rows"]]) == (1, [2, 3])  # only what is new, and the last before
+
+
+def test_a_new_stream_begins_with_all_runs(run: Run) -> None:
+    """A run that was deleted between two streams of a tab is in no row of the second."""
+    other = Run(run.path.parent / "other")
+    browser = Browser(run.path.parent)
+    first = browser.page.watch({})
+    assert dict(first.updates())["rows"]["whole"] is True
+    delete(other.path)
+    browser.page._scanned = 0.0
+    browser.page.look()
+    run.round("fedavg", 1, {"lyon": 0.5, "oslo": 0.5})
+    browser.page.look()
+    rows = dict(browser.page.watch({}).updates())["rows"]
+    assert ([row["id"] for row in rows["rows"]], rows["whole"]) == ([run.path.name], True)
+    assert dict(first.updates())["rows"]["whole"] is False
 
 
 def test_a_run_that_nobody_watches_is_not_kept_open(run: Run) -> None:

@@ -85,6 +85,7 @@ def test_every_round_that_was_approved_and_no_other() -> None:
         "predict/val",
         "explain/val",
         "explain/train",
+        "show/test",
         "score/val",
         "score/test",
         "score/unlabeled",

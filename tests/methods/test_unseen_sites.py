@@ -27,9 +27,9 @@ from polyclinic.testing import equal
 from tests.conftest import blobs, little_sites
 from tests.laws.test_methods import FEW_STEPS, LOCAL, case, held_by_server
 
-CONSTANT = {"front", "routed", "use", "site", "gate", "calibrate"}
-"""Leaves that are not trained: switches, settings, Fed-MoE's gate between two equal models, and LC-Fed's calibration,
-which an unseen site does not use."""
+CONSTANT = {"front", "routed", "use", "site", "gate", "calibrate", "prototypes"}
+"""Leaves that are not trained: switches, settings, Fed-MoE's gate between two equal models, LC-Fed's calibration, which
+an unseen site does not use, and FedETF's prototypes."""
 FIXED = {"fedbabu": "head."}
 """Leaves that the method trains at no site before the last evaluation."""
 PRIVATE = (
@@ -82,9 +82,9 @@ SAME = {
     },
     "fedavg-recomputed": {"silobn": "both recompute the statistics"},
     "balanced-softmax": {"fedrod": "its shared head is trained with this loss; the private one stays at the sites"},
-    "fedmic": {"fedkd": "the same losses; the transforms differ"},
     "multi-krum": {"centered-clipping": "of three honest sites all are kept, and none is clipped"},
     "bulyan": {"trimmed-mean": "of three sites both keep the middle"},
+    "cfl": {"fedbuff": "the plain mean of all sites, before any cluster is divided"},
     "split": {"u-split": "they differ in who holds the last layer"},
 }
 """Methods with the same model for an unseen site on these data, and why."""

@@ -9,6 +9,7 @@ import pytest
 
 from polyclinic.evaluation.calibration import reliability
 from polyclinic.evaluation.net_benefit import NetBenefit
+from polyclinic.report import discrimination_figures as curves
 from polyclinic.report import figures as fig
 from polyclinic.statistics.intervals import Estimate
 from polyclinic.statistics.paired_tests import rank_methods
@@ -35,6 +36,15 @@ DRAWN = {
     "reliability": lambda name: fig.reliability_plot(name, "alt", {"x": reliability(np.stack([1 - P, P], 1), Y)}),
     "decision": lambda name: fig.decision_plot(name, "alt", CURVE),
     "scatter": lambda name: fig.scatter(name, "alt", [("a", 1.0, 0.8, "plain"), ("b", 1.0, 0.8, "baseline")], "x", "y"),
+    "unit curves": lambda name: curves.unit_curves(
+        name, "alt", P, {"a (0.5)": P, "b": 1 - P}, ("x", "y"), diagonal=True
+    ),
+    "confusion": lambda name: curves.confusion_plot(
+        name,
+        "alt",
+        ["benign", "malignant", "a class with a rather long name"],
+        np.array([[1, 0, 0], [0.4, 0.5, 0.1], [np.nan] * 3]),
+    ),
     "agreement": lambda name: fig.agreement_plot(name, "alt", P, P - 0.5, (-1.0, 0.0, 1.0), " (years)"),
     "ranks": lambda name: fig.ranks_plot(
         name, "alt", rank_methods("abcd", np.random.default_rng(1).normal(size=(6, 4))), {"a": "FedAvg"}

@@ -94,13 +94,14 @@ def test_it_says_what_was_found(page: Any) -> None:
         "2. Results at every site",
         "3. Benefit over local training",
         "4. Learning curves",
-        "5. Calibration",
-        "6. Communication",
-        "7. Privacy",
-        "8. Data card",
-        "9. Methods paragraph",
-        "10. Checklists",
-        "11. Reproduce this study",
+        "5. Discrimination",
+        "6. Calibration",
+        "7. Communication",
+        "8. Privacy",
+        "9. Data card",
+        "10. Methods paragraph",
+        "11. Checklists",
+        "12. Reproduce this study",
     ]
     places = [page.text.index(t) for t in titles]
     assert places == sorted(places)

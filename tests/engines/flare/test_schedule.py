@@ -23,7 +23,7 @@ from tests.engines.flare.test_exchange import EVERYTHING, events, reference, run
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 POLICY = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
-LAX = POLICY.replace('never = ["predict/*"]', "never = []").replace('["score", "describe"]', '["*"]')
+LAX = POLICY.replace('never = ["predict/*", "show/*"]', "never = []").replace('["score", "describe"]', '["*"]')
 PLAIN = {"network_options": {"width": 8, "norm": "group"}}
 SCORED: dict[str, Any] = {"score_every": 1, "test": "score/test", "best": {"metric": "auc", "higher": True}}
 

@@ -219,7 +219,7 @@ def test_a_mutated_policy_is_one_or_not_and_never_hangs() -> None:
         parse(b"#" * 2**20)
 
 
-@pytest.mark.parametrize("verb", ["score", "predict", "explain"])
+@pytest.mark.parametrize("verb", ["score", "predict", "explain", "show"])
 @pytest.mark.parametrize("role", ["train", "unlabeled", "public", "", "val/x", "Val"])
 def test_no_model_is_scored_but_on_validation_and_test_data_whatever_the_policy_allows(verb: str, role: str) -> None:
     lax = parse(
@@ -338,7 +338,7 @@ def test_the_default_policy_is_the_documented_one() -> None:
     assert policy.approve.automatically == ()
     assert policy.allow.model_dump() == {
         "jobs": ("*",),
-        "never": ("predict/*",),
+        "never": ("predict/*", "show/*"),
         "stats": ("WeightedMean", "ElementwiseMean"),
         "gather": ("score", "describe"),
         "packages": (),

@@ -229,6 +229,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: with_header(f / "w.safetensors", b'{"a":1}', length=2**31),
         "the header length 2147483648 exceeds the limit",
     ),
+    "header of 10 GB": (
+        lambda f: with_header(f / "w.safetensors", b'{"a":1}', length=10 * 2**30),
+        "the header length 10737418240 exceeds the limit",
+    ),
     "truncated header": (lambda f: with_header(f / "w.safetensors", b'{"a":', length=99), "the header is truncated"),
     "duplicate names": (
         lambda f: with_header(

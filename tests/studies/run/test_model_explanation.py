@@ -19,6 +19,7 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.report import build_report
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.records.saliency_maps import Explanation, read_explanation, spearman
+from polyclinic.studies.run.finished_method import NotFinished
 from polyclinic.studies.run.model_explanation import NotExplained, explain
 from polyclinic.studies.run.scheduler import run as run_study
 from tests.report.test_report import FEW, LITTLE
@@ -145,10 +146,10 @@ def test_a_policy_may_refuse(trained: Any) -> None:
 
 
 def test_what_cannot_be_explained_says_why(trained: Any, tmp_path: Path) -> None:
-    with pytest.raises(NotExplained, match="the run has no method 'fedbn'"):
+    with pytest.raises(NotFinished, match="the run has no method 'fedbn'"):
         explain(trained, "fedbn")
     made = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("fedavg",))
-    with pytest.raises(NotExplained, match="no model; the method run is not finished"):
+    with pytest.raises(NotFinished, match="no model; the method run is not finished"):
         explain(made)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.evaluation.metric_functions import metrics_for
-from polyclinic.evaluation.records.predictions import as_cases, predictions_of
+from polyclinic.evaluation.records.predictions import AVERAGED_TARGETS, as_cases, predictions_of
 from polyclinic.statistics.undefined import Undefined
 
 
@@ -21,7 +21,7 @@ def scores_on_test(outputs: Mapping[str, NDArray[np.generic]], task: str, classe
     Returns:
         The value of each metric that the cases determine.
     """
-    cases = as_cases(predictions_of(outputs, task), regression=task == "regression")
+    cases = as_cases(predictions_of(outputs, task), regression=task in AVERAGED_TARGETS)
     scores = {}
     for name, metric in metrics_for(task, classes).items():
         try:

@@ -24,7 +24,7 @@ from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import content_of, placed
 from polyclinic.data.formats.column_roles import column_of, detected, identifying, missing_at, named_column, no_column
 from polyclinic.data.formats.parsing import is_missing, is_number, plain
-from polyclinic.data.labels import MissingLabels, Reading
+from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, survival_notes
 from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 from polyclinic.data.sources.tabular_files import read_rows
@@ -38,7 +38,11 @@ class FeatureTable:
 
     Attributes:
         path: The file.
-        label: The column to predict.
+        label: The column to predict; with ``event``, the time to an event.
+        event: The column that says whether the event happened at that time, 1, or the patient was last seen then, 0
+            (survival analysis).
+        event_codes: Values of ``event`` that mean that it happened, instead of 1.
+        censored_codes: Values of ``event`` that mean that it did not, instead of 0.
         features: The columns to predict from; if empty, every other column whose name is not usual for a patient, a
             site or a split.
         leave_out: Columns that are not features.
@@ -64,6 +68,9 @@ class FeatureTable:
 
     path: str
     label: str
+    event: str = ""
+    event_codes: tuple[str, ...] = ()
+    censored_codes: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
@@ -91,6 +98,10 @@ class FeatureTable:
             )
         if self.regression and self.threshold is not None:
             problems.append("threshold = is for classes: leave it out, or set regression = false")
+        if self.event and (self.regression or self.threshold is not None):
+            problems.append("event = is for survival analysis: leave regression and threshold out")
+        if not self.event and (self.event_codes or self.censored_codes):
+            problems.append("event_codes and censored_codes need event = the column that they are values of")
         if (self.statistics == "declared") != bool(self.declared):
             problems.append(
                 "declared = the file that lists inputs and their statistics; give it with statistics = "
@@ -102,7 +113,7 @@ class FeatureTable:
     @property
     def info(self) -> Info:
         """Description of the data set, including how it was processed."""
-        task: Task = "regression" if self.regression else "classification"
+        task: Task = "survival" if self.event else "regression" if self.regression else "classification"
         whose = {
             "federation": "over the training rows of all training sites",
             "site": "over each site's training rows",
@@ -110,7 +121,11 @@ class FeatureTable:
         }[self.statistics]
         notes = [f"Features are {'scaled and ' if self.scale else ''}filled with statistics {whose}."]
         if unlabeled := len(self._raw[self._use.label]) - len(self._kept):
-            notes.append(f"{unlabeled} rows without {self.label} are left out.")
+            what = f"{self.label} or {self.event}" if self.event else self.label
+            notes.append(f"{unlabeled} rows without {what} are left out.")
+        if self.event:
+            sites = [self._raw[self._use.site][i] for i in self._kept] if self._use.site else []
+            notes += survival_notes(self._targets[0].tolist(), sites)
         notes += detected({"patient": (self.patient, self._use.patient), "site": (self.site, self._use.site)})
         if idle := sorted(self._apart - set(self._features) - {*vars(self._use).values(), *self.leave_out, "split"}):
             notes.append(f"Not used as features, by their names: {', '.join(idle)}; list them in features to use them.")
@@ -126,6 +141,7 @@ class FeatureTable:
             (k, v)
             for k, v in vars(self).items()
             if k in self.__dataclass_fields__ and k not in ("path", "about", "declared")
+            if v or k not in ("event", "event_codes", "censored_codes")
         )
         return digest("table", 1, content_of(placed(self.path)), options, self._declared and self._declared.text())
 
@@ -148,10 +164,10 @@ class FeatureTable:
         patients = tuple(raw[use.patient][i] for i in rows) if use.patient else ids
         if use.patient and (lost := [ids[i] for i in missing_at(patients)]):
             raise DataError(f"{Path(self.path).name}: {len(lost)} rows have no {use.patient} ({', '.join(lost[:5])})")
-        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {use.label, use.patient}
+        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {use.label, use.patient, use.event}
         others = [c for c in raw if c not in apart]
         columns = {c: tuple(raw[c][i] for i in rows) for c in others}
-        return Table(ids, patients, self._targets[0], columns, (use.site,) if use.site else ())
+        return Table(ids, patients, self._targets[0], columns, (use.site,) if use.site else (), bool(use.event))
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named rows as in the file, neither filled nor scaled; refused if a value is missing."""
@@ -183,7 +199,8 @@ class FeatureTable:
             return "" if self._is_missing(word) else repr(float(word)) if is_number(word) else plain(word)
 
         rows = [self._kept[self._table.row[name]] for name in ids]
-        return [(repr([text(c, row) for c in self._features]), text(self._use.label, row)) for row in rows]
+        labels = [self._use.label, *([self._use.event] if self._use.event else [])]
+        return [(repr([text(c, row) for c in self._features]), " ".join(text(c, row) for c in labels)) for row in rows]
 
     def _examples(self, ids: Sequence[str], inputs: Array) -> Examples:
         table, rows = self._table, [self._table.row[name] for name in ids]
@@ -199,6 +216,8 @@ class FeatureTable:
         label = named_column(columns, self.label)
         if label is None:
             problems.append(no_column(columns, self.label, "label"))
+        if self.event and named_column(columns, self.event) is None:
+            problems.append(no_column(columns, self.event, "event"))
         wanted = [*self.features, *self.leave_out, *self.categories, *self.zero_is_missing]
         problems += [no_column(columns, c) for c in dict.fromkeys(wanted) if c not in columns]
         for role, given in (("patient", self.patient), ("site", self.site)):
@@ -211,9 +230,10 @@ class FeatureTable:
     def _use(self) -> "_Columns":
         raw = self._raw
         label = named_column(raw, self.label) or self.label
-        rest = {name: cells for name, cells in raw.items() if name != label}
+        event = (named_column(raw, self.event) or self.event) if self.event else ""
+        rest = {name: cells for name, cells in raw.items() if name not in (label, event)}
         patient = column_of(rest if not self.patient else raw, "patient", self.patient, [])
-        return _Columns(label, patient, column_of(rest if not self.site else raw, "site", self.site, []))
+        return _Columns(label, patient, column_of(rest if not self.site else raw, "site", self.site, []), event)
 
     @cached_property
     def _apart(self) -> set[str]:
@@ -227,20 +247,34 @@ class FeatureTable:
     @cached_property
     def _kept(self) -> list[int]:
         words = self._raw[self._use.label]
-        lost = set(self._reading.unlabeled({self.label: words}))
+        if self.event:
+            lost = set(self._survival.unlabeled(words, self._raw[self._use.event]))
+        else:
+            lost = set(self._reading.unlabeled({self.label: words}))
         if len(lost) == len(words):
-            raise DataError(f"{Path(self.path).name}: {self.label} is missing in every row")
+            what = f"{self.label} or {self.event}" if self.event else self.label
+            raise DataError(f"{Path(self.path).name}: {what} is missing in every row")
         return [i for i in range(len(words)) if self.missing_labels == "refuse" or i not in lost]
 
     @property
     def _reading(self) -> Reading:
         return Reading(() if self.threshold is not None else self.classes, missing=self.missing, renamed=True)
 
+    @property
+    def _survival(self) -> SurvivalReading:
+        return SurvivalReading(self.event_codes, self.censored_codes, self.missing)
+
     @cached_property
     def _targets(self) -> tuple[Array, tuple[str, ...]]:
         """The label of each retained row, and the classes."""
         words = [self._raw[self._use.label][i] for i in self._kept]
         places, problems = [f"row {i + 2}" for i in self._kept], list[str]()
+        if self.event:
+            events = [self._raw[self._use.event][i] for i in self._kept]
+            pairs = self._survival.read((self.label, words), (self.event, events), problems, places)
+            if problems:
+                raise DataError([f"{Path(self.path).name}: {problem}" for problem in problems])
+            return np.array(pairs, dtype=np.float32), ()
         numeric = self.regression or self.threshold is not None
         task: Task = "regression" if numeric else "classification"
         targets, classes = self._reading.read({self.label: words}, task, problems, places)
@@ -323,11 +357,12 @@ class FeatureTable:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of the label, the patient and the site; "" if there is none."""
+    """The columns of the label, the patient, the site and the event; "" if there is none."""
 
     label: str
     patient: str
     site: str
+    event: str = ""
 
 
 @dataclass(frozen=True, eq=False)

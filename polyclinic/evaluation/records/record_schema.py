@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polyclinic.evaluation.records.method_runs import BASELINES, arm_name
 
-TASKS = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+TASKS = Literal["classification", "multilabel", "segmentation", "regression", "survival", "reconstruction"]
 
 
 class _Line(BaseModel):

@@ -23,7 +23,7 @@ from polyclinic.studies.config.study_config import Study
 
 
 def _lacking(data: Federated) -> list[str]:
-    """Return sentences on sites without labels or with one class only."""
+    """Return sentences on sites without labels, with one class only, or without an event."""
     notes = []
     for row in data.rows:
         for role, found in row.roles.items():
@@ -32,6 +32,8 @@ def _lacking(data: Federated) -> list[str]:
                 notes.append(f"{row.name} has no labels to learn from: methods that need some do not train there.")
             elif found.classes and present < 2 and data.info.task == "classification":
                 notes.append(f"{row.name} has one class only in its {role} data: no AUC can be given there.")
+            elif data.info.task == "survival" and found.classes and not found.classes[1]:
+                notes.append(f"{row.name} has no event in its {role} data: no C-index can be given there.")
     return notes
 
 

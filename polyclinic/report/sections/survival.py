@@ -21,7 +21,7 @@ from polyclinic.statistics.survival import at_risk, curve_limits
 from polyclinic.statistics.undefined import Array
 
 FEWEST = 10
-"""Patients of whom a curve is shown at least, and who must be observed at a time at which it is shown."""
+"""The fewest patients of a curve, and the fewest who are still observed at a time at which it is shown."""
 THIRDS = ("lowest risk", "middle", "highest risk")
 
 

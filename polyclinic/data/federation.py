@@ -48,6 +48,7 @@ class Federated:
         rows: The table of sites, in the order of ``sites``.
         duplicates: Equal inputs anywhere in the federation.
         notes: Further sentences for the reader of a report.
+        nearly_equal: Pairs of nearly equal images, if the study asks for them.
         public: Public images without targets, identical at all sites and the server.
     """
 
@@ -60,6 +61,7 @@ class Federated:
     duplicates: tuple[Duplicate, ...] = ()
     notes: tuple[str, ...] = ()
     public: Dataset | None = None
+    nearly_equal: tuple[Duplicate, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,8 +112,10 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
         if "unlabeled" in sites[site]:
             sites[site]["unlabeled"] = sites[site]["unlabeled"].unlabeled()
+    alike: tuple[Duplicate, ...] = ()
     if spec.near_duplicates != "ignore":
-        notes += near_duplicate_notes(near_duplicates(sites, source.fingerprint), spec.near_duplicates == "refuse")
+        alike = near_duplicates(sites, source.fingerprint)
+        notes += near_duplicate_notes(alike, spec.near_duplicates == "refuse")
     if spec.scanners:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
     sites, copies = without_duplicates(sites, outside, spec.duplicates, notes)
@@ -132,6 +136,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         copies,
         (*source.info.notes, *notes, *more),
         public,
+        alike,
     )
 
 

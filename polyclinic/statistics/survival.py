@@ -22,7 +22,7 @@ of being observed just before it.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from polyclinic.statistics.undefined import Array, Ints
 
@@ -57,7 +57,7 @@ def curve_limits(time: Array, event: Array, at: Array, level: float = 0.95) -> t
         terms = np.where(at_risk > deaths, deaths / (at_risk * (at_risk - deaths)), np.nan)[0]
         total = np.concatenate([[0.0], np.cumsum(terms)])[np.searchsorted(steps, at, side="right")]
         # Var log(−log S) = Σ d / (n (n − d)) / (log S)²
-        spread = float(norm.ppf(0.5 + level / 2)) * np.sqrt(total) / np.log(value)
+        spread = float(ndtri(0.5 + level / 2)) * np.sqrt(total) / np.log(value)
         low, high = value ** np.exp(-spread), value ** np.exp(spread)
     sure = value == 1  # no event so far: no limits
     return value, np.where(sure, np.nan, np.minimum(low, high)), np.where(sure, np.nan, np.maximum(low, high))

@@ -22,6 +22,7 @@ def targets(time: Array = APART, event: Array = EVENT, cuts: Array = CUTS) -> Ar
 
 
 def test_kaplan_meier_with_limits_equals_lifelines() -> None:
+    assert s.survival_curve(TIME, EVENT, ONE, np.array([5.0]))[0, 0] == pytest.approx(14 / 15 * 13 / 14 * 11 / 12)
     value, low, high = s.curve_limits(TIME, EVENT, np.array([4.0, 7, 13, 16]))
     np.testing.assert_allclose(value, [0.8666666667, 0.7222222222, 0.3668430335, 0.2445620223], atol=1e-10)
     np.testing.assert_allclose(low, [0.5639120057, 0.4171751699, 0.1192242862, 0.0462308834], atol=1e-10)

@@ -133,7 +133,10 @@ class Standing(_MethodRunLine):
 
 
 class DataInfo(_Line):
-    """Origin of the data. ``simulated`` is a sentence if the division into sites was simulated."""
+    """Origin of the data. ``simulated`` is a sentence if the division into sites was simulated.
+
+    ``near_duplicates`` counts the test examples of each site that nearly equal a training or validation example.
+    """
 
     title: str = ""
     license: str = ""
@@ -144,6 +147,7 @@ class DataInfo(_Line):
     fingerprint: str = ""
     sites_are: str = ""
     checks: tuple[str, ...] = ()
+    near_duplicates: dict[str, int] = Field(default_factory=dict)
 
 
 class SiteInfo(_Line):
@@ -212,7 +216,7 @@ class RunInfo(_Line):
 
     ``training`` holds the settings of local training by method, with those of recipes; ``machines`` and ``attack``
     describe simulated machines and attacks, ``start`` the start weights, ``space`` where masks were compared,
-    ``compare`` the declared comparisons.
+    ``compare`` the declared comparisons, ``inputs`` and ``outputs`` the shapes of the network.
     """
 
     name: str
@@ -234,6 +238,8 @@ class RunInfo(_Line):
     engine: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
     parameters: int = 0
+    inputs: tuple[int, ...] = ()
+    outputs: int = 0
     training: dict[str, dict[str, Any]] = Field(default_factory=dict)
     machines: dict[str, Any] = Field(default_factory=dict)
     attack: dict[str, Any] = Field(default_factory=dict)

@@ -37,6 +37,17 @@ def _lacking(data: Federated) -> list[str]:
     return notes
 
 
+def _nearly_equal(data: Federated) -> dict[str, int]:
+    """Return the number of test examples at each site that nearly equal a training or validation example."""
+    found: dict[str, set[str]] = {}
+    for pair in data.nearly_equal:
+        roles = {role for _, role in pair.places}
+        for name, (site, role) in zip(pair.ids, pair.places, strict=True):
+            if role == "test" and roles - {"test", "public"}:
+                found.setdefault(site, set()).add(name)
+    return {site: len(names) for site, names in sorted(found.items())}
+
+
 def described(data: Federated) -> tuple[str, ...]:
     """Return the sentences on the data that accompany every result."""
     badge = (data.simulated,) if data.simulated else ()
@@ -136,6 +147,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
             "fingerprint": data.fingerprint,
             "sites_are": _sites_are(study, data),
             "checks": ["patients_apart"] if patients_apart(data) else [],
+            **({"near_duplicates": near} if (near := _nearly_equal(data)) else {}),
         },
         "sites": [_site(row, splits, study.folds) for row in data.rows],
         "methods": [method_facts(method) for method in study.methods],
@@ -147,6 +159,8 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         "engine": study.engine.model_dump(),
         "environment": environment(),
         "parameters": parameters,
+        "inputs": list(data.shape),
+        "outputs": task.network.outputs,
         "training": {method.called: study.training_of(method) for method in study.methods},
         **start_facts(task),
     }

@@ -257,6 +257,8 @@ def _info(
         "engine": {"kind": "flare"},
         **declared(study),
         "environment": environment(),
+        "inputs": list(plan.inputs),
+        "outputs": plan.outputs,
         "parameters": sum(leaf.numel() for leaf in plan.build_task().first(0).values()),
         **start_facts(plan.build_task()),
     }

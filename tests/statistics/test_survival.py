@@ -44,6 +44,12 @@ def test_brier_scores_equal_scikit_survival() -> None:
     assert SURVIVAL["ibs"].of(CURVES, targets()) == pytest.approx(area)
 
 
+def test_an_event_precedes_a_censoring_at_the_same_time() -> None:
+    """At 3, one of 14 patients has the event and one of the other 13 is censored."""
+    steps, curve, _ = s._censoring(TIME, EVENT, ONE)
+    assert curve[0, steps.tolist().index(3)] == pytest.approx(12 / 13)
+
+
 def test_observed_to_expected_is_by_kaplan_meier() -> None:
     observed = 1 - s.survival_curve(APART, EVENT, ONE, CUTS[-1:])[0, 0]
     got = SURVIVAL["observed_to_expected"].of(CURVES, targets())

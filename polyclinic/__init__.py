@@ -52,15 +52,19 @@ if TYPE_CHECKING:
     from polyclinic.learning.tasks.task import Task as Task
     from polyclinic.learning.training.local import LocalTraining as LocalTraining
     from polyclinic.methods.optimization.fedavg import FedAvg as FedAvg
+    from polyclinic.python_studies import augmentation as augmentation
     from polyclinic.python_studies import experiment as experiment
     from polyclinic.python_studies import loss as loss
+    from polyclinic.python_studies import metric as metric
     from polyclinic.python_studies import network as network
     from polyclinic.report.report_builder import build_report as build_report
     from polyclinic.studies.config.study_config import Study as Study
     from polyclinic.studies.config.study_config import parse as parse
     from polyclinic.studies.config.study_config import read as load_study  # noqa: F401
     from polyclinic.studies.run.scheduler import run as run
+    from polyclinic.testing import check_augmentation as check_augmentation
     from polyclinic.testing import check_method as check_method
+    from polyclinic.testing import check_metric as check_metric
     from polyclinic.testing import check_network as check_network
 
 _HOMES = {
@@ -98,15 +102,19 @@ _HOMES = {
     "Task": "learning.tasks.task",
     "LocalTraining": "learning.training.local",
     "FedAvg": "methods.optimization.fedavg",
+    "augmentation": "python_studies",
     "experiment": "python_studies",
     "loss": "python_studies",
+    "metric": "python_studies",
     "network": "python_studies",
     "build_report": "report.report_builder",
     "Study": "studies.config.study_config",
     "parse": "studies.config.study_config",
     "load_study": "studies.config.study_config",
     "run": "studies.run.scheduler",
+    "check_augmentation": "testing",
     "check_method": "testing",
+    "check_metric": "testing",
     "check_network": "testing",
 }
 """The module that defines each public name, below ``polyclinic``."""

@@ -1,14 +1,16 @@
 """A study from Python: from data sets and a network in memory to a report.
 
-The study is the same value as one from a file, and runs through the same checks, records and report. Its network, loss
-and data have names that begin with ``local:`` and contain a hash of their source, so that a changed network is another
-study. Such a study cannot run between hospitals: publish the parts as a package first (``polyclinic new --plugin``).
+The study is the same value as one from a file, and runs through the same checks, records and report. Its network, loss,
+metrics, augmentations and data have names that begin with ``local:`` and contain a hash of their source, so that a
+changed network is another study. Such a study cannot run between hospitals: publish the parts as a package first
+(``polyclinic new --plugin``).
 """
 
 import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -26,7 +28,8 @@ from polyclinic.evaluation.run_evaluation import Evaluation, evaluate
 from polyclinic.learning.networks.adapters import merge_adapters
 from polyclinic.learning.networks.architectures import Architecture
 from polyclinic.learning.networks.model_tree import load, params_of
-from polyclinic.studies.config.study_config import parse
+from polyclinic.learning.tasks.own_metrics import Function, OwnMetric
+from polyclinic.studies.config.study_config import Study, parse
 from polyclinic.studies.run.events import Event
 from polyclinic.studies.run.run_directory import read_plan, read_tensors
 from polyclinic.studies.run.scheduler import run as run_study
@@ -60,7 +63,7 @@ def network(build: Build, *, head: str | Sequence[str] = (), encoder: str | Sequ
     def made(inputs: tuple[int, ...], outputs: int, **options: Any) -> nn.Module:
         return build() if plain else build(inputs, outputs, **options)
 
-    called = name or getattr(build, "__name__", "network").strip("<>").lower()
+    called = _called(build, name, "network")
     architecture = Architecture(made, summary="of this program", head=heads, encoder=encoders)
     return _registered("networks", f"{called}-{_source_hash(build)}", architecture)
 
@@ -72,8 +75,36 @@ def loss(function: Loss, name: str = "") -> str:
         function: A function of predictions [b, ...] and targets [b, ...] that returns the mean over the examples.
         name: The name; by default that of ``function``.
     """
-    called = name or getattr(function, "__name__", "loss").strip("<>").lower()
-    return _registered("losses", f"{called}-{_source_hash(function)}", function)
+    return _registered("losses", f"{_called(function, name, 'loss')}-{_source_hash(function)}", function)
+
+
+def metric(
+    function: Function, *, name: str = "", label: str = "", higher_is_better: bool = True, unit: str = ""
+) -> str:
+    """Make a metric of your own available to studies, and return its name.
+
+    Args:
+        function: A function of predictions and targets, NumPy arrays, that returns one number; ``OwnMetric`` describes
+            the arguments. NaN means that they do not determine it.
+        name: The name; by default that of ``function``.
+        label: The name in tables and figures; by default ``name``.
+        higher_is_better: Whether higher values are better.
+        unit: The unit of the value.
+    """
+    called = _called(function, name, "metric")
+    part = OwnMetric(function, label or called, higher_is_better, unit)
+    return _registered("metrics", f"{called}-{_source_hash(function)}", part)
+
+
+def augmentation(function: Callable[..., Any], name: str = "") -> str:
+    """Make an augmentation of your own available to studies, and return its name.
+
+    Args:
+        function: A function of an image [C, *spatial], its target (for segmentation the mask [*spatial]) and a
+            ``torch.Generator``, from which alone it draws random numbers. It returns image and target.
+        name: The name; by default that of ``function``.
+    """
+    return _registered("augmentations", f"{_called(function, name, 'augmentation')}-{_source_hash(function)}", function)
 
 
 def experiment(
@@ -89,12 +120,15 @@ def experiment(
     classes: Sequence[str] = (),
     keys: tuple[str, str] | None = None,
     loss: str | None = None,
+    metrics: Sequence[str] = (),
     task: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    augmentation: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     engine: Mapping[str, Any] | None = None,
     out: str | Path = "runs",
-    progress: Callable[[Event], None] | None = None,
+    progress: bool | Callable[[Event], None] = False,
 ) -> "Result":
     """Run a study of data sets in memory, or continue it where it stopped, and return its result.
 
@@ -111,12 +145,15 @@ def experiment(
         classes: Names of the classes.
         keys: The keys of input and target in items that are mappings.
         loss: The name from ``loss``; by default the task's.
+        metrics: Names from ``metric``, of metrics that are computed in addition to those of the task.
         task: Further keys of ``[task]``, such as ``weights``, ``lora`` and ``train``.
         training: Keys of ``[training]``.
+        augmentation: Keys of ``[augmentation]``; names from ``augmentation`` are under ``own``.
         data: Further keys of ``[data]``, such as ``external`` and ``split``.
+        evaluation: Keys of ``[evaluation]``, such as ``metric``, which selects the round and comes first in the report.
         engine: Keys of ``[engine]``; by default the sites run in this process.
         out: The folder of run folders.
-        progress: Called with each event of the run.
+        progress: Whether to show the progress of the run, or a function that is called with each of its events.
 
     Raises:
         BadStudy: If the study is not valid. The message lists every problem.
@@ -137,15 +174,17 @@ def experiment(
             **(task or {}),
         },
         "training": dict(training or {}),
+        **({"augmentation": dict(augmentation)} if augmentation else {}),
+        **({"evaluation": judged} if (judged := _evaluation(metrics, evaluation)) else {}),
         "engine": {"kind": "in-process", **(engine or {})},
         "methods": [{"name": item} if isinstance(item, str) else dict(item) for item in methods],
     }
     text = toml_text.dumps(json.loads(json.dumps(table)))
     study = parse(text, f"{name} (from Python)")
     folder = Path(out) / f"{name}-{study.hash[:8]}"
-    for event in run_study(study, text, folder, resume=(folder / "run.json").exists()):
-        if progress is not None:
-            progress(event)
+    with _shown_by(progress, study) as show:
+        for event in run_study(study, text, folder, resume=(folder / "run.json").exists()):
+            show(event)
     return Result(folder)
 
 
@@ -164,8 +203,8 @@ class Result:
         """The evaluation on test data, as reported."""
         return evaluate(read_run(self.folder))
 
-    def compare(self) -> "Comparison":
-        """Return the methods' results as a table, for notebooks and as rows."""
+    def compare(self) -> "ResultTable":
+        """Return the methods' results, means over the training sites: a row for each method."""
         found = self.evaluation
         rows = []
         for method in found.methods:
@@ -177,7 +216,27 @@ class Result:
                 "high": mean.high,
             }
             rows.append(row | ({"worst_site": worst[0], "worst": worst[1]} if worst else {}))
-        return Comparison(tuple(rows))
+        return ResultTable(tuple(rows))
+
+    def sites(self) -> "ResultTable":
+        """Return the methods' results at every site: a row for each method, site and metric, with the interval."""
+        rows = [
+            {"method": method.label, "site": site, "metric": name, "value": e.value, "low": e.low, "high": e.high}
+            for method in self.evaluation.methods
+            for site, found in method.sites.items()
+            for name, e in found.items()
+            if e.value is not None
+        ]
+        return ResultTable(tuple(rows))
+
+    def curves(self) -> "ResultTable":
+        """Return the scores on validation data: a row for each method, seed, round and site."""
+        return ResultTable(
+            tuple(
+                {"method": s.method, "seed": s.seed, "round": s.round, "site": s.site, **s.metrics}
+                for s in read_run(self.folder).curves
+            )
+        )
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the report into the folder ``out``, by default within the run folder, and return its page."""
@@ -193,7 +252,7 @@ class Result:
             seed: The seed; by default the first.
 
         Raises:
-            RunError: If there is no such model.
+            RunError: If there is no such model, or the method keeps parts of it at the sites.
         """
         run = read_run(self.folder)
         label = method or self.evaluation.headline or ""
@@ -203,18 +262,36 @@ class Result:
             raise RunError(f"{file}: no such model. The methods are {', '.join(m.label for m in run.info.methods)}")
         plan = read_plan(file)
         module = (plan.build_method().prediction_task or plan.build_task()).model()
-        return merge_adapters(load(module, read_tensors(file))).eval()
+        leaves = read_tensors(file)
+        if kept := sorted(params_of(module).keys() - leaves.keys()):
+            raise RunError(
+                f"{label} keeps {', '.join(kept[:3])}{' and others' if len(kept) > 3 else ''} at each site, so that "
+                "there is no one model: choose another method"
+            )
+        return merge_adapters(load(module, leaves)).eval()
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A table of results: rows by method.
+class ResultTable:
+    """A table of results, for notebooks, as text and as rows.
 
     Attributes:
-        rows: Mappings from column to value; ``pandas.DataFrame(comparison.rows)`` is the table as a data frame.
+        rows: Mappings from column to value.
     """
 
     rows: tuple[Mapping[str, Any], ...]
+
+    def frame(self) -> Any:
+        """Return the table as a pandas data frame.
+
+        Raises:
+            RunError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise RunError("a data frame needs pandas, which is not installed: pip install pandas") from error
+        return pd.DataFrame(self.rows)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return iter(self.rows)
@@ -242,6 +319,30 @@ class Comparison:
 
 def _shown(value: Any) -> str:
     return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _called(part: Any, name: str, usual: str) -> str:
+    return name or str(getattr(part, "__name__", usual)).strip("<>").lower()
+
+
+def _evaluation(metrics: Sequence[str], evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    given = dict(evaluation or {})
+    own = [*metrics, *given.get("metrics", ())]
+    return given | ({"metrics": own} if own else {})
+
+
+@contextmanager
+def _shown_by(progress: bool | Callable[[Event], None], study: Study) -> Iterator[Callable[[Event], None]]:
+    """Give the function that shows the events of a run."""
+    if progress is not True:
+        yield progress or (lambda event: None)
+        return
+    from rich.console import Console
+
+    from polyclinic.cli.progress import Display
+
+    with Display(Console(), study) as display:
+        yield display.show
 
 
 def _words(given: str | Sequence[str]) -> tuple[str, ...]:

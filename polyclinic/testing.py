@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from polyclinic.core import serialization as states
@@ -22,6 +23,7 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.engines.site_runtime import minibatches, work
 from polyclinic.learning.networks.architectures import Architecture
 from polyclinic.learning.networks.model_tree import load, params_of, trainable
+from polyclinic.learning.tasks.own_metrics import OwnMetric
 
 
 class Broken(AssertionError):
@@ -192,6 +194,56 @@ def check_network(architecture: Architecture, inputs: tuple[int, ...], outputs: 
     model(x).sum().backward()
     unused = [name for name, p in trainable(model).items() if p.requires_grad and p.grad is None]
     _promise(not unused, f"every parameter affects the prediction, and {', '.join(unused[:3])} does not")
+
+
+def check_metric(metric: OwnMetric, predictions: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
+    """Check that ``metric`` is a function of a set of cases.
+
+    Args:
+        metric: The metric, as a package provides it.
+        predictions: Predictions for which it is defined, as ``OwnMetric`` describes them.
+        targets: Their targets.
+
+    Raises:
+        Broken: If it is not. The message says which promise was not kept.
+    """
+    _promise(isinstance(metric, OwnMetric), "a package provides an OwnMetric")
+    given = predictions.copy(), targets.copy()
+    value = metric.function(predictions, targets)
+    kept = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(given, (predictions, targets), strict=True))
+    _promise(kept, "a metric changes none of its arguments")
+    _promise(np.ndim(value) == 0 and bool(np.isfinite(value)), f"the value is one number, not {value!r}")
+    _promise(metric.function(*given) == value, "a metric repeats itself")
+    back = metric.function(predictions[::-1].copy(), targets[::-1].copy())
+    _promise(bool(np.isclose(back, value)), f"the order of cases has no effect: it is {value:g}, and {back:g} reversed")
+
+
+def check_augmentation(
+    augmentation: Callable[..., Any], inputs: tuple[int, ...], target: torch.Tensor | None = None
+) -> None:
+    """Check that ``augmentation`` returns another sample of the same form, which follows from its generator alone.
+
+    Args:
+        augmentation: The function of image, target and generator.
+        inputs: The shape of an image, (C, *spatial).
+        target: The target; by default class 1, as in classification. For segmentation a mask, int64 [*spatial].
+
+    Raises:
+        Broken: If it does not. The message says which promise was not kept.
+    """
+    image = torch.rand(inputs, generator=torch.Generator().manual_seed(1))
+    target = torch.tensor(1) if target is None else target
+    found = list[Any]()
+    for seed in (0, 0):
+        torch.randn(7)  # the global generators have moved on, which must not matter
+        np.random.rand(7)
+        found.append(augmentation(image.clone(), target.clone(), torch.Generator().manual_seed(seed)))
+    first = found[0]
+    _promise(isinstance(first, tuple | list) and len(first) == 2, "an augmentation returns image and target")
+    forms = [(leaf.shape, leaf.dtype) for leaf in first]
+    _promise(forms == [(leaf.shape, leaf.dtype) for leaf in (image, target)], "shapes and types remain as they are")
+    _promise(bool(first[0].isfinite().all()), "the image has finite values")
+    _promise(_same(tuple(first), tuple(found[1])), "random numbers come from the generator that it is given")
 
 
 def check_transform(inner: Method[Any], *transforms: Transform, params: Tree, sites: Mapping[str, Site]) -> None:

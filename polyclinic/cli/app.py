@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
@@ -47,6 +47,7 @@ _EXTRAS = {
     "dicomanonymizer": "dicom",
     "h5py": "fastmri",
     "pyarrow": "tables",
+    "openpyxl": "tables",
     "starlette": "console",
     "uvicorn": "console",
 }
@@ -131,6 +132,8 @@ def launch(
     quiet: Annotated[bool, Parameter(negative=(), group=_OUTPUT)] = False,
     verbose: Annotated[bool, Parameter(negative=(), group=_OUTPUT)] = False,
     log_file: Annotated[Path | None, Parameter(group=_OUTPUT)] = None,
+    log_format: Annotated[Literal["text", "json"], Parameter(group=_OUTPUT)] = "text",
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(group=_OUTPUT)] = "debug",
 ) -> Any:
     """Run a command with the options that all commands share.
 
@@ -139,9 +142,14 @@ def launch(
         quiet: Print no progress and no hints. Results and errors are printed.
         verbose: Print debugging messages to standard error, and tracebacks of errors.
         log_file: Append all messages to this file, with their times.
+        log_format: Of the file: text, or one JSON object a line, without the texts of exceptions, which may quote data.
+        log_level: The lowest level of messages in the file.
     """
-    set_up_logging(quiet, verbose, log_file)
-    shared = ["--quiet"] * quiet + ["--verbose"] * verbose + (["--log-file", str(log_file)] if log_file else [])
+    set_up_logging(quiet, verbose, log_file, log_format, log_level)
+    given = {"--log-file": log_file, "--log-format": log_format, "--log-level": log_level}
+    usual = {"--log-file": None, "--log-format": "text", "--log-level": "debug"}
+    shared = ["--quiet"] * quiet + ["--verbose"] * verbose
+    shared += [word for key, value in given.items() if value != usual[key] for word in (key, str(value))]
     note_invocation([*tokens, *shared])
     log.debug("polyclinic %s: %s", __version__, shlex.join(tokens))
     return app(tokens, exit_on_error=False)

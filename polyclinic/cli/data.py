@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cyclopts import App
 
 from polyclinic.cli.rendering import Json, console, document, done, hint, line
-from polyclinic.cli.run import Set, changes, require_file
+from polyclinic.cli.run import Set, changes, data_changes, require_file
 from polyclinic.core import atomic
 from polyclinic.errors import ConfigError
 
@@ -73,6 +73,7 @@ def check(
     page: Path | None = None,
     labels: tuple[int, ...] = (),
     allow_health: bool = False,
+    set_: Set = None,
     json_: Json = False,
 ) -> None:
     """Check a hospital's data before it joins: contents, errors, and personal information. Exit code 1 means errors.
@@ -82,14 +83,18 @@ def check(
         page: Write an HTML page with thumbnails and histograms. It contains patients' images: keep it at this site.
         labels: The values that masks may have.
         allow_health: Treat suspected personal information as a warning instead of an error.
+        set_: Set one key of `[data]` as a study would, such as `--set data.fill=0`, `data.ignore=255`,
+            `data.regions=[1,2]`, `data.geometry_tolerance_mm=0.1` or `data.series.description="T1*"`. May be given
+            several times.
     """
     from polyclinic.data.quality.quality_page import write_page
     from polyclinic.data.quality.site_check import check_folder
 
     if page is not None and not page.resolve().parent.is_dir():
         raise ConfigError(f"--page {page}: there is no folder {page.parent}")
+    given = data_changes(set_ or [])
     with document(json_) as emit:
-        report = check_folder(str(folder), labels, "warning" if allow_health else "error")
+        report = check_folder(str(folder), labels, "warning" if allow_health else "error", given=given)
         for text in report.lines():
             line(text)
         if page is not None:

@@ -12,8 +12,10 @@ import logging
 import math
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,13 +161,47 @@ def set_up_streams() -> None:
             reconfigure(errors="polyclinic")
 
 
-def set_up_logging(quiet: bool, verbose: bool, log_file: Path | None) -> None:
+class JsonLines(logging.Formatter):
+    """Messages as one JSON object a line: ``time``, ``level``, ``logger``, ``message``; ``facts`` of a journal entry.
+
+    The text of an exception may quote a value of a data file. Of exceptions, also among the arguments of a message, the
+    type and the place in the code are written, and never the text.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a message."""
+        if isinstance(record.args, tuple):
+            shown = tuple(type(a).__name__ if isinstance(a, BaseException) else a for a in record.args)
+            message = str(record.msg) % shown if shown else str(record.msg)
+        else:
+            message = record.getMessage()
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        entry: dict[str, Any] = {
+            "time": time,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": message,
+        }
+        if facts := getattr(record, "facts", None):
+            entry["facts"] = facts
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            frames = traceback.extract_tb(error.__traceback__)
+            entry["error"] = type(error).__name__
+            entry["at"] = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+        return json.dumps(entry, default=str)
+
+
+def set_up_logging(
+    quiet: bool, verbose: bool, log_file: Path | None, log_format: str = "text", log_level: str = "debug"
+) -> None:
     """Set the levels of the ``polyclinic`` logger.
 
     Args:
         quiet: Print no progress and no hints, and of the messages errors only.
         verbose: Print debugging messages to standard error; warnings and errors otherwise.
         log_file: Append every message to this file, with its time.
+        log_format: ``text``, or ``json`` for one JSON object a line.
+        log_level: The lowest level of messages in the file.
 
     Raises:
         ConfigError: If both ``quiet`` and ``verbose`` are set, or the file cannot be written.
@@ -192,8 +228,9 @@ def set_up_logging(quiet: bool, verbose: bool, log_file: Path | None) -> None:
             written = logging.FileHandler(log_file, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--log-file {log_file}: {error.strerror}. Name a file in a writable folder") from None
-        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        written.setLevel(logging.DEBUG)
+        plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        written.setFormatter(JsonLines() if log_format == "json" else plain)
+        written.setLevel(log_level.upper())
         log.addHandler(written)
 
 

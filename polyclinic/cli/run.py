@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
@@ -220,18 +220,21 @@ def new(
     labels: Path | None = None,
     archive: str | None = None,
     suffix: str | None = None,
+    sheet: str | None = None,
+    images: str | None = None,
     blank: float | None = None,
     uncertain: float | None = None,
     name: str | None = None,
     rounds: int = 20,
     plugin: bool = False,
     force: bool = False,
+    set_: Set = None,
     json_: Json = False,
 ) -> None:
     """Write a commented study file as a starting point: a template, or with --data a study of your own data.
 
     With --data, it says what was recognized and why, asks what the data cannot say, and writes a study that runs. With
-    --plugin, write the skeleton of a package with a network and a loss instead.
+    --plugin, write the skeleton of a package with a network, a loss, a metric and an augmentation instead.
 
     Args:
         file: The file to write.
@@ -247,12 +250,15 @@ def new(
         labels: For DICOM, the table with one row per patient.
         archive: The archive to use, if the folder has several.
         suffix: For BIDS, the kind of image, such as `T1w`; several with commas.
+        sheet: The sheet of an Excel workbook, if several have content.
+        images: The pattern of the images that a table names, if several fit.
         blank: The value of an empty cell among several labels: 0 or 1.
         uncertain: The value of a label of -1 among several labels: 0 or 1.
         name: The name of the study; by default from the data's.
         rounds: The number of rounds.
         plugin: Write a package into the folder FILE.
         force: Replace an existing file.
+        set_: With --data, set one key of `[data]`, such as `--set data.fill=0`. May be given several times.
     """
     if plugin:
         from polyclinic.studies.config.new_plugin import write_plugin
@@ -276,25 +282,34 @@ def new(
         "labels": str(labels.resolve()) if labels else None,
         "archive": archive,
         "suffix": suffix.split(",") if suffix else None,
+        "sheet": sheet,
+        "images": images,
         "blank": blank,
         "uncertain": uncertain,
     }
     answers = {key: value for key, value in answers.items() if value is not None}
+    given = data_changes(set_ or [])
     with document(json_) as emit:
         if data is None:
-            if answers:
-                raise ConfigError(f"--{next(iter(answers))} needs --data PATH")
+            if answers or given:
+                raise ConfigError(f"--{next(iter(answers), 'set')} needs --data PATH")
             atomic.write(file, template("study"))
             line(f"wrote {file}")
             emit({"study": file})
         else:
-            emit({"study": file, **_new_of_data(file, data, answers, yes, name, rounds)})
+            emit({"study": file, **_new_of_data(file, data, answers, yes, name, rounds, given)})
     if not json_:
         hint(f"Next: polyclinic run {file}")
 
 
 def _new_of_data(
-    file: Path, data: Path, answers: dict[str, Any], yes: bool, name: str | None, rounds: int
+    file: Path,
+    data: Path,
+    answers: dict[str, Any],
+    yes: bool,
+    name: str | None,
+    rounds: int,
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write a study of the data at ``data``; return what was recognized, as JSON."""
     from polyclinic.data.quality.recognition import recognize
@@ -302,13 +317,13 @@ def _new_of_data(
     from polyclinic.studies.config.new_study import new_study, questions_text, study_name
 
     path = data.expanduser().resolve()
-    recognized = recognize(path, answers)
+    recognized = recognize(path, answers, given=given)
     if recognized.questions and not yes:
         if not sys.stdin.isatty():
             listed = "\n  ".join(questions_text(recognized.questions))
             raise ConfigError(f"the data does not say everything. Answer, or take the defaults with --yes:\n  {listed}")
         answers = answers | _asked(recognized.questions)
-        recognized = recognize(path, answers)
+        recognized = recognize(path, answers, given=given)
     study = new_study(recognized, name or study_name(str(path)), rounds)
     study_config.parse(study.text, file)
     atomic.write(file, study.text)
@@ -470,6 +485,24 @@ def require_file(file: Path) -> None:
     """
     if file.is_dir():
         raise ConfigError(f"{file} is a folder: name a file")
+
+
+def data_changes(items: list[str]) -> dict[str, Any]:
+    """Parse ``data.key=value`` pairs into a ``[data]`` table.
+
+    Raises:
+        ConfigError: If an item is not ``key=value``, or sets a key of another table.
+    """
+    table: dict[str, Any] = {}
+    for key, value in changes(items).items():
+        table_name, *parts = key.split(".")
+        if table_name != "data" or not all(parts) or not parts:
+            raise ConfigError(f"--set {key}: give a key of [data], such as data.fill=0")
+        inner = table
+        for parent in parts[:-1]:
+            inner = inner.setdefault(parent, {})
+        inner[parts[-1]] = value
+    return table
 
 
 def changes(items: list[str]) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def _show(home: SiteFolder, found: dict[str, Any]) -> None:
     else:
         line("server   not joined yet")
     for one in found["doing"]:
-        line(f"working  {one['run']}: {one['job']} of round {one['round']}, started {ago(one['since'])}")
+        steps = f", minibatch {one['done']} of {one['total']}" if "total" in one else ""
+        line(f"working  {one['run']}: {one['job']} of round {one['round']}, started {ago(one['since'])}{steps}")
     for one in found["problems"]:
         since = f" ({ago(one['since'])})" if one["since"] else ""
         line(f"problem  {one['run'] + ': ' if one['run'] else ''}{one['problem']}{since}")

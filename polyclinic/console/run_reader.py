@@ -9,18 +9,20 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polyclinic.console.tail import Tail, parsed
+from polyclinic.console.tail import Tail, open_regular, parsed
+from polyclinic.engines import step_file
 from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.evaluation.records.method_runs import BASELINES, arm_name
 from polyclinic.studies.run.run_lock import LOCK, holder
 
 RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"
 LAST_EVENTS, LAST_FAULTS = 40, 100
-MAX_INFO, MAX_METHOD_RUNS = 16 * 2**20, 20_000
+MAX_INFO, MAX_NOW, MAX_METHOD_RUNS = 16 * 2**20, 2**20, 20_000
 
 
 @dataclass
@@ -189,13 +191,17 @@ class RunReader:
             if arm.tested:
                 now: dict[str, Any] = {}
             else:
-                now = _now(self.path / "arms" / arm.name / "now.json", arm.round)
+                now = _now(self.path / "arms" / arm.name, arm.round)
             changed |= now != arm.now
             arm.now = now
         return changed
 
     def _take(self, fact: Mapping[str, Any]) -> None:
-        """Add one record. Unknown kinds are ignored."""
+        """Add one record. One of another version is left out."""
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            self._add(fact)
+
+    def _add(self, fact: Mapping[str, Any]) -> None:
         arm = self.arms.get((fact.get("method", ""), fact.get("seed", 0), fact.get("fold", 0)))
         kind = fact.get("kind")
         if arm is None or ("trial" in fact and kind != "trial"):
@@ -289,6 +295,7 @@ class RunReader:
             "name": str(self.info["name"]),
             "title": printable(str(self.info.get("title") or self.info["name"]), 200),
             "state": self.state,
+            "reading": self.behind or not self.version,
             "created": str(self.info.get("created", "")),
             "metric": self.metric,
             "done": sum(rounds if arm.tested else min(arm.round, rounds) for arm in arms),
@@ -376,7 +383,7 @@ class RunReader:
 
 def _info(path: Path) -> dict[str, Any]:
     """Read ``run.json``."""
-    with open(path / "run.json", "rb") as file:
+    with open_regular(path / "run.json") as file:
         info = json.loads(file.read(MAX_INFO))
     if not isinstance(info, dict) or not isinstance(info["methods"], list) or not isinstance(info["sites"], list):
         raise ValueError("run.json describes no run")
@@ -392,14 +399,22 @@ def _site(site: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": str(site["name"]), "role": str(site.get("role", "training")), "patients": patients}
 
 
-def _now(path: Path, done: int) -> dict[str, Any]:
-    """Return the progress within a round, unless that round is complete."""
+def _now(folder: Path, done: int) -> dict[str, Any]:
+    """Return the progress within a round, unless that round is complete: sites, and minibatches of those that train."""
     try:
-        now = json.loads(path.read_bytes())
+        with open_regular(folder / "now.json") as file:
+            now = json.loads(file.read(MAX_NOW))
         asked, arrived = len(now["asked"]), len(now["arrived"])
         waits = [site for site in now["asked"] if site not in now["arrived"]][:20]
-        started = {"round": int(now["round"]), "asked": asked, "arrived": arrived, "waits": waits}
-        return {**started, "since": float(now["since"])} if now["round"] > done else {}
+        if int(now["round"]) <= done:
+            return {}
+        steps = {
+            one["site"]: [one["done"], one["total"]]
+            for one in step_file.read(folder)
+            if one["round"] == now["round"] and one["site"] in waits and one["total"] > 0
+        }
+        started = {"round": int(now["round"]), "asked": asked, "arrived": arrived, "waits": waits, "steps": steps}
+        return {**started, "since": float(now["since"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -12,6 +12,7 @@ from typing import Any
 from polyclinic.console.children import Child, Children
 from polyclinic.console.page import Events, Refused, Sample, text_of
 from polyclinic.console.run_reader import FINISHED, RUNNING, STOPPED, RunReader
+from polyclinic.console.tail import open_regular
 from polyclinic.errors import ConfigError
 from polyclinic.studies.run.run_lock import ask_to_stop, delete
 
@@ -55,7 +56,7 @@ class RunsPage:
     @property
     def pace(self) -> float:
         """Seconds between two readings: one while something runs."""
-        busy = any(reader.process or not reader.version for reader in self.readers.values())
+        busy = any(reader.process or reader.behind or not reader.version for reader in self.readers.values())
         return 1.0 if busy or any(child["code"] is None for child in self.children.facts()) else 2.0
 
     # Reading ----------------------------------------------------------------------------------------------------------
@@ -71,9 +72,9 @@ class RunsPage:
             elif self._read(reader):
                 self._note(name)
         for reader in sorted(waiting, key=lambda r: str(r.info.get("created", "")), reverse=True):
-            if self._read(reader):
-                self._note(reader.id)
+            self._read(reader, until)
             reader.version = reader.version or 1
+            self._note(reader.id)
             if time.monotonic() > until:
                 break
         for reader in self.readers.values():
@@ -91,7 +92,7 @@ class RunsPage:
         for key, opened in list(self._open.items()):
             if not opened.watchers:
                 del self._open[key]
-            elif self._read(opened.reader):
+            elif self._read(opened.reader, time.monotonic() + BUDGET):
                 self.version += 1
         return self.version != before
 
@@ -121,10 +122,13 @@ class RunsPage:
             self.version += 1
             self.gone[name] = self.version
 
-    def _read(self, reader: RunReader) -> bool:
-        """Let a reader look, and return whether it has read anything."""
+    def _read(self, reader: RunReader, until: float = 0.0) -> bool:
+        """Let a reader look, until it is not behind or the time is over; return whether it has read anything."""
         try:
-            return reader.look()
+            changed = reader.look()
+            while reader.behind and time.monotonic() < until:
+                changed |= reader.look()
+            return changed
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False  # a line of another version: what was read before remains
 
@@ -159,7 +163,7 @@ class RunsPage:
             key = name, query.get("metric", "")[:60]
             if key not in self._open:
                 self._open[key] = _Open(RunReader(self.readers[name].path, name, True, key[1]))
-                self._read(self._open[key].reader)
+                self._read(self._open[key].reader, time.monotonic() + BUDGET)
             opened = self._open[key]
         return _RunsWatcher(self, opened)
 
@@ -179,7 +183,8 @@ class RunsPage:
         found = []
         for path in sorted(self.studies.glob("*.toml")):
             with suppress(OSError):
-                text = path.read_bytes()[: 2**18]
+                with open_regular(path) as file:
+                    text = file.read(2**18)
                 if b"[[methods]]" in text or b"[task]" in text:
                     found.append(path)
         return found[:MAX_STUDIES]

@@ -149,6 +149,7 @@ def _listening(port: int) -> Iterator[socket.socket]:
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
             raise ConfigError(f"--port {port}: {why}. Give another port, or 0 for any free one") from None
+        line.listen(128)  # before the link is printed, so that a browser that opens it at once is answered
         yield line
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from polyclinic.console.children import Children
 from polyclinic.console.page import Events, Refused, Sample, text_of
 from polyclinic.console.server_runs import ServerRuns
-from polyclinic.console.tail import JournalTail
+from polyclinic.console.tail import JournalTail, open_regular
 from polyclinic.core import atomic
 from polyclinic.core.audit_log import Broken, verify
 from polyclinic.engines.flare.client.decisions import this_person
@@ -24,6 +24,8 @@ from polyclinic.engines.flare.server import server_setup, study_runs
 from polyclinic.engines.flare.server.job_queue import ACTIVE, FINISHED, OVER, WAITING
 from polyclinic.engines.flare.server.server_status import state_of
 
+BUDGET = 0.1
+"""Seconds that one look spends on records that are behind, and half of it on the journal."""
 LAST_ENTRIES = 60
 READS = frozenset({"file", "verify"})
 MAX_DAYS = 3650
@@ -34,7 +36,6 @@ class ServerPage:
     """The page of one server."""
 
     kind, title = "server", "Coordinator"
-    pace = 2.0
 
     def __init__(self, home: Path, studies: Path | None = None) -> None:
         """Show the server in the folder ``home``; study files in ``studies`` (by default there) can be queued.
@@ -56,12 +57,17 @@ class ServerPage:
         self._studies: dict[str, dict[str, Any]] = {}
         self._studies_stamp: Any = None
 
+    @property
+    def pace(self) -> float:
+        """Seconds between two readings: one while records are behind."""
+        return 1.0 if self.runs.reading or self.journal.behind else 2.0
+
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def look(self) -> bool:
         """Read what is new."""
-        changed = self.runs.look()
-        entries, anew = self.journal.more()
+        changed = self.runs.look(BUDGET)
+        entries, anew = self.journal.more(BUDGET / 2)
         self._entries = [*([] if anew else self._entries), *entries][-LAST_ENTRIES:]
         self._state, self._well = state_of(self.home)
         heard = server_setup.status(self.home).get("sites", {}) if self._well else {}
@@ -126,6 +132,7 @@ class ServerPage:
             "runs": runs[:300],
             "hidden": max(0, len(runs) - 300),
             "unreadable": self.runs.unreadable,
+            "reading": self.runs.reading,
             "studies": self._study_rows(),
             "faults": self.runs.faults(),
             "journal": self._journal(),
@@ -181,13 +188,14 @@ class ServerPage:
         hidden = ("previous", "hash", "signers")
         shown = [{k: v for k, v in entry.items() if k not in hidden} for entry in reversed(self._entries)]
         journal = self.journal
-        return {"count": journal.count, "head": journal.head, "broken": journal.broken, "last": shown}
+        facts = {"count": journal.count, "head": journal.head, "broken": journal.broken, "behind": journal.behind}
+        return {**facts, "last": shown}
 
     def _study_files(self) -> list[Path]:
         found = []
         for path in sorted(self.studies.glob("*.toml")):
-            with suppress(OSError):
-                if path.name != "server.toml" and b"[[methods]]" in path.read_bytes()[: 2**18]:
+            with suppress(OSError), open_regular(path) as file:
+                if path.name != "server.toml" and b"[[methods]]" in file.read(2**18):
                     found.append(path)
         return found[:100]
 

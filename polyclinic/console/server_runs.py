@@ -1,6 +1,7 @@
 """Runs of a server, read as they grow: queue, progress, scores, traffic, faults and privacy spent."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,18 +91,37 @@ class ServerRuns:
         self.all: dict[str, ServerRun] = {}
         self.unreadable: dict[str, str] = {}
 
-    def look(self) -> bool:
-        """Read what is new, and return whether anything is."""
-        changed = self._read_queue()
-        for name, run in self.all.items():
-            if run.settled:
-                continue
-            ended, folder = run.over, self.home.run(name)
-            stamp = _stamp(folder / "status.json")
+    @property
+    def reading(self) -> int:
+        """The number of runs whose records were not read to their end yet."""
+        return sum(run.tail is None or run.tail.behind for run in self.all.values())
+
+    def look(self, seconds: float) -> bool:
+        """Read what is new, and return whether anything is.
+
+        Args:
+            seconds: What may be spent on records. The rest is read at the next look, the runs at work first.
+        """
+        until, changed = time.monotonic() + seconds, self._read_queue()
+        waiting = [(name, run) for name, run in self.all.items() if not run.settled]
+        for name, run in waiting:
+            stamp = _stamp(self.home.run(name) / "status.json")
             if stamp != run.progress_stamp:
                 run.progress_stamp = stamp
                 changed |= self._read_progress(name, run)
-            run.tail = run.tail or Tail(folder / "records.jsonl")
+        ended = 0
+        for name, run in sorted(waiting, key=lambda item: (not item[1].over, item[1].entry.since), reverse=True):
+            if ended and time.monotonic() > until:
+                break  # every look reads one that has ended, so that all are read some time
+            changed |= self._read_records(name, run, until)
+            ended += run.over
+        return changed
+
+    def _read_records(self, name: str, run: ServerRun, until: float) -> bool:
+        """Read new records, at least one piece of them, and return whether there are any."""
+        ended, changed = run.over, False
+        run.tail = run.tail or Tail(self.home.run(name) / "records.jsonl")
+        while True:
             lines, anew = run.tail.more()
             if anew:  # cut to its checkpoint by a new attempt
                 run.rows, run.up, run.down, run.spent, run.faults = [], {}, {}, {}, []
@@ -110,8 +130,9 @@ class ServerRuns:
                 if (fact := parsed(line)) is not None:
                     _suppressed(run, fact)
             changed |= bool(lines) or anew
-            run.settled = ended and not run.tail.behind
-        return changed
+            if not run.tail.behind or time.monotonic() > until:
+                run.settled = ended and not run.tail.behind
+                return changed
 
     def _read_queue(self) -> bool:
         changed, found = False, set()

@@ -27,6 +27,8 @@ from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
 PORT_SECONDS, HANDSHAKE_SECONDS = 5.0, 60.0
 """Seconds between two checks of the server's port, and of its certificate. A dead server is shown within 15 s."""
+BUDGET = 0.1
+"""Seconds that one look spends on the part of the journal that is behind."""
 LAST_ENTRIES, LAST_REPLIES = 80, 120
 CHECK, LEDGERS, POLICY, COUNT = "checks", "privacy ledgers", "policy check", "patients"
 READS = frozenset({"review", "count", "verify", "check"})
@@ -36,7 +38,6 @@ class SitePage:
     """The page of one site."""
 
     kind, title = "site", "Hospital"
-    pace = 2.0
 
     def __init__(self, home: Path) -> None:
         """Show the site in the folder ``home``.
@@ -59,15 +60,21 @@ class SitePage:
         self._results: dict[str, dict[str, Any]] = {}
         self._stamp: Any = None
         self._now: dict[str, Any] = {}
-        self._hashing = threading.Thread(target=code_hash, daemon=True)  # two seconds of computing, once
-        self._hashing.start()
+        self._hashing: threading.Thread | None = None
+
+    @property
+    def pace(self) -> float:
+        """Seconds between two readings: one while the journal is behind."""
+        return 1.0 if self.journal.behind else 2.0
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def look(self) -> bool:
         """Read what is new."""
+        if self._stamp is not None:
+            self._hash_code()  # after the first page, which it would delay
         self.settings = site_setup.settings(self.home)
-        entries, anew = self.journal.more()
+        entries, anew = self.journal.more(BUDGET)
         if anew:
             self._entries, self._left, self._last = [], _Left(), {}
         for entry in entries:
@@ -106,6 +113,13 @@ class SitePage:
         self._stamp = stamp
         self.version += changed
         return changed
+
+    def _hash_code(self) -> threading.Thread:
+        """Begin to compute the hash of the code, two seconds of computing in a thread, unless that was done."""
+        if self._hashing is None:
+            self._hashing = threading.Thread(target=code_hash, daemon=True)
+            self._hashing.start()
+        return self._hashing
 
     def _read_reviews(self) -> None:
         """Read the reviews whose files have changed. Checking a signature takes too long to do it every second."""
@@ -276,7 +290,8 @@ class SitePage:
         hidden = ("previous", "hash", "signature", "said", "packages")
         shown = [{k: v for k, v in entry.items() if k not in hidden} for entry in reversed(self._entries)]
         journal = self.journal
-        return {"count": journal.count, "head": journal.head, "broken": journal.broken, "last": shown}
+        facts = {"count": journal.count, "head": journal.head, "broken": journal.broken, "behind": journal.behind}
+        return {**facts, "last": shown}
 
     # Acting -----------------------------------------------------------------------------------------------------------
 
@@ -301,7 +316,7 @@ class SitePage:
 
     def _review(self, run: str) -> dict[str, Any]:
         """Describe what a person would decide about, with the hash that a decision must carry."""
-        self._hashing.join()
+        self._hash_code().join()
         reviews = Reviews(self.home.reviews)
         first, *others = reviews.subject(run)
         earlier = before(reviews, first)

@@ -1,13 +1,30 @@
-"""Files of JSON lines, read as they grow: only what was added since the last reading."""
+"""Files of JSON lines, read as they grow: only what was added since the last reading, in bounded pieces."""
 
 import json
 import os
+import stat
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from polyclinic.core.audit_log import FIRST, follows
 
-MAX_PIECE = 4 * 2**20
+PIECE = 2**18
+MAX_LINE = 4 * 2**20
+"""A longer line is left out, so that no file can fill the memory."""
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a regular file for reading, unbuffered.
+
+    Raises:
+        OSError: If it cannot be read, or is something else: a pipe would block the console, a device would never end.
+    """
+    file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is not a regular file")
+    return file
 
 
 class Tail:
@@ -21,25 +38,35 @@ class Tail:
     def __init__(self, path: Path) -> None:
         self.path, self.behind = path, False
         self._offset = self._inode = 0
+        self._skipping = False
 
     def more(self) -> tuple[list[bytes], bool]:
-        """Return the complete lines since the last reading, and whether the file began anew."""
+        """Return the next complete lines since the last reading, and whether the file began anew.
+
+        A line of more than ``MAX_LINE`` bytes is returned as an empty one.
+        """
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open_regular(self.path) as file:
                 status = os.fstat(file.fileno())
                 anew = self._inode not in (0, status.st_ino) or status.st_size < self._offset
-                self._offset, self._inode = 0 if anew else self._offset, status.st_ino
-                if status.st_size == self._offset:
-                    self.behind = False
-                    return [], anew
+                if anew:
+                    self._offset, self._skipping = 0, False
+                self._inode = status.st_ino
                 file.seek(self._offset)
-                data = file.read(MAX_PIECE)
+                data = file.read(PIECE)
+                if len(data) == PIECE and b"\n" not in data:
+                    data += file.read(MAX_LINE - PIECE)
         except OSError:
             return [], False
         end = data.rfind(b"\n") + 1
+        lines = data[:end].splitlines()
+        if self._skipping and lines:
+            lines[0], self._skipping = b"", False
+        if not end and (self._skipping or len(data) >= MAX_LINE):
+            self._skipping, end = True, len(data)
         self._offset += end
         self.behind = bool(end) and self._offset < status.st_size
-        return data[:end].splitlines(), anew
+        return lines, anew
 
 
 class JournalTail:
@@ -63,21 +90,31 @@ class JournalTail:
         """Whether there is more to read."""
         return self._tail.behind
 
-    def more(self) -> tuple[list[dict[str, Any]], bool]:
-        """Return the new entries, and whether the journal began anew."""
-        lines, anew = self._tail.more()
-        if anew:
-            self._reset()
-        entries = []
-        for line in lines:
-            entry = parsed(line)
-            if not self.broken and not follows(entry, self.count, self.head):
-                self.broken = f"entry {self.count + 1} was changed, or an earlier one was removed"
-            self.count += 1
-            if entry is not None:
-                self.head = str(entry.get("hash", ""))
-                entries.append(entry)
-        return entries, anew
+    def more(self, seconds: float = 0.0) -> tuple[list[dict[str, Any]], bool]:
+        """Return new entries, and whether the journal began anew.
+
+        Args:
+            seconds: What may be spent on what is behind; one piece of the file is read in any case.
+        """
+        until, began, entries = time.monotonic() + seconds, False, list[dict[str, Any]]()
+        while True:
+            lines, anew = self._tail.more()
+            if anew:
+                self._reset()
+                began, entries = True, []
+            entries += filter(None, map(self._checked, lines))
+            if not self.behind or time.monotonic() > until:
+                return entries, began
+
+    def _checked(self, line: bytes) -> dict[str, Any] | None:
+        """Return the entry in a line; note whether it follows the one before it."""
+        entry = parsed(line)
+        if not self.broken and not follows(entry, self.count, self.head):
+            self.broken = f"entry {self.count + 1} was changed, or an earlier one was removed"
+        self.count += 1
+        if entry is not None:
+            self.head = str(entry.get("hash", ""))
+        return entry
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from typing import Any
 from polyclinic.core.plugin_packages import entry_points_in
 from polyclinic.errors import ConfigError
 
-GROUPS = ("networks", "losses", "sources", "transforms")
 LOCAL = "local:"
 """The beginning of names of parts that a program registered for itself."""
 _registered: dict[tuple[str, str], Any] = {}

@@ -11,8 +11,11 @@ imports.
 """
 
 import hashlib
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -38,13 +41,14 @@ class Package(NamedTuple):
 
 def packages_of(wanted: Mapping[str, Iterable[str]]) -> tuple[Package, ...]:
     """Return the packages that provide the plug-ins ``wanted``, names by group. Other names need no package."""
-    points = [point for group, names in wanted.items() for point in entry_points_in(group) if point.name in set(names)]
+    found = _entry_points(tuple(_entry_point_files()))
+    points = [point for group, names in wanted.items() for point in found.get(group, ()) if point.name in set(names)]
     return tuple(sorted({_package(point) for point in points}))
 
 
 def entry_points_in(group: str) -> tuple[EntryPoint, ...]:
     """Return the entry points of installed packages in ``group``, such as ``networks``."""
-    return tuple(entry_points(group=f"polyclinic.{group}"))
+    return _entry_points(tuple(_entry_point_files())).get(group, ())
 
 
 def texts_in(value: object) -> Iterator[str]:
@@ -74,6 +78,32 @@ def exact_rule(package: Package) -> str:
 def normalized(name: str) -> str:
     """Return a package's name in the form in which names are compared (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@lru_cache(maxsize=1)
+def _entry_points(files: tuple[tuple[str, int, int], ...]) -> Mapping[str, tuple[EntryPoint, ...]]:
+    """Return the entry points by group. They are read again only if ``files``, those that declare them, differ."""
+    found, ours = entry_points(), "polyclinic."
+    groups = [group for group in found.groups if group.startswith(ours)]
+    return {group.removeprefix(ours): tuple(found.select(group=group)) for group in groups}
+
+
+def _entry_point_files() -> Iterator[tuple[str, int, int]]:
+    """Yield the path, time of change and size of what declares the entry points of each installed package."""
+    for place in sys.path:
+        try:
+            with os.scandir(place or ".") as entries:
+                packages = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
+        except OSError:
+            packages = [place]  # an archive, or a folder that does not exist
+        for path in packages:
+            for file in (f"{path}/entry_points.txt", path):
+                try:
+                    about = os.stat(file)
+                except OSError:
+                    continue
+                yield file, about.st_mtime_ns, about.st_size
+                break
 
 
 def _package(point: EntryPoint) -> Package:

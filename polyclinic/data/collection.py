@@ -320,7 +320,9 @@ class Collection:
                     "series = {...}, or leave out localizers with slices = 2"
                 )
             elif len({shape[0] for shape in shapes}) == 1:
-                remedy += f"; or leave them as they are, and train on patches of them, with patch = {_usual(shapes)}"
+                remedy += (
+                    f"; or leave them as they are, and train on patches of them, with patch = {usual_patch(shapes)}"
+                )
             raise DataError(f"{self.info.name}: images have {len(shapes)} different shapes ({some}, ...): {remedy}")
         if len({f.pixels.dtype for f in good}) > 1:  # 8-bit pictures mixed with deeper ones
             good = [replace(f, pixels=f.pixels.float() / 255) if f.pixels.dtype == torch.uint8 else f for f in good]
@@ -362,6 +364,13 @@ class Collection:
         relabel = [step for step in self.steps if isinstance(step, Relabel)]
         return tuple(sorted({*(relabel[-1].to or range(len(relabel[-1].values)))})) if relabel else None
 
+    @property
+    def labels_in_files(self) -> tuple[int, ...] | None:
+        """The mask values that files may have, before preprocessing; None if nothing declares them."""
+        relabel = [step for step in self.steps if isinstance(step, Relabel)]
+        declared = relabel[0].values if relabel else self._declared
+        return declared if declared is None or self.ignore is None else (*declared, self.ignore)
+
     def _annotated(self, picture: Picture) -> Picture:
         """Return the picture with the voxels that are not annotated marked as ``IGNORED``."""
         if picture.mask is None or self.ignore is None:
@@ -387,7 +396,7 @@ class _Refused:
     reason: str
 
 
-def _usual(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+def usual_patch(shapes: Sequence[tuple[int, ...]]) -> list[int]:
     """Return a patch that most images cover: the smaller quartile of their sides, in multiples of 8."""
     sides = [sorted(axis) for axis in zip(*(shape[1:] for shape in shapes), strict=True)]
     return [max(8, side[len(side) // 4] // 8 * 8) for side in sides]

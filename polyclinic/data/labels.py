@@ -59,7 +59,7 @@ class Reading:
         places = places or [f"row {i + 2}" for i in range(len(words))]
         if task == "classification":
             return self._classes(name, words, problems, places)
-        if task == "multilabel" and not more:
+        if task == "multilabel" and not more and self.separator:
             return self._several(name, words, problems, places)
         several = task == "multilabel"
         numbers = [self._numbers(column, cells, several, problems, places) for column, cells in columns.items()]

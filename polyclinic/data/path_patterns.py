@@ -10,7 +10,7 @@ from typing import Literal
 from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import opened
-from polyclinic.data.labels import Reading
+from polyclinic.data.labels import MissingLabels, Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info
 
@@ -26,6 +26,7 @@ class Patterns(FromFiles):
         images: The pattern of an image's path below ``path``; one per channel. All must use the same words.
         mask: The pattern of its mask's path, with the same words; "" if the path's ``{class}`` is the target.
         classes: The classes in order; if empty, the sorted values (for masks: the names of 0, 1, ...).
+        missing_labels: ``"refuse"`` raises an error for images without a mask; ``"drop"`` leaves them out with a note.
         steps: Preprocessing.
         unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
         about: Description from the catalog; not settable in a study file.
@@ -38,6 +39,7 @@ class Patterns(FromFiles):
     images: tuple[str, ...]
     mask: str = ""
     classes: tuple[str, ...] = ()
+    missing_labels: MissingLabels = "refuse"
     steps: Steps = ()
     unreadable: Literal["refuse", "skip"] = "refuse"
     about: Info | None = field(default=None, metadata=HIDDEN)
@@ -64,6 +66,12 @@ class Patterns(FromFiles):
         cases = [words for name, words in fitting.items() if name not in others]  # a mask may look like an image
         if not cases:
             raise DataError(f"{root}: there is no file like {self.images[0]}")
+        found = len(cases)
+        if self.mask and self.missing_labels == "drop":
+            cases = [words for words in cases if (root / _filled(self.mask, words)).exists()]
+        if not cases:
+            raise DataError(f"{root}: there is no mask like {self.mask}")
+        lost = found - len(cases)
         classes, problems, entries = self.classes, list[str](), []
         targets: list[int] | list[tuple[float, ...]] | list[None] = [None] * len(cases)
         if not self.mask:
@@ -82,7 +90,8 @@ class Patterns(FromFiles):
             raise DataError([f"{root}: {problem}" for problem in dict.fromkeys(problems[:20])])
         name = Path(self.path).stem
         task: Literal["segmentation", "classification"] = "segmentation" if self.mask else "classification"
-        notes = () if "patient" in cases[0] else (UNKNOWN_PATIENTS,)
+        notes = [] if "patient" in cases[0] else [UNKNOWN_PATIENTS]
+        notes += [f"{lost} images without a mask are left out."] * bool(lost)
         info = described(self.about, Info(name, name, "not stated", "not stated", task, classes), notes)
         sites = ("site",) if "site" in cases[0] else ()
         return self.made(info, tuple(entries), sites)

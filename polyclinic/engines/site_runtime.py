@@ -7,7 +7,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.engines.request_schedule import marked
+from polyclinic.engines.step_file import StepFile
+from polyclinic.learning.training.step_progress import watched
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +55,24 @@ def _digest(leaves: Tree) -> str:
     return hasher.hexdigest()[:32]
 
 
-def work(method: Method[Any], request: Request, memory: Trees, site: Site, policy: Policy | None = None) -> Done:
-    """Execute ``request`` at ``site``. Any failure becomes a reason in the result, not an exception."""
+def work(
+    method: Method[Any],
+    request: Request,
+    memory: Trees,
+    site: Site,
+    policy: Policy | None = None,
+    progress: Path | None = None,
+    worker: int = 0,
+) -> Done:
+    """Execute ``request`` at ``site``. Any failure becomes a reason in the result, not an exception.
+
+    Args:
+        progress: Folder in which the progress of local training is recorded, in the file of ``worker``.
+    """
     begun = time.perf_counter()
+    steps = StepFile(progress, worker, site.name, request.round, request.job) if progress else None
     try:
-        with repeatable(site.device):
+        with repeatable(site.device), watched(steps) if steps else nullcontext():
             reply, kept = execute(method, request, memory, site, policy)
         return Done(reply, kept, "", time.perf_counter() - begun)
     except Refused as refusal:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from polyclinic.evaluation.metric import Metric
 from polyclinic.statistics.undefined import Array, Undefined
@@ -92,14 +93,18 @@ def logistic_fit(x: Array, y: Array, weight: Array, slope: bool = True) -> tuple
         a and b, of shape [rows]; NaN if no finite maximum exists (one class, or classes that x separates).
     """
     rows = len(weight)
-    a, b = np.zeros(rows), np.ones(rows)
+    a, b = np.zeros(rows), np.zeros(rows) if slope else np.ones(rows)
+    if rows > 1:  # the jackknife's rows hardly differ from the first, so that its result is a close start
+        first = logistic_fit(x, y, weight[:1], slope)
+        if np.isfinite(first).all():
+            a, b = np.full(rows, first[0][0]), np.full(rows, first[1][0])
     separated = _separated(x, y, weight) if slope else np.zeros(rows, bool)
     present = ((weight @ y) > 0) & ((weight @ (1 - y)) > 0)
+    powers = np.stack([np.ones_like(x), x, x * x], axis=1)
     for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(a[:, None] + b[:, None] * x, -30, 30)))
-        v = weight * p * (1 - p) + 1e-12
-        ga, gb = (weight * (y - p)).sum(1), (weight * (y - p) * x).sum(1)
-        haa, hab, hbb = v.sum(1), (v * x).sum(1), (v * x * x).sum(1)
+        p = expit(a[:, None] + b[:, None] * x)
+        ga, gb = ((weight * (y - p)) @ powers[:, :2]).T
+        haa, hab, hbb = ((weight * (p * (1 - p)) + 1e-12) @ powers).T
         if slope:
             det = np.maximum(haa * hbb - hab**2, 1e-12)
             da, db = (hbb * ga - hab * gb) / det, (haa * gb - hab * ga) / det
@@ -108,7 +113,7 @@ def logistic_fit(x: Array, y: Array, weight: Array, slope: bool = True) -> tuple
         size = np.maximum(np.abs(da), np.abs(db))
         short = np.minimum(1.0, 2.0 / np.maximum(size, 1e-12))  # no step longer than 2
         a, b = a + short * da, b + short * db
-        if np.all((size < 1e-8) | separated | ~present):
+        if np.all((size < 1e-7) | separated | ~present):  # the error is of the order of its square
             break
     failed = ~present | separated | (size > 1e-4)
     return np.where(failed, np.nan, a), np.where(failed, np.nan, b)

@@ -170,14 +170,18 @@ def _outputs(run: Run, label: str, sites: Sequence[str]) -> Iterator[Fault]:
         yield Fault(label, 4, f"never predicts {' or '.join(names)}")
 
 
+def compared(table: Mapping[str, Metric], primary: Metric) -> dict[str, Metric]:
+    """Return the metrics of a task by which methods are compared with the constant, the primary one first."""
+    return {name: table[name] for name in dict.fromkeys([primary.name, "brier", "ibs", "accuracy"]) if name in table}
+
+
 def _below(
     data: Sample, label: str, sites: Sequence[str], table: Mapping[str, Metric], primary: Metric
 ) -> Iterator[Fault]:
     """Return the metrics by which a method is below the constant, the primary one first."""
     if not data.has(CONSTANT, sites):
         return
-    names = dict.fromkeys([primary.name, "brier", "ibs", "accuracy"])
-    for metric in (table[name] for name in names if name in table):
+    for metric in compared(table, primary).values():
         both = [s for s in sites if all(data.defined(m, data.seeds(m), [s], metric) for m in (label, CONSTANT))]
         if not both:
             continue

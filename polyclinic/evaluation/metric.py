@@ -18,7 +18,7 @@ Kernel = Callable[[Array, NDArray[Any], Array], Array]
 Proportions = list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric:
     """A metric with its name, label and properties.
 

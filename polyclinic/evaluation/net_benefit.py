@@ -3,22 +3,21 @@
 Vickers and Elkin, "Decision Curve Analysis", Medical Decision Making 2006, https://doi.org/10.1177/0272989X06295361.
 The net benefit of one patient at threshold t is 1 for a treated patient with the disease, ``−t / (1 − t)`` for one
 without, and 0 if untreated. It is a mean over patients, so that its interval is Student's with the jackknife's
-variance, like that of any other metric. Curves are computed for each seed's model and averaged, and are means over
-sites, because the prevalence of pooled patients is that of no hospital.
+variance, like that of any other metric; all thresholds are computed at once. Curves are computed for each seed's model
+and averaged, and are means over sites, because the prevalence of pooled patients is that of no hospital.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.evaluation.metric import Metric
-from polyclinic.evaluation.sample import Sample
-from polyclinic.statistics.intervals import Estimate
-from polyclinic.statistics.undefined import Array
+from polyclinic.evaluation.sample import STUDENT, Sample
+from polyclinic.statistics.intervals import Estimate, student
+from polyclinic.statistics.jackknife import Spread, added, mean_of_dependent, spreads_of
+from polyclinic.statistics.undefined import Array, Undefined
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -44,42 +43,51 @@ def decision_curve(
     data: Sample, label: str, sites: Sequence[str], thresholds: Sequence[float] = THRESHOLDS
 ) -> tuple[NetBenefit, ...]:
     """Return the decision curve of ``label``, mean over ``sites``, for a task with two classes."""
-    return tuple(
-        NetBenefit(t, *(data.macro_estimate(label, sites, metric(t)) for metric in (of_model, of_all, gain)))
-        for t in thresholds
-    )
+    each = [_without_each(data, label, site, np.asarray(thresholds, float)) for site in sites]
+    values = np.mean([np.mean([rows[0] for rows in groups], axis=0) for groups in each], axis=0)
+    patients = sum(max(len(data.patients[site, seed]) for seed in data.seeds(label)) for site in sites)
+    try:
+        parts = zip(*(_spreads(groups) for groups in each), strict=True)
+        spreads = [added(of_sites, [1 / len(sites)] * len(sites)) for of_sites in parts]
+        estimates = [
+            _estimate(float(value), spread, patients, data.level) for value, spread in zip(values, spreads, strict=True)
+        ]
+    except Undefined as reason:
+        estimates = [Estimate(float(value), n=patients, why=f"no interval: {reason}") for value in values]
+    width = len(thresholds)
+    return tuple(NetBenefit(t, *estimates[k::width]) for k, t in enumerate(thresholds))
 
 
-def of_model(threshold: float) -> Metric:
-    """Return the net benefit of the model at ``threshold`` as a metric."""
-    return Metric("net_benefit", "Net benefit", partial(_model, threshold))
+def benefits(score: Array, target: NDArray[Any], thresholds: Array) -> tuple[Array, Array]:
+    """Return the net benefit of each case: by the model, and of treating all. Each of shape [n, thresholds]."""
+    treated = np.where(target[:, None] == 1, 1.0, -thresholds / (1 - thresholds))
+    return treated * (score[:, 1:2] >= thresholds), treated
 
 
-def of_all(threshold: float) -> Metric:
-    """Return the net benefit of treating all patients as a metric."""
-    return Metric("net_benefit_all", "Net benefit of treating all", partial(_all, threshold))
+def _without_each(data: Sample, label: str, site: str, thresholds: Array) -> list[Array]:
+    """Return the means at a site, of all patients and without each, for each group of seeds with common patients.
+
+    Each of shape [1 + patients, 3 · thresholds]: of the model, of treating all, and of the gain.
+    """
+    found = []
+    for seeds in data.groups(data.seeds(label)):
+        rows = []
+        for seed in seeds:
+            cases = data.cases[label, seed][site]
+            each = np.concatenate(benefits(cases.score, cases.target, thresholds), axis=1)
+            model, treat_all = np.split(data.means_without_each(label, seed, site, each), 2, axis=1)
+            rows.append(np.concatenate([model, treat_all, model - np.maximum(treat_all, 0.0)], axis=1))
+        found.append(np.mean(rows, axis=0))
+    return found
 
 
-def gain(threshold: float) -> Metric:
-    """Return the net benefit of the model minus the better of treating all and none as a metric."""
-    return Metric("net_benefit_gain", "Gain in net benefit", partial(_gain, threshold))
+def _spreads(groups: Sequence[Array]) -> list[Spread]:
+    """Return the spread of the mean over ``groups`` of each column."""
+    parts = [spreads_of(rows[0], rows[1:]) for rows in groups]
+    return parts[0] if len(parts) == 1 else [mean_of_dependent(column) for column in zip(*parts, strict=True)]
 
 
-def _model(threshold: float, score: Array, target: NDArray[Any], weight: Array) -> Array:
-    return _mean(_of_patients(threshold, target) * (score[:, 1] >= threshold), weight)
-
-
-def _all(threshold: float, score: Array, target: NDArray[Any], weight: Array) -> Array:
-    return _mean(_of_patients(threshold, target), weight)
-
-
-def _gain(threshold: float, score: Array, target: NDArray[Any], weight: Array) -> Array:
-    return _model(threshold, score, target, weight) - np.maximum(_all(threshold, score, target, weight), 0.0)
-
-
-def _of_patients(threshold: float, target: NDArray[Any]) -> Array:
-    return np.where(target == 1, 1.0, -threshold / (1 - threshold))
-
-
-def _mean(values: Array, weight: Array) -> Array:
-    return np.asarray((weight @ values) / weight.sum(1))
+def _estimate(value: float, spread: Spread, patients: int, level: float) -> Estimate:
+    if spread.variance <= 1e-14:
+        return Estimate(value, n=patients, why=f"no interval: no variance among {patients} patients")
+    return Estimate(value, *student(value, spread, "", level), patients, STUDENT)

@@ -13,10 +13,11 @@ import numpy as np
 
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.calibration import CALIBRATION
-from polyclinic.evaluation.constant_baseline import CONSTANT, Fault, faults, with_constant
+from polyclinic.evaluation.constant_baseline import CONSTANT, Fault, compared, faults, with_constant
 from polyclinic.evaluation.method_comparison import Against, Declared, ranked
 from polyclinic.evaluation.metric import Metric
-from polyclinic.evaluation.metric_functions import CLASSIFICATION, metrics_for
+from polyclinic.evaluation.metric_functions import CLASSIFICATION
+from polyclinic.evaluation.own_metrics import metrics_of
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.record_schema import MethodInfo
 from polyclinic.evaluation.records.run_reader import Run, external_sites, training_sites
@@ -121,7 +122,8 @@ class Evaluation:
         unit: What a case is: ``"patient"`` or ``"image"``.
         options: The options of the evaluation.
         chosen_by: Description of how the headline method was chosen.
-        constant: The result of the constant baseline; None if the records do not determine it.
+        constant: The result of the constant baseline, by the metrics with which methods are compared with it; None if
+            the records do not determine it.
         faults: Faults of methods: constant outputs, a class never predicted, scores below the constant baseline.
         declared: The comparisons that the study declared before the run.
         leak: What test data share with training or validation data; None if nothing is known to be shared.
@@ -162,7 +164,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     Raises:
         ValueError: If the run's metric is not one of its task's.
     """
-    table = metrics_for(run.info.task, len(run.info.classes) or 2)
+    table = metrics_of(run.info)
     if run.info.metric not in table:
         raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is not one of {', '.join(table)}")
     metric = table[run.info.metric]
@@ -183,7 +185,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     counts = {s: data.count(s) for s in data.sites}
     constant = None
     if methods and data.seeds(CONSTANT) and (run.info.task != "segmentation" or metric.name == "dice"):
-        constant = _method(run, MethodInfo(label=CONSTANT), data, table, options)
+        constant = _method(run, MethodInfo(label=CONSTANT), data, compared(table, metric), options)
     return Evaluation(
         metric,
         detailed,
@@ -359,7 +361,7 @@ def _headline(methods: Sequence[MethodResult], metric: Metric) -> tuple[str | No
 def validation_mean(run: Run, label: str, metric: str) -> float | None:
     """Return the mean over seeds, folds and sites of a validation metric, at the round whose model was tested."""
     kept = {(t.method, t.seed, t.fold): t.round for t in run.lines if t.kind == "test"}
-    training, found = training_sites(run), []
+    training, found = set(training_sites(run)), []
     for s in run.curves:
         value = s.metrics.get(metric)
         mine = s.method == label and s.role == "val" and s.site in training

@@ -8,8 +8,11 @@ means of the seeds' limits, which is exact for equal test sets and conservative 
 of a seed are those of all folds together, each patient once.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -56,14 +59,30 @@ class Sample:
             for site in self.sites
         )
 
-    @property
+    @cached_property
     def sites(self) -> tuple[str, ...]:
         """The sites at which any method was tested."""
         return tuple(dict.fromkeys(site for site, _ in self.patients))
 
+    @cached_property
+    def _seeds(self) -> dict[str, tuple[int, ...]]:
+        seeds: dict[str, tuple[int, ...]] = {}
+        for (label, seed), sites in self.cases.items():
+            if sites:
+                seeds[label] = (*seeds.get(label, ()), seed)
+        return seeds
+
+    @cached_property
+    def _most_patients(self) -> dict[str, int]:
+        """The number of test patients of each site, the largest over seeds."""
+        most: dict[str, int] = {}
+        for (site, _), ids in self.patients.items():
+            most[site] = max(most.get(site, 0), len(ids))
+        return most
+
     def seeds(self, label: str) -> tuple[int, ...]:
         """Return the seeds for which ``label`` has predictions."""
-        return tuple(seed for method, seed in self.cases if method == label and self.cases[method, seed])
+        return self._seeds.get(label, ())
 
     def has(self, label: str, sites: Sequence[str]) -> bool:
         """Return whether every seed of ``label`` has cases at each of ``sites``."""
@@ -72,8 +91,7 @@ class Sample:
 
     def count(self, site: str) -> tuple[int, int, int]:
         """Return the numbers of test patients, images and cases of ``site``; the largest over seeds if not shared."""
-        patients = max(len(ids) for (name, _), ids in self.patients.items() if name == site)
-        return patients, *self.images[site]
+        return self._most_patients[site], *self.images[site]
 
     # Values
 
@@ -92,11 +110,12 @@ class Sample:
         known = self.defined(label, seeds, sites, metric)
         if not known:
             return np.full(len(seeds), np.nan)
-        return np.array([np.mean([self.value(label, seed, [s], metric) for s in known]) for seed in seeds])
+        values = np.array([[self.value(label, seed, [s], metric) for s in known] for seed in seeds])
+        return np.asarray(values.mean(1))
 
     def defined(self, label: str, seeds: Sequence[int], sites: Sequence[str], metric: Metric) -> list[str]:
         """Return those of ``sites`` at which the metric of ``label`` is defined in every seed."""
-        return [s for s in sites if all(np.isfinite(self.value(label, seed, [s], metric)) for seed in seeds)]
+        return [s for s in sites if all(math.isfinite(self.value(label, seed, [s], metric)) for seed in seeds)]
 
     # Intervals
 
@@ -107,7 +126,8 @@ class Sample:
         does, and rises if scores merely tell sites of different prevalence apart.
         """
         known = self.defined(label, self.seeds(label), sites, metric)
-        without = tuple(s for s in sites if s not in known)
+        defined = set(known)
+        without = tuple(s for s in sites if s not in defined)
         n = self._patients(label, known)
         if not known:
             return Estimate(None, n=n, why="no site has a value", without=without)
@@ -146,8 +166,8 @@ class Sample:
     def _estimate(self, label: str, sites: Sequence[str], metric: Metric, interval: bool) -> Estimate:
         n, seeds = self._patients(label, sites), self.seeds(label)
         values = [self.value(label, seed, sites, metric) for seed in seeds]
-        value = float(np.mean(values))
-        if not np.isfinite(value):
+        value = sum(values) / len(values)
+        if not math.isfinite(value):
             bad = seeds[int(np.flatnonzero(~np.isfinite(values))[0])]
             return Estimate(None, n=n, why=metric.why(_together(self._cases(label, bad, sites), metric.name)[1]))
         if not metric.has_interval:
@@ -167,7 +187,7 @@ class Sample:
             return exact
         if metric.proportions is not None and (counted := self._counted(label, seeds, sites, metric)) is not None:
             return counted
-        value = float(np.mean([self.value(label, seed, sites, metric) for seed in seeds]))
+        value = sum(self.value(label, seed, sites, metric) for seed in seeds) / len(seeds)
         n = len(self._group(sites, seeds[0])[0])
         try:
             spread = self._jackknife([label], seeds, sites, metric).spread()
@@ -241,7 +261,7 @@ class Sample:
         if not known:
             return replace(asked, n=n, why="undefined for one of the two")
         values = np.array(self.by_split(a, b, known, metric))
-        each = [[self._jackknife([a, b], group, [s], metric) for group in self._groups(common)] for s in known]
+        each = [[self._jackknife([a, b], group, [s], metric) for group in self.groups(common)] for s in known]
         try:
             spread = added([self._spread(one) for one in each], [1 / len(known)] * len(known))
         except Undefined as reason:
@@ -261,7 +281,7 @@ class Sample:
         known = [s for s in sites if common and all(self.defined(m, common, [s], metric) for m in (a, b))]
         if not known:
             raise Undefined("undefined for one of the two methods at every site")
-        each = {s: [self._jackknife([a, b], group, [s], metric) for group in self._groups(common)] for s in known}
+        each = {s: [self._jackknife([a, b], group, [s], metric) for group in self.groups(common)] for s in known}
         return {s: self._spread(one) for s, one in each.items()}
 
     def by_split(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> list[float]:
@@ -277,12 +297,12 @@ class Sample:
 
     # The jackknife
 
-    def _groups(self, seeds: Sequence[int]) -> list[Sequence[int]]:
+    def groups(self, seeds: Sequence[int]) -> list[Sequence[int]]:
         """Return the groups of seeds that share their patients."""
         return [seeds] if self.shared else [(seed,) for seed in seeds]
 
     def _of(self, label: str, sites: Sequence[str], metric: Metric) -> list[Jackknife]:
-        return [self._jackknife([label], group, sites, metric) for group in self._groups(self.seeds(label))]
+        return [self._jackknife([label], group, sites, metric) for group in self.groups(self.seeds(label))]
 
     def _spread(self, by_group: Sequence[Jackknife]) -> Spread:
         parts = [j.spread() for j in by_group]
@@ -292,6 +312,15 @@ class Sample:
         self, labels: Sequence[str], seeds: Sequence[int], sites: Sequence[str], metric: Metric
     ) -> Jackknife:
         """Return the metric, or its difference between two methods, averaged over ``seeds``, without each patient."""
+        key = (tuple(labels), tuple(seeds), tuple(sites), metric)
+        if key not in self._known:
+            self._known[key] = self._without_each(labels, seeds, sites, metric)
+        found: Jackknife = self._known[key]
+        return found
+
+    def _without_each(
+        self, labels: Sequence[str], seeds: Sequence[int], sites: Sequence[str], metric: Metric
+    ) -> Jackknife:
         size = int(self._group(sites, seeds[0])[0].max()) + 1
         rows, stratum = np.zeros(size + 1), np.zeros(size, np.int64)
         signs = [1.0] if len(labels) == 1 else [metric.sign, -metric.sign]
@@ -305,6 +334,19 @@ class Sample:
                     stratum[of] = np.asarray(target, np.int64)
         return Jackknife(float(rows[0]), rows[1:], stratum)
 
+    def means_without_each(self, label: str, seed: int, site: str, values: Array) -> Array:
+        """Return the means of per-case values [n, k] of a method at a site: of all cases, then without each patient.
+
+        Returns:
+            [1 + g, k], with g patients, or groups of patients as for other metrics.
+        """
+        of, total = self._members(label, seed, [site]), values.sum(0)
+        size = int(self._group([site], seed)[0].max()) + 1
+        sums = np.stack([np.bincount(of, column, size) for column in values.T], axis=1)
+        left = len(of) - np.bincount(of, minlength=size)[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.concatenate([total[None] / len(of), (total - sums) / left])
+
     def _members(self, label: str, seed: int, sites: Sequence[str]) -> Ints:
         """Return the number of the jackknife's group of each case of a method run, sites concatenated."""
         group, starts = self._group(sites, seed)
@@ -312,12 +354,13 @@ class Sample:
             group[starts[i] + np.searchsorted(self.patients[s, seed], self.cases[label, seed][s].patient)]
             for i, s in enumerate(sites)
         ]
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _group(self, sites: Sequence[str], seed: int) -> tuple[Ints, list[int]]:
         """Return the group of each patient of ``sites``, and at which index each site starts."""
         sizes = [len(self.patients[s, seed]) for s in sites]
-        return np.arange(sum(sizes)) % min(sum(sizes), MOST), [sum(sizes[:i]) for i in range(len(sizes))]
+        total = sum(sizes)
+        return np.arange(total) % min(total, MOST), [0, *accumulate(sizes[:-1])]
 
     def _cases(self, label: str, seed: int, sites: Sequence[str]) -> list[Cases]:
         return [self.cases[label, seed][s] for s in sites]
@@ -331,6 +374,8 @@ NO_INTERVAL = "no interval: biased upwards in small samples"
 
 
 def _together(cases: Sequence[Cases], metric: str) -> tuple[Array, NDArray[Any]]:
+    if len(cases) == 1:
+        return cases[0].score_for(metric), cases[0].target
     return np.concatenate([c.score_for(metric) for c in cases]), np.concatenate([c.target for c in cases])
 
 

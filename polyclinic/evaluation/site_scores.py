@@ -5,25 +5,27 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.evaluation.metric_functions import metrics_for
+from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.predictions import AVERAGED_TARGETS, as_cases, predictions_of
 from polyclinic.statistics.undefined import Undefined
 
 
-def scores_on_test(outputs: Mapping[str, NDArray[np.generic]], task: str, classes: int) -> dict[str, float]:
+def scores_on_test(
+    outputs: Mapping[str, NDArray[np.generic]], task: str, metrics: Mapping[str, Metric]
+) -> dict[str, float]:
     """Compute the metrics of one site's test predictions, with one case per patient as in the report.
 
     Args:
         outputs: The arrays of the site in ``predictions.safetensors``.
         task: The kind of task.
-        classes: Number of classes.
+        metrics: The metrics by name.
 
     Returns:
         The value of each metric that the cases determine.
     """
     cases = as_cases(predictions_of(outputs, task), regression=task in AVERAGED_TARGETS)
     scores = {}
-    for name, metric in metrics_for(task, classes).items():
+    for name, metric in metrics.items():
         try:
             scores[name] = metric.of(cases.score_for(name), cases.target)
         except Undefined:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from polyclinic.errors import ConfigError
-from polyclinic.evaluation.metric_functions import metrics_for
+from polyclinic.evaluation.own_metrics import metrics_of
 from polyclinic.evaluation.records.run_reader import read_run, training_sites
 from polyclinic.evaluation.sample import sample
 from polyclinic.statistics.jackknife import Spread
@@ -57,7 +57,7 @@ def pilot(run_folder: Path, method: str = "", reference: str = "") -> Pilot:
         ConfigError: If the run lacks these methods, or has too few patients.
     """
     run = read_run(run_folder)
-    metric = metrics_for(run.info.task, len(run.info.classes) or 2)[run.info.metric]
+    metric = metrics_of(run.info)[run.info.metric]
     data = sample(run, 0.95)
     labels = [m.label for m in run.info.methods if data.seeds(m.label)]
     reference = reference or next((k for k in ("fedavg", *labels) if k in labels), "")

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from polyclinic.core import atomic
 from polyclinic.data.source import Table
 from polyclinic.evaluation.metric import Metric
-from polyclinic.evaluation.metric_functions import metrics_for
+from polyclinic.evaluation.own_metrics import metrics_of
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.run_reader import Run, training_sites
 from polyclinic.evaluation.sample import Sample, sample
@@ -129,7 +129,7 @@ def by_group(run: Run, label: str, level: float, fewest: int = FEWEST) -> list[A
     if not file.is_file():
         return []
     fewest = max(fewest, FEWEST)
-    metric = metrics_for(run.info.task, len(run.info.classes) or 2)[run.info.metric]
+    metric = metrics_of(run.info)[run.info.metric]
     sites, found = training_sites(run), list[Attribute]()
     everyone = _tested(run, label, sites)  # by site and number: numbers may be specific to a site
     for column, groups in json.loads(file.read_text(encoding="utf-8")).items():
@@ -244,7 +244,7 @@ def _difference(part: Sample, reference: Sample, label: str, metric: Metric) -> 
     toward_zero = value - low if value > 0 else high - value
     z = abs(value) / (toward_zero / z_of(part.level)) if toward_zero > 0 else 0.0
     n = sum(ours[s].n + theirs[s].n for s in both)
-    return Difference(value, low, high, 2 * float(norm.sf(z)), None, n, "limits of groups and sites combined")
+    return Difference(value, low, high, 2 * float(ndtr(-z)), None, n, "limits of groups and sites combined")
 
 
 def _only(p: Predictions, wanted: np.ndarray) -> Predictions:  # type: ignore[type-arg]

@@ -192,7 +192,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Adagrad at the server",
             "Reddi et al. 2021",
             private=BOTH,
-            fixed={"rule": "adagrad", "beta1": 0.0, "beta2": 0.99},
+            fixed={"rule": "adagrad", "beta2": 0.99},
+            defaults={"beta1": 0.0},
             fidelity=EXACT,
         ),
         Entry(

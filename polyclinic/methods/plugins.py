@@ -1,4 +1,5 @@
-"""The installed packages that a plan needs: those that provide its method, network, loss and transforms.
+"""The installed packages that a plan needs: those that provide its method, network, loss, metrics, transforms
+and augmentations.
 
 Every text in a plan that names an installed plug-in counts, in any place. A plan can therefore need a package
 whose plug-in it does not use, and never use one that is not counted.
@@ -9,14 +10,14 @@ from collections.abc import Mapping
 from polyclinic.core.plugin_packages import Package, packages_of, texts_in
 from polyclinic.methods.catalog import METHODS
 
-NETWORK_GROUPS = ("networks", "losses", "transforms")
+PLAN_GROUPS = ("networks", "losses", "metrics", "transforms", "augmentations")
 """Groups of plug-ins, besides methods, that a plan can name."""
 
 
 def packages_in(plan: Mapping[str, object]) -> tuple[Package, ...]:
     """Return the packages that ``plan``, as a mapping, needs by its names; Polyclinic's own names need none."""
     texts = {text for key, value in plan.items() if key not in ("sites", "kind") for text in texts_in(value)}
-    return packages_of({"methods": methods_in(plan) - METHODS.keys(), **dict.fromkeys(NETWORK_GROUPS, texts)})
+    return packages_of({"methods": methods_in(plan) - METHODS.keys(), **dict.fromkeys(PLAN_GROUPS, texts)})
 
 
 def methods_in(plan: Mapping[str, object]) -> set[str]:

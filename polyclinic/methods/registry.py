@@ -5,10 +5,10 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 from polyclinic.core.method import Method
+from polyclinic.core.plugin_packages import entry_points_in
 from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
@@ -66,7 +66,7 @@ def plugins() -> dict[str, Entry]:
     """Return the methods that other installed packages provide, under the entry-point group ``polyclinic.methods``."""
     return {
         point.name: Entry(point.name, f"{point.module}:{point.attr}", "from an installed package", point.module)
-        for point in entry_points(group="polyclinic.methods")
+        for point in entry_points_in("methods")
     }
 
 

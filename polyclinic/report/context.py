@@ -7,7 +7,7 @@ from functools import cached_property
 from polyclinic.core.audit_log import Broken, verify
 from polyclinic.evaluation.costs import Cost, Target, cost_of, target_of
 from polyclinic.evaluation.metric import Metric
-from polyclinic.evaluation.metric_functions import metrics_for
+from polyclinic.evaluation.own_metrics import metrics_of
 from polyclinic.evaluation.records.record_schema import SiteInfo
 from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.evaluation.run_evaluation import Evaluation, MethodResult
@@ -98,7 +98,7 @@ class ReportContext:
     @property
     def metrics(self) -> Mapping[str, Metric]:
         """The metrics of the run's task."""
-        return metrics_for(self.run.info.task, len(self.run.info.classes) or 2)
+        return metrics_of(self.run.info)
 
     def named(self, metric: Metric) -> str:
         """Return a metric's label with its unit."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from html import escape
 from typing import Any
 
@@ -25,6 +25,8 @@ from polyclinic.statistics.undefined import Array
 TEAL, ORANGE, GRAY, INK, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#1c2733", "#9aa4b0"
 CURVES = (TEAL, ORANGE, "#3b5fa8", "#8a3f8f", "#7a6a00", "#a8324a", "#2f7d32", "#5b5b5b")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MOST_NAMED = 60
+"""Rows above which a figure of estimates does not name them: it would be longer than a page."""
 WIDTH = 4.4  # inches; the page shows an inch as about 101 pixels, a phone as 82
 
 
@@ -124,6 +126,8 @@ def points(
 ) -> str:
     """Draw estimates with their intervals, one per row: a forest plot of sites, methods or differences.
 
+    More than ``MOST_NAMED`` rows are drawn in the order of their values and without names, which the table has.
+
     Args:
         name: Name of the figure, unique on the page.
         alt: Alternative text.
@@ -132,6 +136,13 @@ def points(
         line: Position of a dotted reference line.
         zero: Whether that line means "no difference" and must be visible.
     """
+    if len(rows) > MOST_NAMED:
+        return _many_points(name, alt, tuple(rows), label, line, zero)
+    return _named_points(name, alt, tuple(rows), label, line, zero)
+
+
+@lru_cache(maxsize=32)  # the page and its summary have figures in common
+def _named_points(name: str, alt: str, rows: tuple[Point, ...], label: str, line: float | None, zero: bool) -> str:
     height = 0.62 + 0.29 * len(rows)
     with drawing(height) as (figure, axes):
         left = 0.03 + min(max((inches(r.name, 9) for r in rows), default=0.0) / WIDTH, 0.4)
@@ -146,16 +157,40 @@ def points(
                 face = color if filled else "white"
                 axes.plot([row.value], [y], mark, color=color, mfc=face, ms=6.5, mew=1.4)
             axes.text(1.03, y, row.text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
-        ends = [v for r in rows for v in (r.value, r.low, r.high)]
-        axes.set_xlim(*_span([*ends, line, 0.0 if zero else None]))
-        if line is not None:
-            axes.axvline(line, color=FAINT if not zero else INK, lw=1.0, ls=":" if not zero else "-", zorder=0)
+        _limits(axes, rows, line, zero)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [r.name for r in rows])
         axes.tick_params(axis="y", length=0)
-        axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(label)
         return svg(figure, name, alt)
+
+
+@lru_cache(maxsize=32)
+def _many_points(name: str, alt: str, rows: tuple[Point, ...], label: str, line: float | None, zero: bool) -> str:
+    known = sorted((r for r in rows if r.value is not None), key=lambda r: r.value or 0.0)
+    with drawing(4.6) as (figure, axes):
+        axes.set_position((0.06, 0.11, 0.91, 0.87))
+        for kind, (mark, color, filled) in STYLE.items():
+            own = [(i, r) for i, r in enumerate(known) if r.kind == kind]
+            ranges = [(i, r.low, r.high) for i, r in own if r.low is not None and r.high is not None]
+            if ranges:
+                axes.hlines(*zip(*ranges, strict=True), color=color, lw=0.7, alpha=0.6)
+            face = color if filled else "white"
+            axes.plot([r.value for _, r in own], [i for i, _ in own], mark, color=color, mfc=face, ms=2.6, mew=0.6)
+        _limits(axes, rows, line, zero)
+        axes.set_yticks([])
+        axes.set_ylabel(f"{len(known)} rows of the table, in order of their values")
+        axes.set_xlabel(label)
+        return svg(figure, name, alt)
+
+
+def _limits(axes: Any, rows: Sequence[Point], line: float | None, zero: bool) -> None:
+    """Set the limits and ticks of the horizontal axis so that it shows all intervals, and draw the reference line."""
+    ends = [v for r in rows for v in (r.value, r.low, r.high)]
+    axes.set_xlim(*_span([*ends, line, 0.0 if zero else None]))
+    if line is not None:
+        axes.axvline(line, color=FAINT if not zero else INK, lw=1.0, ls=":" if not zero else "-", zorder=0)
+    axes.locator_params(axis="x", nbins=5)
 
 
 def curves(

@@ -10,11 +10,12 @@
   https://doi.org/10.1002/sim.2324.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
+from scipy.special import ndtri
 
 from polyclinic.statistics.undefined import Array, Ints, Undefined
 
@@ -44,6 +45,13 @@ def sums_by_score(score: Array, positive: NDArray[Any], weight: Array) -> tuple[
     return pos, neg
 
 
+def mid_ranks(values: Array) -> Array:
+    """Return the ranks of ``values`` [n], from 1; equal values have the mean of their ranks."""
+    ordered = np.sort(values)
+    below, up_to = (np.searchsorted(ordered, values, side) for side in ("left", "right"))
+    return np.asarray((below + up_to + 1) / 2)
+
+
 def placements(score: Array, positive: NDArray[Any]) -> tuple[Array, Array]:
     """Compute DeLong's structural components by mid-ranks. Ties count half.
 
@@ -58,7 +66,7 @@ def placements(score: Array, positive: NDArray[Any]) -> tuple[Array, Array]:
     m, n = int(y.sum()), int((~y).sum())
     if m == 0 or n == 0:
         raise Undefined(f"all {m + n} cases are of one class")
-    every, pos, neg = rankdata(score), rankdata(score[y]), rankdata(score[~y])
+    every, pos, neg = mid_ranks(score), mid_ranks(score[y]), mid_ranks(score[~y])
     return (every[y] - pos) / n, 1.0 - (every[~y] - neg) / m
 
 
@@ -108,10 +116,11 @@ def delong_parts(
     return auc, np.stack([s10 / m, s01 / n, s11]), (with_pos, with_neg)
 
 
+@lru_cache(maxsize=4096)  # many small sites are alike
 def newcombe(auc: float, positives: int, negatives: int, level: float = 0.95) -> tuple[float, float]:
     """Return the limits by Newcombe's method 5: the AUCs θ with ``|auc − θ| ≤ z √V(θ)``, V by ``auc_variance``."""
     theta = np.linspace(0.0, 1.0, 20001)
-    z = float(norm.ppf(0.5 + level / 2))
+    z = float(ndtri(0.5 + level / 2))
     inside = theta[np.abs(auc - theta) <= z * np.sqrt(auc_variance(theta, positives, negatives)) + 1e-12]
     return float(inside.min()), float(inside.max())
 

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, stdtr
-from scipy.stats import beta, chi2, norm, t
+from scipy.special import betaincinv, expit, gammaincinv, gammaln, ndtri, stdtr, stdtrit
 
 from polyclinic.statistics.auc import delong_parts, newcombe, placements
 from polyclinic.statistics.jackknife import Spread
@@ -72,7 +71,7 @@ class Pooled:
 
 def z_of(level: float) -> float:
     """Return the normal quantile of a two-sided interval: 1.96 for 0.95."""
-    return float(norm.ppf(0.5 + level / 2))
+    return float(ndtri(0.5 + level / 2))
 
 
 def delong(score: Array, positive: NDArray[Any], patient: Ints | None = None, level: float = 0.95) -> Estimate:
@@ -90,11 +89,12 @@ def delong(score: Array, positive: NDArray[Any], patient: Ints | None = None, le
     scores = np.atleast_2d(score)
     y = np.asarray(positive).astype(bool)
     patients = len(y) if patient is None else len(np.unique(patient))
-    value = float(np.mean([placements(s, y)[0].mean() for s in scores]))
     try:
-        _, covariances, (with_pos, with_neg) = delong_parts(scores, y, patient)
+        aucs, covariances, (with_pos, with_neg) = delong_parts(scores, y, patient)
     except Undefined as reason:
+        value = float(np.mean([placements(s, y)[0].mean() for s in scores]))
         return Estimate(value, n=patients, why=f"no interval: {reason}")
+    value = float(aucs.mean())
     parts = covariances.mean((1, 2))  # of the mean over seeds: 1ᵀ Σ 1 / k²
     variance = float(parts.sum())
     if variance <= 1e-14 or value in (0.0, 1.0):
@@ -114,8 +114,8 @@ def proportion(share: float, n: float, level: float = 0.95) -> tuple[float, floa
         level: Confidence level.
     """
     hits, tail = share * n, (1 - level) / 2
-    low = float(beta.ppf(tail, hits, n - hits + 1)) if share > 0 else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if share < 1 else 1.0
+    low = float(betaincinv(hits, n - hits + 1, tail)) if share > 0 else 0.0
+    high = float(betaincinv(hits + 1, n - hits, 1 - tail)) if share < 1 else 1.0
     return low, high
 
 
@@ -134,7 +134,7 @@ def student(value: float, spread: Spread, scale: str = "", level: float = 0.95) 
             scale (delta method) and transformed back, unless the value lies at a limit of the scale.
         level: Confidence level.
     """
-    half = float(t.ppf(0.5 + level / 2, spread.df)) * spread.variance**0.5
+    half = float(stdtrit(spread.df, 0.5 + level / 2)) * spread.variance**0.5
     if scale == "logit" and 0 < value < 1:
         center, half = np.log(value / (1 - value)), half / (value * (1 - value))
         return float(expit(center - half)), float(expit(center + half))
@@ -193,7 +193,7 @@ def pool_sites(values: Sequence[float] | Array, variances: Sequence[float] | Arr
     star = 1 / (v + tau2)
     mean = float((star @ y) / star.sum())
     se = float(np.sqrt(max(1.0, float(star @ (y - mean) ** 2) / df) / star.sum()))
-    half = float(t.ppf(0.5 + level / 2, df)) * se
+    half = float(stdtrit(df, 0.5 + level / 2)) * se
     how = f"random effects over {len(y)} sites, Hartung-Knapp"
     i2 = max(0.0, (q - df) / q) if q > 0 else 0.0
     estimate = Estimate(mean, mean - half, mean + half, len(y), how)
@@ -205,7 +205,7 @@ def pool_sites(values: Sequence[float] | Array, variances: Sequence[float] | Arr
 
 def _between_sites(y: Array, v: Array) -> Array:
     """Return 99 quantiles of the confidence distribution of τ²: the values with Q(τ²) equal to a quantile of χ²."""
-    quantiles = chi2.ppf((np.arange(99) + 0.5) / 99, len(y) - 1)
+    quantiles = 2 * gammaincinv((len(y) - 1) / 2, (np.arange(99) + 0.5) / 99)
     tau2 = np.zeros(99)  # by bisection; Q falls with τ²
     high = np.full(99, 10 * float(np.var(y) * len(y) + v.max()) / max(float(quantiles[0]), 1e-6))
     for _ in range(40):
@@ -237,16 +237,28 @@ def _shrunken(y: Array, v: Array, tau2: Array, level: float) -> tuple[Estimate, 
 
 
 def _mixture_limits(center: Array, sd: Array, df: int, level: float) -> tuple[Array, Array]:
-    """Return the central intervals of equal mixtures of Student's distributions, by bisection. [n, k] -> [n]"""
-    wide = float(t.ppf(0.5 + level / 2, df)) * sd.max(1)
+    """Return the central intervals of equal mixtures of Student's distributions. [n, k] -> [n]
+
+    Newton's method on the mixture's distribution function, with a bisection wherever a step would leave the bracket.
+    """
+    quantile = float(stdtrit(df, 0.5 + level / 2))
     tails = np.array([(1 - level) / 2, (1 + level) / 2])[:, None]
+    wide = quantile * sd.max(1)
     bottom, top = (np.tile(edge, (2, 1)) for edge in (center.min(1) - wide, center.max(1) + wide))
-    for _ in range(40):
-        x = (bottom + top) / 2
-        below = stdtr(df, (x[..., None] - center) / sd).mean(2) < tails
-        bottom, top = np.where(below, x, bottom), np.where(below, top, x)
-    limits = (bottom + top) / 2
-    return limits[0], limits[1]
+    half = quantile * np.sqrt(center.var(1) + (sd**2).mean(1))
+    x = center.mean(1) + np.array([-1.0, 1.0])[:, None] * half
+    scale = np.exp(gammaln((df + 1) / 2) - gammaln(df / 2)) / np.sqrt(df * np.pi)
+    for _ in range(60):
+        z = (x[..., None] - center) / sd
+        excess = stdtr(df, z).mean(2) - tails
+        density = (scale * (1 + z**2 / df) ** (-(df + 1) / 2) / sd).mean(2)
+        bottom, top = np.where(excess < 0, x, bottom), np.where(excess < 0, top, x)
+        nearer = x - excess / np.maximum(density, 1e-300)
+        nearer = np.where((nearer >= bottom) & (nearer <= top), nearer, (bottom + top) / 2)
+        moved, x = np.abs(nearer - x), nearer
+        if np.all(moved <= 1e-11 * wide):
+            break
+    return x[0], x[1]
 
 
 def _moments(y: Array, v: Array, tau2: Array) -> tuple[Array, Array, Array]:

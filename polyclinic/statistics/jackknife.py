@@ -56,22 +56,36 @@ class Jackknife:
             Undefined: If a stratum has fewer than two units, or the statistic is undefined without one of them.
         """
         n, counts = len(self.without), np.bincount(self.stratum)
-        counts = counts[counts > 0]
+        used = np.flatnonzero(counts)
         if n < 2:
             raise Undefined("fewer than two patients")
-        if counts.min() < 2:
+        if counts[used].min() < 2:
             raise Undefined("fewer than two patients in a class")
         if not np.isfinite(self.without).all():
             raise Undefined("undefined without one of the patients")
-        away = (self.pseudo_values - self.pseudo_values.mean()) ** 2 / (n * (n - 1))
-        parts = [
-            Spread(float(away[self.stratum == k].sum()), c - 1.0) for k, c in zip(_used(self), counts, strict=True)
-        ]
+        pseudo = self.pseudo_values
+        away = (pseudo - pseudo.mean()) ** 2 / (n * (n - 1))
+        sums = np.bincount(self.stratum, away)
+        parts = [Spread(float(sums[k]), counts[k] - 1.0) for k in used]
         return added(parts, [1.0] * len(parts))
 
 
-def _used(jackknife: Jackknife) -> Ints:
-    return np.unique(jackknife.stratum)
+def spreads_of(value: Array, without: Array) -> list[Spread]:
+    """Return the spreads of several statistics, without strata.
+
+    Args:
+        value: [k], the statistics of all units.
+        without: [n, k], the statistics without each unit.
+
+    Raises:
+        Undefined: If there are fewer than two units.
+    """
+    n = len(without)
+    if n < 2:
+        raise Undefined("fewer than two patients")
+    pseudo = n * value - (n - 1) * without
+    variance = ((pseudo - pseudo.mean(0)) ** 2).sum(0) / (n * (n - 1))
+    return [Spread(float(v), n - 1.0) for v in variance]
 
 
 def added(parts: Sequence[Spread], weights: Sequence[float]) -> Spread:

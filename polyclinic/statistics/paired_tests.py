@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
+from polyclinic.statistics.auc import mid_ranks
 from polyclinic.statistics.jackknife import Spread, added
 from polyclinic.statistics.undefined import Array, Undefined
 
@@ -145,13 +146,13 @@ def paired(
 def _decided(asked: Difference, se: float, df: float, level: float) -> Difference:
     """Return ``asked`` with the limits and the p of its question, by Student's t."""
     value = asked.value or 0.0
-    half = float(stats.t.ppf(0.5 + level / 2, df)) * se
+    half = float(stdtrit(df, 0.5 + level / 2)) * se
     if asked.margin is None:
-        p = float(2 * stats.t.sf(abs(value) / se, df))
+        p = float(2 * stdtr(df, -abs(value) / se))
     elif asked.question == "non-inferiority":
-        p = float(stats.t.sf((value + asked.margin) / se, df))
+        p = float(stdtr(df, -(value + asked.margin) / se))
     else:
-        p = float(stats.t.sf((asked.margin - abs(value)) / se, df))  # the larger p of the two one-sided tests
+        p = float(stdtr(df, (abs(value) - asked.margin) / se))  # the larger p of the two one-sided tests
     return replace(asked, low=value - half, high=value + half, p=p)
 
 
@@ -196,10 +197,12 @@ def signed_ranks(differences: Sequence[float]) -> Difference:
     Raises:
         Undefined: If fewer than six pairs differ, since p could not be below 0.05.
     """
+    from scipy.stats import wilcoxon  # slow to import
+
     d = np.asarray(differences, float)
     if int((d != 0).sum()) < 6:
         raise Undefined("signed ranks need at least six pairs that differ")
-    p = float(stats.wilcoxon(d).pvalue)
+    p = float(wilcoxon(d).pvalue)
     return Difference(float(np.median(d)), None, None, p, None, len(d), "Wilcoxon signed ranks")
 
 
@@ -236,14 +239,16 @@ def rank_methods(methods: Sequence[str], values: Array, higher_is_better: bool =
     Raises:
         Undefined: If there are fewer than three methods or fewer than three blocks.
     """
+    from scipy.stats import friedmanchisquare, studentized_range  # slow to import
+
     n, k = values.shape
     if k < 3 or n < 3:
         raise Undefined("ranking needs at least three methods and three sites")
     signed = -values if higher_is_better else values
-    ranks = np.apply_along_axis(stats.rankdata, 1, signed).mean(0)
-    p = float(stats.friedmanchisquare(*values.T).pvalue) if np.ptp(values, axis=1).any() else 1.0
+    ranks = np.apply_along_axis(mid_ranks, 1, signed).mean(0)
+    p = float(friedmanchisquare(*values.T).pvalue) if np.ptp(values, axis=1).any() else 1.0
     # CD = q_α √(k (k + 1) / 6 N), q_α the studentized range's quantile / √2
-    critical = float(stats.studentized_range.ppf(1 - alpha, k, np.inf) / 2**0.5 * (k * (k + 1) / (6 * n)) ** 0.5)
+    critical = float(studentized_range.ppf(1 - alpha, k, np.inf) / 2**0.5 * (k * (k + 1) / (6 * n)) ** 0.5)
     order = np.argsort(ranks, kind="stable")
     names, sorted_ = tuple(methods[i] for i in order), ranks[order]
     spans: list[tuple[int, int]] = []

@@ -1,5 +1,6 @@
 """Errors as a person meets them: in words, with an exit code, and a saved traceback for bugs alone."""
 
+import json
 import logging
 import os
 import pickle
@@ -8,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from cyclopts import App
 from polyclinic import errors
 from polyclinic.cli import app, rendering
 from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.studies.config import preflight as checks
 from polyclinic.studies.config.study_config import parse
 from tests.studies.run.test_scheduler import npz, study
@@ -214,6 +217,41 @@ def test_levels_and_log_file(
     monkeypatch.chdir(tmp_path)
     assert ended(["new", "--quiet"], monkeypatch) == 0
     assert capsys.readouterr().out == "wrote study.toml\n"
+
+
+def test_a_log_of_json_lines_holds_levels_and_no_text_of_an_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text of an exception may quote a value of a data file: here the name of a patient."""
+    file = tmp_path / "log.jsonl"
+    rendering.set_up_logging(False, False, file, "json", "info")
+    log = logging.getLogger("polyclinic.test")
+    log.debug("not in the file")
+    log.warning("100 %% of %s", "rows")
+    log.warning("reading %s: %s", "a.csv", ValueError("'Anna Martin'"))
+    log.warning("%(what)s", {"what": "a mapping"})
+    try:
+        raise KeyError("Anna Martin")
+    except KeyError:
+        log.exception("failed\nhere")
+    SharedJournal(tmp_path / "journal.jsonl").write("site started", {"pid": 7})
+    rendering.set_up_logging(False, False, None)
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    facts = [(e["level"], e["logger"].rpartition(".")[2], e["message"]) for e in entries]
+    assert facts == [
+        ("warning", "test", "100 % of rows"),
+        ("warning", "test", "reading a.csv: ValueError"),
+        ("warning", "test", "a mapping"),
+        ("error", "test", "failed\nhere"),
+        ("info", "shared_journals", "site started"),
+    ]
+    assert (entries[3]["error"], entries[3]["at"][0].partition(":")[0]) == ("KeyError", "test_errors.py")
+    assert entries[4]["facts"] == {"pid": 7}
+    assert datetime.fromisoformat(entries[0]["time"]).utcoffset() == timedelta(0)
+    assert "Martin" not in file.read_text()
+    assert "Martin" in capsys.readouterr().err  # the terminal shows everything
+    assert ended(["methods", "--log-file", str(file), "--log-format", "json"], monkeypatch) == 0
+    assert json.loads(file.read_text().splitlines()[-1])["level"] == "debug"
 
 
 def test_what_is_missing_is_told_at_once_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

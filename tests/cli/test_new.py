@@ -108,6 +108,19 @@ def test_what_cannot_be_a_study_is_refused_with_the_remedy(command: Run, tmp_pat
     assert (options["site"], options["patient"], options["regression"]) == ("hospital", "id", True)
 
 
+def test_keys_of_data_can_be_set(command: Run, tmp_path: Path) -> None:
+    root = str(images(tmp_path / "data"))
+    command("new", "--data", root, "--yes", "--set", "data.fill=0", "--set", 'data.classes=["b", "a"]')
+    options = study_config.read(Path("study.toml")).data.options
+    assert (options["fill"], options["classes"]) == (0, ["b", "a"])
+    said = command("data", "check", root, "--set", "data.fill=0", "--json")
+    assert json.loads(said)["data"]["fill"] == 0
+    with pytest.raises(ConfigError, match=r"give a key of \[data\], such as data.fill=0"):
+        command("data", "check", root, "--set", "fill=0")
+    with pytest.raises(ConfigError, match="--set needs --data"):
+        command("new", "x.toml", "--set", "data.fill=0")
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
 def test_a_study_file_of_windows_is_read(encoding: str, command: Run) -> None:
     command("new", "plain.toml")

@@ -247,6 +247,23 @@ def test_a_finished_run_is_read_from_its_joined_records(run: Run) -> None:
     assert not reader.look()
 
 
+def test_progress_within_training_is_shown_of_the_sites_that_compute(run: Run, held: Any) -> None:
+    held(run.path)
+    run.round("fedavg", 1, {"lyon": 0.5, "oslo": 0.5})
+    arm = run.file("fedavg").parent
+    now = {"round": 2, "since": 1.0, "asked": list(SITES), "arrived": {"lyon": 0.5}}
+    (arm / "now.json").write_text(json.dumps(now))
+    steps = {"site": "oslo", "round": 2, "job": "train", "done": 120, "total": 400}
+    for number, change in enumerate(({}, {"site": "lyon"}, {"site": "evil"}, {"round": 1}, {"total": 0})):
+        (arm / f"steps-{number}.json").write_text(json.dumps({**steps, **change}))
+    reader = RunReader(run.path, "heart")
+    reader.look()
+    assert reader.arms["fedavg", 0, 0].now["steps"] == {"oslo": [120, 400]}
+    run.round("fedavg", 2, {"lyon": 0.5, "oslo": 0.5})
+    reader.look()
+    assert reader.arms["fedavg", 0, 0].now == {}
+
+
 def test_progress_within_a_round_is_shown_until_the_round_is_complete(run: Run, held: Any) -> None:
     held(run.path)
     reader = RunReader(run.path, "heart")
@@ -255,7 +272,7 @@ def test_progress_within_a_round_is_shown_until_the_round_is_complete(run: Run, 
     (run.path / "arms" / "fedavg-seed0" / "now.json").write_text(json.dumps(now))
     reader.look()
     arm = reader.arms["fedavg", 0, 0]
-    assert arm.now == {"round": 1, "asked": 2, "arrived": 1, "waits": ["oslo"], "since": 1.0}
+    assert arm.now == {"round": 1, "asked": 2, "arrived": 1, "waits": ["oslo"], "steps": {}, "since": 1.0}
     run.round("fedavg", 1, {"lyon": 0.5, "oslo": 0.5})
     reader.look()
     assert arm.now == {}

@@ -42,14 +42,20 @@ def admitted(days: float = 700, **change: Any) -> dict[str, Any]:
     return {**entry, "revoked": "", **change}
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> ServerFolder:
-    """A server's folder whose supervisor is this process; without certificates."""
-    home = ServerFolder(tmp_path / "server")
-    home.path.mkdir()
+def server_folder(path: Path) -> ServerFolder:
+    """A server's folder, without certificates and without sites."""
+    home = ServerFolder(path)
+    home.path.mkdir(parents=True)
     home.settings.write_text(
         toml({"project": "spots", "host": "localhost", "port": 8002, "organization": "umc", "scheme": "grpc"})
     )
+    return home
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> ServerFolder:
+    """A server's folder whose supervisor is this process; without certificates."""
+    home = server_folder(tmp_path / "server")
     write_json(
         home.admitted, {"lyon": admitted(), "oslo": admitted(20), "old": admitted(revoked="2026-01-01T00:00:00+00:00")}
     )

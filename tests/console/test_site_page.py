@@ -16,7 +16,7 @@ from polyclinic.console.app import Console
 from polyclinic.console.guard import VIEWER, Keys
 from polyclinic.console.page import exposition
 from polyclinic.console.site import COUNT, SitePage
-from polyclinic.console.tail import MAX_PIECE, JournalTail, Tail
+from polyclinic.console.tail import PIECE, JournalTail, Tail
 from polyclinic.core.audit_log import verify
 from polyclinic.engines.flare.client.decisions import signed_bytes
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews, record_decision
@@ -282,7 +282,7 @@ def test_a_tail_reads_whole_lines_and_begins_anew(tmp_path: Path) -> None:
 
 def test_a_long_file_is_read_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_bytes((b'{"a":"' + b"x" * 1000 + b'"}\n') * (MAX_PIECE // 1000 + 10))
+    path.write_bytes((b'{"a":"' + b"x" * 1000 + b'"}\n') * (PIECE // 1000 + 10))
     tail, total, pieces = Tail(path), 0, 0
     while True:
         lines, _ = tail.more()
@@ -290,7 +290,7 @@ def test_a_long_file_is_read_in_pieces(tmp_path: Path) -> None:
         if not tail.behind:
             break
     assert pieces == 2
-    assert total == MAX_PIECE // 1000 + 10
+    assert total == PIECE // 1000 + 10
 
 
 def test_a_journal_that_was_cut_and_written_anew_is_read_anew(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_values_are_right_or_refused_and_the_check_says_the_same(tmp_path: Path,
     case = CASES[name]
     root = case.make(tmp_path / "data")
     source = case.kind(path=str(root), **case.options)  # type: ignore[call-arg]
-    report = check_folder(root, options=source.options)
+    report = check_folder(root, given=case.options)
     found = "\n".join(f.message for f in report.findings if f.level == "error")
     if case.right is not None:
         case.right(source)
@@ -273,12 +273,48 @@ def test_nan_background_needs_a_fill(tmp_path: Path) -> None:
     assert bool(torch.isfinite(found).all())
 
 
-def test_brains_with_nan_can_be_a_study(tmp_path: Path) -> None:
+def test_the_check_reads_as_the_study_is_told_to(tmp_path: Path) -> None:
+    """fill, regions, ignore and geometry_tolerance_mm: what is refused without them passes with them."""
+    moved = LPS.copy()
+    moved[0, 3] += 0.05
+    unknown = np.where(LESION, LESION, 0)
+    unknown[0] = 255
+    for name, make, given, says in (
+        ("fill", lambda p: nan_volumes(p), {"fill": 0}, "not finite numbers"),
+        ("regions", lambda p: nnunet(p, lambda i: ONE_HOT), {"regions": [0, 1]}, "one-hot"),
+        ("ignore", lambda p: nnunet(p, lambda i: unknown), {"ignore": 255}, "some masks|mask values are not"),
+        ("tolerance", lambda p: nnunet(p, mask_affine=moved), {"geometry_tolerance_mm": 0.1}, "another grid"),
+    ):
+        root = make(tmp_path / name)
+        wrong = "\n".join(f.message for f in check_folder(root).findings if f.level == "error")
+        assert re.search(says, wrong), name
+        report = check_folder(root, given=given)
+        assert not [f.message for f in report.findings if f.level == "error"], name
+        assert report.data.items() >= given.items()
+        source = DataSpec(**report.data).source()
+        assert len(source.examples(source.table().ids)) == report.examples
+
+
+def nan_volumes(root: Path) -> Path:
     for label in ("a", "b"):
         for i in range(3):
             data = RNG.random((4, 5, 6)).astype(np.float32)
             data[0] = np.nan
-            nifti(tmp_path / label / f"{i}.nii", data)
+            nifti(root / label / f"{i}.nii", data)
+    return root
+
+
+def test_the_check_selects_series_as_the_study_does(tmp_path: Path) -> None:
+    stack(tmp_path / "d", [0.0, 2, 4, 6], PatientID="P1", SeriesDescription="T1 axial")
+    stack(tmp_path / "d", [0.0, 2, 4], "t", PatientID="P1", SeriesDescription="T2")
+    report = check_folder(tmp_path / "d", given={"series": {"description": "t1*"}})
+    assert report.examples == 1
+    assert any("1 series do not have the values" in f.message for f in report.findings)
+    assert check_folder(tmp_path / "d").examples == 2
+
+
+def test_brains_with_nan_can_be_a_study(tmp_path: Path) -> None:
+    nan_volumes(tmp_path)
     refused, filled = Folders(path=str(tmp_path)), Folders(path=str(tmp_path), fill=0.0)
     with pytest.raises(DataError, match="set fill = 0"):
         refused.examples(refused.table().ids)

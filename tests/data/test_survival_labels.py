@@ -47,7 +47,7 @@ def test_a_table_gives_time_and_event_and_no_feature_of_them(tmp_path: Path) -> 
     assert table.survival
     assert source.info.task == "survival"
     assert source.names == ("age",)
-    assert source.texts(["row 2"]) == [("['50.0']", "3.5 1.0")]
+    assert source.texts(["row 2"]) == [("['50.0']", "3.5, 1.0")]
 
 
 def test_other_codes_are_named_and_never_guessed(tmp_path: Path) -> None:

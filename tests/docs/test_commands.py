@@ -13,7 +13,17 @@ from tests.docs.test_pages import DOCS, PAGES, ROOT
 DEPLOY = sorted(file for file in (ROOT / "deploy").iterdir() if file.is_file())
 STUDIES = sorted([*(ROOT / "examples").glob("*.toml"), *(ROOT / "benchmarks").rglob("*.toml")])
 HISTORY = ("CHANGELOG.md",)
-FLAGS = ("--help", "-h", "--version", "--install-completion", "--quiet", "--verbose", "--log-file")
+FLAGS = (
+    "--help",
+    "-h",
+    "--version",
+    "--install-completion",
+    "--quiet",
+    "--verbose",
+    "--log-file",
+    "--log-format",
+    "--log-level",
+)
 NOT_COMMANDS = ("polyclinic data vector 1",)  # the label under which data vectors are signed
 WORD = r"(?:\S*/)?polyclinic"
 

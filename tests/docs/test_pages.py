@@ -97,11 +97,19 @@ def test_the_readme_shows_the_method_of_the_code() -> None:
     assert without_docstrings(shown) == without_docstrings(ast.unparse(actual))
 
 
-def test_the_readmes_other_examples_run() -> None:
+def test_the_readmes_other_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     names = {**vars(fedavg), "send_through": send_through, "Clip": Clip, "Gaussian": Gaussian, "SecureSum": SecureSum}
     task = Classification(Network("cnn", (1, 8, 8), 2, (("width", 2), ("depth", 1))))
+    given = {**names, "task": task, "local": LocalTraining()}
     for block in blocks(ROOT / "README.md")[1:]:
-        exec(compile(block, "README.md", "exec"), {**names, "task": task, "local": LocalTraining()})
+        shown = dict(given)
+        exec(compile(block, "README.md", "exec"), shown)
+    result: Any = shown["result"]  # of the last example, a study with a network, data, loss and metric of one's own
+    assert {row["method"] for row in result.compare()} == {"local", "fedavg", "fedper", "fedbn"}
+    assert {"auc", "accuracy"} < {row["metric"] for row in result.sites()}
+    assert any(row["metric"].startswith("local:accuracy-") for row in result.sites())
+    assert "fedper" in Path(str(shown["page"])).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

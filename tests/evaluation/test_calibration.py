@@ -94,6 +94,16 @@ def test_logistic_fit_equals_scikit_learn() -> None:
     assert (a[0], b[0]) == (pytest.approx(fit.intercept_[0], abs=1e-4), pytest.approx(fit.coef_[0, 0], abs=1e-4))
 
 
+def test_overconfident_predictions_have_a_slope() -> None:
+    """Wide log odds that say little: from a slope of 1, Newton's method overshoots and does not converge."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        x, y = 4 * rng.normal(size=40) + 3, (rng.uniform(size=40) < 0.4).astype(float)
+        (a,), (b,) = cal.logistic_fit(x, y, np.ones((1, 40)))
+        error = y - 1 / (1 + np.exp(-(a + b * x)))
+        assert (error.sum(), error @ x) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
+
+
 def test_separated_classes_have_no_slope() -> None:
     with pytest.raises(Undefined):
         cal.CALIBRATION["calibration_slope"].of(two([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1]))

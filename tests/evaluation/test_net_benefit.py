@@ -1,5 +1,6 @@
 """Net benefit by hand and by law, as a mean over sites and seeds with its interval."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from scipy import stats
 
 from polyclinic.evaluation import net_benefit as nb
+from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.sample import sample
 from tests.support.synthetic_run import write_run
@@ -19,18 +21,19 @@ def two(p):
 
 
 def test_net_benefit_by_hand() -> None:
-    score, target = two([0.1, 0.6, 0.7, 0.3]), np.array([0, 0, 1, 1])
-    assert nb.of_model(0.2).of(score, target) == pytest.approx(2 / 4 - 1 / 4 * 0.25)  # 0.6, 0.7 and 0.3: TP 2, FP 1
-    assert nb.of_all(0.2).of(score, target) == pytest.approx(0.5 - 0.5 * 0.25)
-    assert nb.gain(0.2).of(score, target) == pytest.approx(0.4375 - 0.375)
-    assert nb.gain(0.8).of(score, target) == 0  # no patient is treated, which is the better default
+    model, treat_all = nb.benefits(two([0.1, 0.6, 0.7, 0.3]), np.array([0, 0, 1, 1]), np.array([0.2, 0.8]))
+    assert model[:, 0] == pytest.approx([0, -0.25, 1, 1])  # 0.6, 0.7 and 0.3 are treated: TP 2, FP 1
+    assert treat_all[:, 0] == pytest.approx([-0.25, -0.25, 1, 1])
+    assert not model[:, 1].any()  # no patient is treated
+    assert treat_all[:, 1] == pytest.approx([-4, -4, 1, 1])
 
 
 def test_treating_all_gains_nothing_at_the_prevalence_and_a_perfect_model_gains_the_prevalence() -> None:
     rng = np.random.default_rng(3)
     y = (rng.uniform(size=200) < 0.3).astype(int)
-    assert nb.of_all(float(y.mean())).of(two(y * 1.0), y) == pytest.approx(0, abs=1e-12)
-    assert all(nb.of_model(t).of(two(y * 1.0), y) == pytest.approx(y.mean()) for t in nb.THRESHOLDS)
+    prevalence = np.array([y.mean()])
+    assert nb.benefits(two(y * 1.0), y, prevalence)[1].mean() == pytest.approx(0, abs=1e-12)
+    assert nb.benefits(two(y * 1.0), y, np.array(nb.THRESHOLDS))[0].mean(0) == pytest.approx(y.mean())
 
 
 def test_the_curve_is_a_mean_over_sites_and_seeds_with_welchs_interval(tmp_path: Path) -> None:
@@ -49,3 +52,35 @@ def test_the_curve_is_a_mean_over_sites_and_seeds_with_welchs_interval(tmp_path:
     assert (point.model.low, point.model.high) == pytest.approx(
         (point.model.value - half, point.model.value + half), rel=1e-6
     )
+    gains = [
+        x.mean() - max(np.where(run.arms["fedavg", 0][s].target == 1, 1, -t / (1 - t)).mean(), 0)
+        for s, x in zip(SITES, each, strict=True)
+    ]
+    assert point.gain.value == pytest.approx(np.mean(gains))
+
+
+def test_the_curve_is_that_of_a_metric_at_every_threshold(tmp_path: Path) -> None:
+    """All thresholds at once give what the jackknife of any metric gives for one."""
+    run = read_run(write_run(tmp_path / "r", sites=SITES, methods=("fedavg",), seeds=(0, 1), images=2))
+    data = sample(run, 0.95)
+
+    def kernel(t, score, target, weight):
+        model, treat_all = (
+            weight @ x / weight.sum(1, keepdims=True) for x in nb.benefits(score, target, np.array([t]))
+        )
+        return (model - np.maximum(treat_all, 0))[:, 0]
+
+    for point in nb.decision_curve(data, "fedavg", list(SITES)):
+        expected = data.macro_estimate("fedavg", list(SITES), Metric("gain", "Gain", partial(kernel, point.threshold)))
+        assert (point.gain.value, point.gain.low, point.gain.high) == pytest.approx(
+            (expected.value, expected.low, expected.high), rel=1e-9
+        )
+        assert (point.gain.n, point.gain.how) == (expected.n, expected.how)
+
+
+def test_one_patient_has_no_interval(tmp_path: Path) -> None:
+    sites = {**SITES, "cy": ("training", 1, 1.0, 0.0, 0.0)}
+    data = sample(read_run(write_run(tmp_path / "r", sites=sites, methods=("fedavg",), seeds=(0,))), 0.95)
+    (point,) = nb.decision_curve(data, "fedavg", list(sites), [0.3])
+    assert point.model.low is None
+    assert point.model.why == "no interval: fewer than two patients"

@@ -1,5 +1,6 @@
 """Plug-in packages: found and hashed without an import, and refused unless the policy names them."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,6 +94,20 @@ def test_the_version_and_the_name_are_in_the_hash_and_the_installer_is_not(insta
     assert an.method_hash == other  # the same files and version again
     (info / "entry_points.txt").write_text("[polyclinic.methods]\nmine = minepack.make:other\n")
     assert packages_in({"method": "mine"})[0].hash != before.hash
+
+
+def test_what_is_installed_is_read_again_after_every_change_and_only_then(install: Install) -> None:
+    assert "mine" not in registry.plugins()
+    info = install().with_name("minepack-1.0.dist-info")
+    assert "mine" in registry.plugins()
+    (info / "entry_points.txt").write_text("[polyclinic.methods]\nours = minepack.make:make\n")
+    assert registry.plugins().keys() & {"mine", "ours"} == {"ours"}
+    reads = plugins._entry_points.cache_info().misses
+    assert packages_in({"method": "ours", "network": "mine"})
+    assert plugins._entry_points.cache_info().misses == reads
+    shutil.rmtree(info)
+    assert "ours" not in registry.plugins()
+    assert packages_in({"method": "ours"}) == ()
 
 
 def test_a_module_of_one_file_is_hashed_too(install: Install) -> None:

@@ -90,3 +90,15 @@ def test_contrast_of_the_colors_on_white() -> None:
 
     for color in (*fig.CURVES, fig.TEAL, fig.ORANGE, fig.GRAY, fig.INK):
         assert 1.05 / (light(color) + 0.05) >= 4.5, color
+
+
+def test_many_rows_are_drawn_in_order_and_without_names() -> None:
+    values = [(i * 37 % 101) / 101 for i in range(101)]
+    rows = [fig.Point(f"site-{i}", v, 0.0, 1.0, "text", "external" if i % 9 else "plain") for i, v in enumerate(values)]
+    rows.append(fig.Point("void", None, None, None, "no value"))
+    root = ET.fromstring(fig.points("p", "alt", rows, "AUC", 0.5))
+    texts = [t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert not any("site-" in text or text == "text" for text in texts)
+    assert "101 rows of the table, in order of their values" in texts
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}use"))) >= 101  # markers, and the ticks of the axis
+    assert fig.points("p", "alt", rows[: fig.MOST_NAMED], "AUC", 0.5).count(">site-") == fig.MOST_NAMED

@@ -88,7 +88,7 @@ const operate = (r) => may() && [
   r.state === "stopped" && r.resumable && button("Resume", "resume", { run: r.id }),
 ];
 const progress = (r) => h("span", {}, bar(r.done, r.total, `${Math.floor((100 * r.done) / Math.max(1, r.total))} %`, `Progress of ${r.id}`),
-  h("span", { cls: "why" }, `${r.tested} of ${count(r.runs, "method run")} tested${r.left ? ` · about ${span(r.left)} left` : ""}`));
+  h("span", { cls: "why" }, r.reading ? "its records are being read" : `${r.tested} of ${count(r.runs, "method run")} tested${r.left ? ` · about ${span(r.left)} left` : ""}`));
 
 function home() {
   const words = search.toLowerCase().split(/\s+/).filter(Boolean), order = { running: 0, stopped: 1, finished: 1 };
@@ -215,7 +215,7 @@ function cell(m, n) {
   const own = [...arms.values()].filter((a) => a.label === m.label && a.seed === n), total = run.rounds * Math.max(1, own.length);
   const done = own.reduce((t, a) => t + (a.tested ? run.rounds : a.round), 0), now = own.map((a) => a.now).find((a) => a?.asked);
   const text = own.length && own.every((a) => a.tested) ? "tested" : own.some((a) => a.trials && !a.round) ? `trial ${Math.max(...own.map((a) => a.trials))}` : done || now ? `${done} / ${total}` : "waits";
-  return h("span", {}, bar(done, total, text, `${m.label}, seed ${n}`), now ? h("span", { cls: "why" }, `round ${now.round}: ${now.arrived} of ${now.asked} sites answered${now.waits.length && now.waits.length < 4 ? `; ${list(now.waits)} still computes` : ""}`) : null);
+  return h("span", {}, bar(done, total, text, `${m.label}, seed ${n}`), now ? h("span", { cls: "why" }, `round ${now.round}: ${now.arrived} of ${now.asked} sites answered${now.waits.length && now.waits.length < 4 ? `; ${list(now.waits)} still computes` : ""}${Object.entries(now.steps).slice(0, 8).map(([site, [k, of]]) => ` · ${site}: minibatch ${k} of ${of}`).join("")}`) : null);
 }
 
 function compare(ids) {

@@ -137,7 +137,7 @@ function runs() {
 function journal() {
   const j = state.journal;
   return card("Journal", j.broken ? call("bad", "The journal was changed", h("p", {}, j.broken)) : null,
-    facts(["Entries", count(j.count, "entry", "entries")], ["Latest hash", h("span", { cls: "mono" }, j.head.slice(0, 32))], verified && ["Verified", verified.good ? pill(`complete since ${when(verified.first)}`, "good") : pill(verified.problem, "bad")]),
+    facts(["Entries", `${count(j.count, "entry", "entries")}${j.behind ? ", more are being read" : ""}`], ["Latest hash", h("span", { cls: "mono" }, j.head.slice(0, 32))], verified && ["Verified", verified.good ? pill(`complete since ${when(verified.first)}`, "good") : pill(verified.problem, "bad")]),
     h("div", { cls: "row", "data-key": "row" }, button("Verify the whole journal", "verify")),
     h("div", { cls: "log", tabindex: "0", role: "region", "aria-label": "Entries of the journal", "data-key": "log" }, h("ul", { cls: "plain" }, j.last.map((e) => h("li", { "data-key": `e${e.seq}` }, h("b", {}, e.event), ` ${e.run || e.site || e.study || e.action || ""} ${e.about || ""}`, h("span", { cls: "why" }, `${e.seq} · ${when(e.time)} ${e.why || ""} ${e.account || ""}`))))));
 }
@@ -172,6 +172,7 @@ export function view(path) {
     confirmation(), state.well ? null : call("bad", state.state === "not running" ? "The server is not running" : "The server does not respond", h("p", {}, "Sites cannot connect, and no run continues until it runs.")),
     h("div", { cls: "tiles" }, tile(`${state.sites.filter((s) => s.state === "connected").length} / ${state.sites.filter((s) => s.state !== "revoked").length}`, "sites connected"), tile(String(active), "runs active"), tile(String(state.runs.filter((r) => r.state === "waiting").length), "runs queued"),
       tile(String(state.runs.reduce((n, r) => n + r.faults, 0)), "faults"), tile(state.own_days === null ? "–" : count(Math.max(0, Math.floor(state.own_days)), "day"), "server's certificate", state.own_days !== null && state.own_days < 30 ? "bad" : "")),
+    state.reading ? note(`The records of ${count(state.reading, "run")} are being read; sums below grow until then.`) : null,
     waits(), broken.length ? call("bad", "Entries of the queue that cannot be read", h("ul", {}, broken.map(([run, why]) => h("li", {}, `${run}: ${why}`)))) : null,
     soon.length ? call("", "Certificates end soon", h("p", {}, list(soon.map((s) => `${s.name} in ${count(Math.max(0, Math.floor(s.days)), "day")}`)), ". The site renews with polyclinic site init --renew.")) : null,
     commands(), sites(), studies(), runs(),

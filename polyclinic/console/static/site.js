@@ -142,7 +142,7 @@ function connection() {
 }
 
 function running() {
-  const now = state.doing.length ? h("ul", { cls: "plain" }, state.doing.map((d) => h("li", { "data-key": d.run }, pill("working", "good"), ` ${d.run}: ${d.job || d.kind}, round ${d.round}`, h("span", { cls: "why" }, `since ${ago(d.since)}`)))) : null;
+  const now = state.doing.length ? h("ul", { cls: "plain" }, state.doing.map((d) => h("li", { "data-key": d.run }, pill("working", "good"), ` ${d.run}: ${d.job || d.kind}, round ${d.round}`, d.total ? bar(d.done, d.total, `minibatch ${d.done.toLocaleString("en-US")} of ${d.total.toLocaleString("en-US")}`, `Progress of ${d.run}`) : null, h("span", { cls: "why" }, `since ${ago(d.since)}`)))) : null;
   return card([h("span", { cls: "q" }, "2"), "What is running?"], now,
     state.running.length ? h("ul", { cls: "plain" }, state.running.map((r) => h("li", { "data-key": r.run }, h("b", {}, r.study || r.run), ` · ${list(r.methods)}`,
       bar(r.round, r.rounds, `round ${r.round} of ${r.rounds}`, r.run), h("span", { cls: "why" }, `${r.run} · ${r.event}${r.reason ? `: ${r.reason}` : ""}, ${ago(r.time)}`)))) : now ? null : note("Nothing runs at this site now."),
@@ -170,7 +170,7 @@ function journal() {
   const shown = lines.filter(({ e, text }) => words.every((w) => `${e.event} ${text}`.toLowerCase().includes(w)));
   return card("Journal",
     j.broken ? call("bad", "The journal was changed", h("p", {}, j.broken)) : null,
-    facts(["Entries", count(j.count, "entry", "entries")], ["Latest hash", h("span", { cls: "mono" }, j.head.slice(0, 32)), h("span", { cls: "why" }, "read it to the coordinator to compare")],
+    facts(["Entries", `${count(j.count, "entry", "entries")}${j.behind ? ", more are being read" : ""}`], ["Latest hash", h("span", { cls: "mono" }, j.head.slice(0, 32)), h("span", { cls: "why" }, "read it to the coordinator to compare")],
       verified && ["Verified", verified.good ? pill(`complete: ${count(verified.count, "entry", "entries")} since ${when(verified.first)}`, "good") : pill(verified.problem, "bad")]),
     h("div", { cls: "row", "data-key": "journal-row" }, button("Verify the whole journal", "verify"), h("label", { cls: "row" }, "Find", h("input", { type: "search", "data-set": "filter", "data-key": "filter" }))),
     h("div", { cls: "log", tabindex: "0", role: "region", "aria-label": "Entries of the journal", "data-key": "journal-log" }, h("ul", { cls: "plain" }, shown.map(({ e, text }) => h("li", { "data-key": `e${e.seq}` }, h("b", {}, e.event), h("span", { cls: "why" }, `${e.seq} · ${when(e.time)} · ${text.slice(0, 400)}`))))));

@@ -19,7 +19,19 @@ NONE = "none"
 USUAL: Mapping[Role, tuple[str, ...]] = {
     "patient": (
         *("patient", "patient_id", "patient_name", "patient_number", "subject", "subject_id", "sub_id", "participant"),
-        *("participant_id", "person", "person_id", "pid", "ptid", "mrn", "case", "case_id", "individual", "id"),
+        *(
+            "participant_id",
+            "person",
+            "person_id",
+            "pid",
+            "ptid",
+            "mrn",
+            "case",
+            "case_id",
+            "individual",
+            "id",
+            "lesion_id",
+        ),
     ),
     "site": (
         *("site", "site_id", "hospital", "hospital_id", "centre", "centre_id", "center", "center_id"),

@@ -1,14 +1,14 @@
 """Detection of a folder's layout and its examples, without renaming or moving files.
 
 Recognized, in this order: nnU-Net (``imagesTr``, ``labelsTr``, ``dataset.json``) and its plain form (``images`` next to
-``labels`` or ``masks``), BIDS, a CSV or TSV manifest with a column ``path``, a tree of DICOM files, NumPy archives in
+``labels`` or ``masks``), BIDS, a table whose columns name image files, a tree of DICOM files, NumPy archives in
 MedMNIST's layout, folders named by class (under ``train``/``val``/``test`` or not), a table, and loose images.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,10 +20,13 @@ from polyclinic.data.formats.parsing import clean, is_missing, plain
 from polyclinic.data.formats.pictures import PICTURES
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text
 from polyclinic.data.paired_folders import label_names
-from polyclinic.data.sources.tabular_files import read_columns
+from polyclinic.data.quality.manifest_paths import by_column, by_columns, identifiers
+from polyclinic.data.quality.mask_names import is_mask
+from polyclinic.data.sources.excel import EXCEL, OTHER_SHEETS, sheets_of
+from polyclinic.data.sources.tabular_files import TABLES, read_columns
+from polyclinic.errors import MissingDependency
 
 VOLUMES = tuple(suffix for suffix in files.VOLUMES if suffix != ".dcm")
-TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _MASK = r"(?i:label|mask|segmentation|seg)"
 
 
@@ -60,7 +63,10 @@ class Layout:
         items: The examples; empty for DICOM (grouped by the check itself) and tables.
         labels: Names of the allowed mask values, by number; empty if unknown.
         problems: Problems of the layout, each a sentence.
-        table: The table's file, for kind ``"table"``.
+        table: The table's file, for the kinds ``"table"`` and ``"manifest"``.
+        sheet: Its sheet, if it is an Excel workbook with several.
+        images: For a table without a column of paths: the patterns by which its columns name images, best first.
+        others: Tables that could have been chosen instead.
     """
 
     kind: str
@@ -69,6 +75,9 @@ class Layout:
     labels: Mapping[int, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     table: Path | None = None
+    sheet: str = ""
+    images: tuple[str, ...] = ()
+    others: tuple[Path, ...] = ()
 
 
 def suffix_of(path: Path) -> str:
@@ -77,8 +86,8 @@ def suffix_of(path: Path) -> str:
     return "".join(parts) if parts[-1:] == [".gz"] and len(parts) == 2 else (parts[-1] if parts else "")
 
 
-def detect(root: str | os.PathLike[str], limits: Limits = LIMITS) -> Layout:
-    """Return the layout of a folder or file.
+def detect(root: str | os.PathLike[str], limits: Limits = LIMITS, sheet: str = "") -> Layout:
+    """Return the layout of a folder or file. ``sheet`` names the sheet of an Excel workbook.
 
     Raises:
         Unreadable: If ``root`` does not exist or contains nothing that could be data.
@@ -87,34 +96,30 @@ def detect(root: str | os.PathLike[str], limits: Limits = LIMITS) -> Layout:
     if not root.exists():
         raise Unreadable(root, "there is no such folder or file")
     if root.is_file():
-        return _single(root, limits)
+        return _single(root, limits, sheet)
     if (found := _segmentation(root, limits)) is not None:
         return found
     if is_bids(root):
         return _bids(root, limits)
     files = list(_files(root))
-    unreadable: list[Unreadable] = []
-    for path in files:
-        if suffix_of(path) in TABLES and len(path.relative_to(root).parts) == 1:
-            try:
-                manifest = read_manifest(path, root, limits)
-            except Unreadable as refusal:
-                unreadable.append(refusal)
-                continue
-            if manifest is not None:
-                return manifest
+    tables = [path for path in files if suffix_of(path) in (*TABLES, *OTHER_SHEETS) and path.parent == root]
     images = [path for path in files if suffix_of(path) in (*PICTURES, *VOLUMES)]
+    found, problems = _manifest(root, tables, images, limits, sheet)
+    if found is not None:
+        return replace(found, problems=(*found.problems, *problems))
     sniffed = [path for path in files if suffix_of(path) not in (*PICTURES, *VOLUMES, *TABLES, ".npz", ".txt", ".json")]
     if sum(looks_like_dicom(path) or suffix_of(path) == ".dcm" for path in sniffed[:200]) > len(images):
-        return Layout("dicom", root)
+        return Layout("dicom", root, problems=problems)
     if images:
-        return _by_folder(root, images)
+        return replace(_by_folder(root, images), problems=problems)
     archives = [path for path in files if path.suffix.lower() == ".npz"]
     if archives:
         return Layout("npz", root, tuple(Item(str(p.relative_to(root)), (p,)) for p in archives))
-    tables = [path for path in files if suffix_of(path) in TABLES]
-    if tables:
-        return Layout("table", root, table=tables[0])
+    if tables := [path for path in files if suffix_of(path) in TABLES]:
+        chosen = _sheets(tables[0], limits, sheet)[0]
+        return Layout("table", root, table=tables[0], sheet=chosen, others=tuple(tables[1:]))
+    if problems:
+        raise Unreadable(root, problems[0])
     raise Unreadable(root, f"contains no images or tables among {len(files)} files")
 
 
@@ -124,12 +129,64 @@ def _files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _single(path: Path, limits: Limits) -> Layout:
+def _manifest(
+    root: Path, tables: list[Path], images: list[Path], limits: Limits, sheet: str
+) -> tuple[Layout | None, tuple[str, ...]]:
+    """Return the manifest among a folder's tables, and why other tables cannot be read.
+
+    Of several, the one with labels and the most rows is taken.
+    """
+    problems: list[str] = []
+    found: list[Layout] = []
+    read: list[tuple[Path, str, Mapping[str, Sequence[str]]]] = []
+    for path in tables:
+        try:
+            for name in _sheets(path, limits, sheet):
+                columns: Mapping[str, Sequence[str]] = read_columns(path, limits, name)
+                if (manifest := read_manifest(path, root, name, columns)) is not None:
+                    found.append(manifest)
+                read.append((path, name, columns))
+        except (Unreadable, MissingDependency) as refusal:
+            problems.append(f"the table {path.name} is not used: {getattr(refusal, 'reason', refusal)}")
+    paths = sorted(path.relative_to(root).as_posix() for path in images)
+    if not found and paths and not any(map(is_mask, paths)):
+        for path, name, columns in read:
+            patterns = [pattern for column in identifiers(columns) for pattern in by_column(columns, paths, column)]
+            patterns = patterns or [pattern for pattern in [by_columns(columns, paths)] if pattern]
+            if patterns:
+                found.append(Layout("manifest", root, table=path, sheet=name, images=tuple(patterns)))
+    if not found:
+        return None, tuple(problems)
+    best = max(found, key=lambda manifest: (_labeled(manifest), len(manifest.items)))
+    others = [m.table for m in found if m.table is not None and m.table != best.table]
+    return replace(best, others=tuple(dict.fromkeys(others))), tuple(problems)
+
+
+def _labeled(manifest: Layout) -> bool:
+    return any(item.label is not None or item.mask is not None for item in manifest.items)
+
+
+def _sheets(path: Path, limits: Limits, sheet: str) -> list[str]:
+    """Return the sheets of a table that are considered; ``[""]`` if there is no choice."""
+    if suffix_of(path) not in EXCEL:
+        return [""]
+    if sheet:
+        return [sheet]
+    names = sheets_of(path, limits)
+    return names if len(names) > 1 else [""]
+
+
+def _single(path: Path, limits: Limits, sheet: str) -> Layout:
     suffix = suffix_of(path)
     if suffix == ".npz":
         return Layout("npz", path, (Item(path.name, (path,)),))
     if suffix in TABLES:
-        return read_manifest(path, path.parent, limits) or Layout("table", path, table=path)
+        found, problems = _manifest(path.parent, [path], [], limits, sheet)
+        if problems:
+            read_columns(path, limits, sheet)  # raises the reason
+        return found or Layout("table", path, table=path, sheet=_sheets(path, limits, sheet)[0])
+    if suffix in OTHER_SHEETS:
+        read_columns(path, limits)  # raises the remedy
     if looks_like_dicom(path):
         return Layout("dicom", path)
     if suffix in (*PICTURES, *VOLUMES):
@@ -204,13 +261,8 @@ def _bids(root: Path, limits: Limits) -> Layout:
     return Layout("bids", root, tuple(items), problems=bids.problems)
 
 
-def read_manifest(path: Path, root: Path, limits: Limits = LIMITS) -> Layout | None:
-    """Return the examples of a manifest (path, and label, patient, site, split, mask); None if it is no manifest.
-
-    Raises:
-        Unreadable: If the table cannot be read.
-    """
-    columns = read_columns(path, limits)
+def read_manifest(path: Path, root: Path, sheet: str, columns: Mapping[str, Sequence[str]]) -> Layout | None:
+    """Return the examples of a manifest (path, and label, patient, site, split, mask); None if it is no manifest."""
     where = next(iter(usual_columns(columns, "image")), "")
     if not where:
         return None
@@ -241,7 +293,7 @@ def read_manifest(path: Path, root: Path, limits: Limits = LIMITS) -> Layout | N
         problems.append(
             f"{path.name}: {len(lost)} rows whose path is empty or leads out of the folder ({some}); left out"
         )
-    return Layout("manifest", root, tuple(items), problems=tuple(problems), table=path)
+    return Layout("manifest", root, tuple(items), problems=tuple(problems), table=path, sheet=sheet)
 
 
 def _by_folder(root: Path, images: list[Path]) -> Layout:

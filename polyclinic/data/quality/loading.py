@@ -1,8 +1,10 @@
 """What a study's source reads of recognized data, without decoding images: the basis of the data check's counts."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,6 +12,7 @@ from pydantic import ValidationError
 from polyclinic.data.collection import UNKNOWN_PATIENTS, FromFiles
 from polyclinic.data.config import source_of
 from polyclinic.data.filename_screening import shown
+from polyclinic.data.files import ImageOptions
 from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
 from polyclinic.data.labels import UNITS
@@ -33,6 +36,9 @@ class Loaded:
         problems: Why the source refuses the data.
         open: Why a study needs more than the data contains.
         notes: The source's notes.
+        options: How the source reads files; None if it has none.
+        labels: The mask values that files may have; None if nothing declares them.
+        ignore: The mask value of voxels without annotation; None if there are none.
     """
 
     recognized: Recognized | None = None
@@ -43,6 +49,9 @@ class Loaded:
     problems: tuple[str, ...] = ()
     open: str = ""
     notes: tuple[str, ...] = ()
+    options: ImageOptions | None = None
+    labels: tuple[int, ...] | None = None
+    ignore: int | None = None
 
     def findings(self) -> list[Finding]:
         """Return what a study's source refuses, and what the data lacks for a study."""
@@ -65,10 +74,12 @@ class Loaded:
         return () if self.recognized is None else tuple(_masked(reason) for reason in self.recognized.why)
 
 
-def load(path: Path, layout: Layout, limits: Limits = LIMITS) -> Loaded:
-    """Recognize the data and read its table as a study would."""
+def load(
+    path: Path, layout: Layout, limits: Limits = LIMITS, given: Mapping[str, Any] = MappingProxyType({})
+) -> Loaded:
+    """Recognize the data and read its table as a study would, with the options of ``[data]`` in ``given``."""
     try:
-        recognized = recognize(path, None, limits, layout)
+        recognized = recognize(path, None, limits, layout, given)
     except (DataError, Unreadable) as refusal:
         return Loaded(open=f"for a study: {refusal}")
     try:
@@ -83,8 +94,13 @@ def load(path: Path, layout: Layout, limits: Limits = LIMITS) -> Loaded:
     known = not any(note in (UNKNOWN_PATIENTS, UNKNOWN_PATIENTS.replace("image", "row")) for note in info[1])
     told = ("Left out", "left out", "by their names", UNITS, "No row has an event")
     notes = tuple(note for note in info[1] if any(words in note for words in told))
-    items = _items(source, layout, info[0], known) if isinstance(source, FromFiles) and layout.kind != "dicom" else ()
-    return Loaded(recognized, table, info[0], known, items, notes=notes)
+    if not isinstance(source, FromFiles):
+        return Loaded(recognized, table, info[0], known, notes=notes)
+    found = source.collection
+    items = _items(source, layout, info[0], known) if layout.kind != "dicom" else ()
+    return Loaded(
+        recognized, table, info[0], known, items, (), "", notes, source.options, found.labels_in_files, found.ignore
+    )
 
 
 def built(recognized: Recognized) -> Source:

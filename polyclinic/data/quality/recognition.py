@@ -11,25 +11,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from polyclinic.data.archives import ENDINGS
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import is_image, opened, stem_of
 from polyclinic.data.formats.bids import read_bids
-from polyclinic.data.formats.column_roles import SPLITS, column_of, identifying, key_of, usual_columns
+from polyclinic.data.formats.column_roles import SPLITS, USUAL, column_of, identifying, key_of, usual_columns
 from polyclinic.data.formats.parsing import clean, is_missing, is_number, plain
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, read_npz
 from polyclinic.data.paired_folders import FOLDERS, cases_in
-from polyclinic.data.quality.folder_layout import TABLES, Layout, detect
+from polyclinic.data.quality.folder_layout import Layout, detect
+from polyclinic.data.quality.manifest_paths import by_column, filled
+from polyclinic.data.quality.mask_names import is_mask, named_pairs
+from polyclinic.data.sources.excel import EXCEL, sheets_of
 from polyclinic.data.sources.npz import SPLITS as NPZ_SPLITS
-from polyclinic.data.sources.tabular_files import read_columns
+from polyclinic.data.sources.tabular_files import TABLES, read_columns
 
 STUDY_LIMITS = replace(LIMITS, decoded_bytes=4 * 2**30)
 """The limits of a study that does not set ``gigabytes``."""
 MANY = 20
 """The largest number of different values of a label that is taken for a class."""
-TARGETS = ("num", "outcome", "disease", "status", "event", "death", "result", "malignant", "sex", "age")
+TARGETS = (
+    *("num", "outcome", "disease", "status", "event", "death", "result", "malignant", "tumor", "cancer", "cdr"),
+    *("sex", "age"),
+)
 """Names of columns that are taken for the label if no usual name of a label occurs, in this order."""
 TIMES = (
     *("time", "survivaltime", "timetoevent", "duration", "followup", "followuptime", "futime", "survtime", "ostime"),
@@ -67,14 +74,12 @@ CENSORED = ({"0"}, {"1"}, {"alive", "living", "0:living", "censored", "no", "fal
 """Values of such a column: in the usual code 0 and 1, in that of R, and in words."""
 QUANTITIES = ("age", "time", "survival", "score", "volume", "weight", "height", "bmi")
 """Names of columns of numbers that are quantities, however few values occur."""
-_MASK = re.compile(
-    r"(?i)[_\-. ]?(?<![a-z])(ground[_-]?truth|segmentations?|masks?|labels?|annotations?|lesion|seg|gt)(?![a-z])"
-)
-_IMAGE = re.compile(r"(?i)[_\-. ]?(?<![a-z])(images?|imgs?|scans?|pictures?|raw)(?![a-z])")
 _SITE = re.compile(r"(?i)^(site|hospital|clinic|cent(er|re)|institution|scanner|vendor|lab)[ _-]?\w*$")
 _PATIENT = re.compile(
     r"(?i)^((patient|pat|subject|subj|sub|case|person|participant|id|p)[ _-]?\d+\w*|tcga[-_].*|\d{2,})$"
 )
+_PERSON = re.compile(r"(?i)(?<![a-z0-9])(patient|subject|subj|sub|participant|person|case|oas\d)([_-]?)\d+")
+_IDENTIFIER = re.compile(r"(?i)(^|[_ -])(id|rid|number|no|nr|key|index|stamp|uid)$")
 _CODES = ("-9", "-99", "-999", "-9999")
 
 
@@ -135,6 +140,7 @@ def recognize(
     answers: Mapping[str, Any] | None = None,
     limits: Limits = STUDY_LIMITS,
     layout: Layout | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> Recognized:
     """Return the ``[data]`` table for a folder, an archive or a table.
 
@@ -143,15 +149,18 @@ def recognize(
         answers: Options of ``[data]`` that are known, such as ``{"label": "diagnosis"}``.
         limits: Limits on one file.
         layout: The result of ``detect``, if it is known.
+        given: Options of ``[data]`` that are used as they are, such as ``{"fill": 0}``.
 
     Raises:
         Unreadable: If nothing at ``path`` can be read.
         DataError: If it is recognized, but a study needs what it does not contain.
     """
-    given = Path(path)
-    root = opened(str(path)) if given.is_file() and given.name.lower().endswith(ENDINGS) else given
-    layout = layout or detect(root, limits)
-    draft = _Draft({"path": str(path)}, answers or {})
+    root = Path(path)
+    if root.is_file() and root.name.lower().endswith(ENDINGS):
+        root = opened(str(path))
+    answers = {**given, **(answers or {})}
+    layout = layout or detect(root, limits, str(answers.get("sheet", "")))
+    draft = _Draft({"path": str(path)}, answers)
     steps: dict[str, Callable[[], None]] = {
         "nnunet": partial(_pairs, draft, root),
         "classes": partial(_images, draft, root),
@@ -163,6 +172,7 @@ def recognize(
         "dicom": partial(_dicom, draft, root, limits),
     }
     steps[layout.kind]()
+    draft.options |= given
     return draft.done()
 
 
@@ -198,63 +208,23 @@ def _paths(root: Path) -> list[str]:
 def _patterns(draft: _Draft, root: Path) -> bool:
     """Recognize images and masks in one folder or in parallel folders; return whether there are any."""
     names = _paths(root)
-    pairs = _paired(names)
+    pairs = named_pairs(names)
     if not pairs:
         return False
-    images = [name for name in names if not _MASK.search(_stem(name))]
-    by_depth = Counter(len(Path(name).parts) for name in pairs)
-    depth = by_depth.most_common(1)[0][0]
-    chosen = {image: mask for image, mask in pairs.items() if len(Path(image).parts) == depth}
-    levels = _levels(draft, list(chosen), depth - 1, classes=False)
-    templates: Counter[tuple[str, str]] = Counter()
-    for image, mask in chosen.items():
-        if (template := _template(image, mask, levels)) is not None:
-            templates[template] += 1
+    depth = Counter(pair.depth for pair in pairs).most_common(1)[0][0]
+    chosen = [pair for pair in pairs if pair.depth == depth]
+    levels = _levels(draft, [pair.images[0] for pair in chosen], depth, classes=False)
+    templates = Counter(found for pair in chosen if (found := pair.patterns(levels)) is not None)
     if not templates:
         return False
-    (pattern, mask_pattern), count = templates.most_common(1)[0]
+    (patterns, mask_pattern), count = templates.most_common(1)[0]
     draft.task = "segmentation"
-    draft.options |= {"kind": "patterns", "images": [pattern], "mask": mask_pattern}
-    draft.why.append(f"{count} images have a mask of their name: {mask_pattern} next to {pattern}")
-    if left := len(images) - count:
-        draft.why.append(f"{left} images have no mask by this rule and are not used")
+    draft.options |= {"kind": "patterns", "images": list(patterns), "mask": mask_pattern}
+    draft.why.append(f"{count} images have a mask of their name: {mask_pattern} next to {', '.join(patterns)}")
+    if left := sum(not is_mask(name) for name in names) - count * len(patterns):
+        draft.options["missing_labels"] = "drop"
+        draft.why.append(f"{left} image files have no mask by this rule and are not used")
     return True
-
-
-def _paired(names: Sequence[str]) -> dict[str, str]:
-    """Return the mask of each image that has exactly one, by names without the words for images and masks."""
-    drawn: dict[str, list[str]] = defaultdict(list)
-    plain_names = []
-    for name in names:
-        if _MASK.search(_stem(name)):
-            drawn[_IMAGE.sub("", _MASK.sub("", _stem(name)))].append(name)
-        else:
-            plain_names.append(name)
-    seen: dict[str, list[str]] = defaultdict(list)
-    for name in plain_names:
-        seen[_IMAGE.sub("", _stem(name))].append(name)
-    return {found[0]: drawn[key][0] for key, found in seen.items() if len(found) == 1 and len(drawn.get(key, ())) == 1}
-
-
-def _stem(name: str) -> str:
-    path = Path(name)
-    return (path.parent / stem_of(path)).as_posix()
-
-
-def _template(image: str, mask: str, levels: Mapping[int, str]) -> tuple[str, str] | None:
-    """Return the patterns of an image and its mask; the part of the name that they share is ``{case}``."""
-    *folders, name = Path(image).parts
-    *mask_folders, mask_name = Path(mask).parts
-    stem, drawn = stem_of(Path(name)), stem_of(Path(mask_name))
-    core = _IMAGE.sub("", stem).strip("_-. ")
-    if not core or core not in stem or core not in drawn:
-        return None
-    known = {folders[i]: f"{{{level}}}" for i, level in levels.items()}
-    head = [known.get(part, part) if i in levels else part for i, part in enumerate(folders)]
-    tail = [known.get(part, part) for part in mask_folders]
-    own = name.replace(core, "{case}", 1)
-    other = mask_name.replace(core, "{case}", 1)
-    return "/".join([*head, own]), "/".join([*tail, other])
 
 
 def _levels(draft: _Draft, names: Sequence[str], depth: int, classes: bool) -> dict[int, str]:
@@ -275,6 +245,8 @@ def _levels(draft: _Draft, names: Sequence[str], depth: int, classes: bool) -> d
             meaning[i] = "patient"
         elif "site" not in meaning.values() and _mostly(_SITE, different):
             meaning[i] = "site"
+        elif not classes and "patient" not in meaning.values() and len(different) == len(names):
+            meaning[i] = "patient"  # one example in each folder
     rest = [i for i in varying if i not in meaning]
     if classes and rest:
         meaning[_class_level(rest, values)] = "class"
@@ -331,8 +303,20 @@ def _folders(draft: _Draft, root: Path) -> None:
     }
     shown = "/".join(f"<{level}>" for level in draft.options["levels"])
     draft.why.append(f"{len(chosen)} images in folders {shown}")
+    if "patient" not in meaning.values():
+        _person(draft, "patient", chosen)
     if left := len(names) - len(chosen):
         draft.why.append(f"{left} images at another depth are not used")
+
+
+def _person(draft: _Draft, option: str, names: Sequence[str]) -> None:
+    """Set the option for the part of every path that names a patient, such as ``patient0001`` or ``OAS1_0001``."""
+    found = [match for name in names if (match := _PERSON.search(name))]
+    words = {match.group(1) + match.group(2) for match in found}
+    if names and len(found) == len(names) and len(words) == 1:
+        count = len({match.group() for match in found})
+        draft.options[option] = f"({re.escape(words.pop())}\\d+)"
+        draft.why.append(f"the paths name {count} patients, such as {found[0].group()}")
 
 
 def _label(draft: _Draft, columns: Mapping[str, Sequence[str]], apart: set[str]) -> str:
@@ -430,25 +414,33 @@ def _bids(draft: _Draft, root: Path, limits: Limits) -> None:
 
 
 def _manifest(draft: _Draft, layout: Layout, limits: Limits) -> None:
-    assert layout.table is not None
-    table = layout.table
-    columns = read_columns(table, limits)
-    draft.options |= {"path": str(table), "kind": "manifest"}
-    image = usual_columns(columns, "image")[0]
-    pattern, root = _located(table, columns, image)
+    columns, table = _columns(draft, layout, limits), Path(draft.options["path"])
+    draft.options["kind"] = "manifest"
+    usual_images = usual_columns(columns, "image")
+    if usual_images:
+        pattern, root = _located(table, columns, usual_images[0])
+    else:
+        pattern = draft.ask("images", "which images", layout.images[0], layout.images) if layout.images[1:] else ""
+        pattern, root = pattern or layout.images[0], ""
     draft.options["images"] = [pattern]
     if root:
         draft.options["root"] = root
-    draft.why.append(
-        f'{table.name} lists images in the column "{image}"' + (f" ({pattern})" if pattern != image else "")
-    )
-    used = {image} | _roles(draft, columns, {image}, ("patient", "site", "split"))
+    draft.why.append(f"{table.name} lists images: {pattern}")
+    path = pattern if "{" in pattern else f"{{{pattern}}}"
+    fields = {*re.findall(r"\{([^{}]+)\}", path)}
+    used = fields & {*usual_images} | _roles(draft, columns, fields & {*usual_images}, ("patient", "site", "split"))
+    if "patient" not in draft.options:
+        _person(draft, "patient_pattern", [filled(path, columns, row) for row in range(len(columns[min(fields)]))])
+    used |= fields
     draft.official = "test" in {SPLITS.get(v.lower()) for v in columns.get(str(draft.options.get("split")), ())}
     mask = column_of(columns, "mask", "", [])
     flags = [
         name
         for name, cells in columns.items()
-        if name not in used and {plain(c) for c in cells if c} <= {"0", "1", "-1"} and any(cells)
+        if name not in used
+        and key_of(name) not in USUAL["split"]
+        and {plain(c) for c in cells if c} <= {"0", "1", "-1"}
+        and any(cells)
     ]
     usual = usual_columns({n: c for n, c in columns.items() if n not in used | {mask}}, "label")
     if mask and not usual and "label" not in draft.answers:
@@ -499,14 +491,15 @@ def _located(table: Path, columns: Mapping[str, Sequence[str]], image: str) -> t
     )
     if templates and templates.most_common(1)[0][1] == len(names):
         return templates.most_common(1)[0][0], ""
-    return image, ""
+    patterns = by_column(columns, [path for path in _paths(table.parent) if not is_mask(path)], image)
+    return patterns[0] if patterns else image, ""
 
 
 def _table(draft: _Draft, layout: Layout, limits: Limits) -> None:
-    assert layout.table is not None
-    columns = read_columns(layout.table, limits)
-    draft.options |= {"path": str(layout.table), "kind": "table"}
-    draft.why.append(f"{layout.table.name} is a table of {len(next(iter(columns.values())))} rows without images")
+    columns = _columns(draft, layout, limits)
+    draft.options["kind"] = "table"
+    count = len(next(iter(columns.values())))
+    draft.why.append(f"{Path(draft.options['path']).name} is a table of {count} rows without images")
     used = _roles(draft, columns, {str(draft.answers.get("label", ""))}, ("patient", "site"))
     apart = used | {*usual_columns(columns, "split")}
     named = usual_columns({name: cells for name, cells in columns.items() if name not in apart}, "label")
@@ -514,11 +507,14 @@ def _table(draft: _Draft, layout: Layout, limits: Limits) -> None:
     label = str(draft.options["label"]) if survival else _label(draft, columns, apart)
     used |= identifying(columns) | {str(draft.options.get("event", ""))}
     codes, words, texts = set[str](), list[str](), list[str]()
+    people = columns.get(str(draft.options.get("patient")), ())
     for name, cells in columns.items():
         if name in used | {label}:
             continue
         known = [plain(clean(cell)) for cell in cells if not is_missing(cell)]
-        if not all(map(is_number, known)):
+        if _IDENTIFIER.search(name) and people and len({*zip(people, cells, strict=True)}) == len({*people}):
+            texts.append(name)  # another number of the patient
+        elif not all(map(is_number, known)):
             (words if len(set(known)) <= MANY else texts).append(name)
         elif (coded := {*known} & {*_CODES}) and all(float(v) >= 0 for v in known if v not in coded):
             codes |= coded
@@ -531,9 +527,22 @@ def _table(draft: _Draft, layout: Layout, limits: Limits) -> None:
         draft.why.append(f"words, not quantities: {', '.join(words[:8])}")
     if texts:
         draft.options["leave_out"] = texts
-        draft.why.append(f"not used, because of many different texts: {', '.join(texts[:8])}")
+        draft.why.append(f"not used, because they are texts or identify patients: {', '.join(texts[:8])}")
     if not survival:
         _target(draft, label, [c for c in columns.get(label, []) if plain(c) not in codes])
+
+
+def _columns(draft: _Draft, layout: Layout, limits: Limits) -> dict[str, list[str]]:
+    """Return the columns of the layout's table, and set its path and sheet."""
+    assert layout.table is not None
+    draft.options["path"] = str(layout.table)
+    if layout.sheet:
+        names = sheets_of(layout.table, limits)
+        draft.options["sheet"] = draft.ask("sheet", f"which of the {len(names)} sheets", layout.sheet, names)
+    if layout.others:
+        named = ", ".join(path.name for path in layout.others[:5])
+        draft.why.append(f"other tables are not used: {named}; give the path of one to use it")
+    return read_columns(layout.table, limits, str(draft.options.get("sheet", "")))
 
 
 def _npz(draft: _Draft, layout: Layout, limits: Limits) -> None:
@@ -574,7 +583,10 @@ def _dicom(draft: _Draft, root: Path, limits: Limits) -> None:
             f"{root.name} is a tree of DICOM files: a study needs a table with one row per patient (PatientID and a "
             "label); name it with --labels TABLE"
         )
-    columns = read_columns(Path(given), limits)
+    names = sheets_of(Path(given), limits) if str(given).lower().endswith(EXCEL) else []
+    if len(names) > 1:
+        draft.options["sheet"] = draft.ask("sheet", f"which of the {len(names)} sheets", names[0], names)
+    columns = read_columns(Path(given), limits, str(draft.options.get("sheet", "")))
     draft.options["labels"] = str(given)
     draft.why.append(f"DICOM files, with labels by patient in {Path(given).name}")
     used = _roles(draft, columns, set(), ("patient", "site"))

@@ -9,9 +9,10 @@ It changes and sends nothing.
 
 import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from polyclinic.core.toml_text import inline
 from polyclinic.data.filename_screening import shown
 from polyclinic.data.files import OPTIONS, ImageOptions
 from polyclinic.data.formats.column_roles import SPLITS
-from polyclinic.data.formats.dicom.series import dicom_files, find_series
+from polyclinic.data.formats.dicom.series import dicom_files, find_series, selected
 from polyclinic.data.formats.parsing import is_missing
 from polyclinic.data.formats.safe_reading import Limits, Unreadable
 from polyclinic.data.quality.findings import Finding, compare, headers, health_information, layout_problems
@@ -152,6 +153,7 @@ def check_folder(
     thumbs: int = 24,
     options: ImageOptions = OPTIONS,
     progress: Callable[[int], None] | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> CheckReport:
     """Check a folder (or one file) of medical data.
 
@@ -162,27 +164,30 @@ def check_folder(
         thumbs: Number of thumbnails to keep for the page.
         options: How files are read, with the limits on one file.
         progress: Called with the number of inspected examples.
+        given: Options of ``[data]`` with which a study would read the data, such as ``{"fill": 0}``.
 
     Raises:
         Unreadable: If ``root`` contains nothing that could be data.
     """
     root, limits = Path(root), options.limits
-    layout = detect(root, limits)
+    layout = detect(root, limits, str(given.get("sheet", "")))
     found: list[Finding] = []
-    loaded = load(root, layout, limits)
+    loaded = load(root, layout, limits, given)
     found += loaded.findings()
     if layout.kind == "table" and layout.table is not None:
         return _as_loaded(_table(layout, limits, health), loaded, found)
     if loaded.items:
         layout = replace(layout, items=loaded.items)
     hints = ""
+    if given:
+        options = _reading(options, loaded, given)
     if layout.kind == DICOM:
-        layout, hints = _dicom(layout, found, health, limits)
+        layout, hints = _dicom(layout, found, health, options)
     looks: list[Look] = []
     refused: list[tuple[str, str]] = []
     for seen in look_at(layout, thumbs, options, hints):
         if isinstance(seen, Look):
-            looks.append(seen)
+            looks.append(_annotated(seen, loaded.ignore))
         else:
             refused.append((_within(layout.root, seen[1].path, seen[0].name), seen[1].reason))
         if progress is not None:
@@ -192,12 +197,26 @@ def check_folder(
     if links := sum(Path(f, n).is_symlink() for f, names, _ in os.walk(root) for n in names):
         found.append(Finding("warning", "links", f"{links} links to folders are not followed"))
     found += health_information(layout, looks, health, limits)
-    found += compare(looks, layout.labels or dict.fromkeys(labels, ""))
+    found += compare(looks, dict.fromkeys(labels or loaded.labels or layout.labels, ""))
     return _as_loaded(_report(layout, looks, found), loaded, [])
 
 
+def _reading(options: ImageOptions, loaded: Loaded, given: Mapping[str, Any]) -> ImageOptions:
+    """Return how files are read: as the source of the study does, or else as ``given`` says."""
+    if loaded.options is not None:
+        return replace(loaded.options, limits=options.limits)
+    own = {f.name: given[f.name] for f in fields(ImageOptions) if f.name in given and f.name != "limits"}
+    return replace(options, **own)
+
+
+def _annotated(seen: Look, ignore: int | None) -> Look:
+    """Return the summary without the mask value of voxels that are not annotated."""
+    labels = None if seen.labels is None else tuple(label for label in seen.labels if label != ignore)
+    return replace(seen, labels=labels)
+
+
 def _dicom(
-    layout: Layout, found: list[Finding], health: Literal["error", "warning"], limits: Limits
+    layout: Layout, found: list[Finding], health: Literal["error", "warning"], options: ImageOptions
 ) -> tuple[Layout, str]:
     """Return series as items and the body parts; findings on the headers are appended to ``found``."""
     tags: dict[int, list[str]] = {}
@@ -214,18 +233,21 @@ def _dicom(
         parts.add(str(dataset.get("BodyPartExamined") or ""))
 
     files = dicom_files(layout.root) if layout.root.is_dir() else [layout.root]
-    series = find_series(files, limits, inspect)
+    series = find_series(files, options.limits, inspect)
     found += [
         Finding("error", "unreadable", p.reason, (shown(str(p.path.relative_to(root))),)) for p in series.problems
     ]
     found += headers(tags, drawn, series.not_images, health)
-    scouts = [s for s in series.series if s.localizer]
+    chosen = [s for s in series.series if selected(s, options.series)]
+    if rest := len(series.series) - len(chosen):
+        found.append(Finding("note", "series", f"{rest} series do not have the values of series and are left out"))
+    scouts = [s for s in chosen if s.localizer]
     if scouts:
         names = tuple(shown(str(s.paths[0].relative_to(root))) for s in scouts)
         found.append(Finding("note", "localizers", f"{len(scouts)} localizers are left out", names))
     items = tuple(
         Item(str(s.paths[0].relative_to(root)), s.paths, patient=s.patient or None, key=DICOM)
-        for s in series.series
+        for s in chosen
         if not s.localizer
     )
     return Layout(DICOM, layout.root, items), " ".join(parts)
@@ -296,7 +318,7 @@ def _spread(rows: Any) -> tuple[tuple[float, ...], ...]:
 def _table(layout: Layout, limits: Limits, health: Literal["error", "warning"]) -> CheckReport:
     assert layout.table is not None
     try:
-        rows, patients, classes, splits, sites, found = check_table(layout.table, limits, health)
+        rows, patients, classes, splits, sites, found = check_table(layout.table, limits, health, layout.sheet)
     except Unreadable as refusal:
         found = [Finding("error", "unreadable", refusal.reason, (shown(layout.table.name),))]
         return CheckReport(layout.root, "table", 0, findings=tuple(found))

@@ -17,14 +17,14 @@ _PERSONAL = re.compile(
 
 
 def check_table(
-    path: Path, limits: Limits = LIMITS, health: Level = "error"
+    path: Path, limits: Limits = LIMITS, health: Level = "error", sheet: str = ""
 ) -> tuple[int, int | None, Counter[str], Counter[str], Counter[str], list[Finding]]:
-    """Return rows, patients, classes, splits, sites and findings of a CSV or TSV file.
+    """Return rows, patients, classes, splits, sites and findings of a table.
 
     Raises:
         Unreadable: If it is not a valid table.
     """
-    columns = read_columns(path, limits)
+    columns = read_columns(path, limits, sheet)
     rows = list(zip(*columns.values(), strict=True))
     patients, sites, splits = (
         columns.get(column_of(columns, role, "", []))

@@ -29,7 +29,8 @@ class DicomImages(FromFiles):
 
     Attributes:
         path: The folder, or a ``.zip`` file of it.
-        labels: A table with one row per patient (CSV, gzipped CSV or Parquet).
+        labels: A table with one row per patient (CSV, gzipped CSV, Excel or Parquet).
+        sheet: The sheet of an Excel workbook, if several have content.
         patient: Its column with (0010,0020), or with the pseudonym that replaced it; if empty, the first with a usual
             name. Leading zeros that a spreadsheet removed do not matter.
         label: Its column with the class or number; if empty, the first with a usual name.
@@ -60,6 +61,7 @@ class DicomImages(FromFiles):
     series: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     missing_labels: MissingLabels = "refuse"
+    sheet: str = ""
     steps: Steps = ()
     unreadable: Literal["refuse", "skip"] = "refuse"
     about: Info | None = field(default=None, metadata=HIDDEN)
@@ -67,7 +69,7 @@ class DicomImages(FromFiles):
     def collect(self) -> Collection:
         """Collect every series of a patient who has a label."""
         root, table = opened(self.path), placed(self.labels)
-        rows = read_rows(table)
+        rows = read_rows(table, sheet=self.sheet)
         problems: list[str] = []
         who = column_of(rows, "patient", self.patient, problems)
         rest = {name: cells for name, cells in rows.items() if name != who}

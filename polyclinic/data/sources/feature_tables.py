@@ -34,11 +34,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """CSV (also gzipped) or Parquet table.
+    """CSV (also gzipped), Excel or Parquet table.
 
     Attributes:
         path: The file.
-        label: The column to predict; with ``event``, the time to an event.
+        label: The column to predict; a list of columns of 0 and 1 for several labels; with ``event``, the time to an
+            event.
         event: The column that says whether the event happened at that time, 1, or the patient was last seen then, 0
             (survival analysis).
         event_codes: Values of ``event`` that mean that it happened, instead of 1.
@@ -63,11 +64,12 @@ class FeatureTable:
         indicators: Whether features of 0 and 1 indicate missing values.
         statistics: Rows from which mean and deviation are computed; or ``"declared"``: from the file ``declared``.
         declared: A file that ``Statistics.text`` wrote, for a hospital that sees its own rows only.
+        sheet: The sheet of an Excel workbook, if several have content.
         about: Description from the catalog; not settable in a study file.
     """
 
     path: str
-    label: str
+    label: tuple[str, ...] | str
     event: str = ""
     event_codes: tuple[str, ...] = ()
     censored_codes: tuple[str, ...] = ()
@@ -87,6 +89,7 @@ class FeatureTable:
     indicators: bool = True
     statistics: Literal["federation", "site", "declared"] = "federation"
     declared: str = ""
+    sheet: str = ""
     about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
@@ -98,8 +101,11 @@ class FeatureTable:
             )
         if self.regression and self.threshold is not None:
             problems.append("threshold = is for classes: leave it out, or set regression = false")
-        if self.event and (self.regression or self.threshold is not None):
-            problems.append("event = is for survival analysis: leave regression and threshold out")
+        if self._several and (self.regression or self.threshold is not None):
+            key = "regression" if self.regression else "threshold"
+            problems.append(f"label lists columns of 0 and 1, and {key} is for one column: leave one of them out")
+        if self.event and (self._several or self.regression or self.threshold is not None):
+            problems.append("event = is for survival analysis: name one label, and leave regression and threshold out")
         if not self.event and (self.event_codes or self.censored_codes):
             problems.append("event_codes and censored_codes need event = the column that they are values of")
         if (self.statistics == "declared") != bool(self.declared):
@@ -111,28 +117,30 @@ class FeatureTable:
             raise DataError(problems)
 
     @property
+    def _several(self) -> bool:
+        return not isinstance(self.label, str)
+
+    @property
     def info(self) -> Info:
         """Description of the data set, including how it was processed."""
-        task: Task = "survival" if self.event else "regression" if self.regression else "classification"
         whose = {
             "federation": "over the training rows of all training sites",
             "site": "over each site's training rows",
             "declared": f"from {Path(self.declared).name}",
         }[self.statistics]
         notes = [f"Features are {'scaled and ' if self.scale else ''}filled with statistics {whose}."]
-        if unlabeled := len(self._raw[self._use.label]) - len(self._kept):
-            what = f"{self.label} or {self.event}" if self.event else self.label
-            notes.append(f"{unlabeled} rows without {what} are left out.")
+        if unlabeled := len(self._raw[self._use.labels[0]]) - len(self._kept):
+            notes.append(f"{unlabeled} rows without {self._named} are left out.")
         if self.event:
             sites = [self._raw[self._use.site][i] for i in self._kept] if self._use.site else []
             notes += survival_notes(self._targets[0].tolist(), sites)
         notes += detected({"patient": (self.patient, self._use.patient), "site": (self.site, self._use.site)})
-        if idle := sorted(self._apart - set(self._features) - {*vars(self._use).values(), *self.leave_out, "split"}):
+        if idle := sorted(self._apart - set(self._features) - {*self._use.columns, *self.leave_out, "split"}):
             notes.append(f"Not used as features, by their names: {', '.join(idle)}; list them in features to use them.")
         if not self._use.patient:
             notes.append(UNKNOWN_PATIENTS.replace("image", "row"))
         stem = Path(self.path).name.partition(".")[0]
-        return described(self.about, Info(stem, stem, "table", "not stated", task, self._targets[1]), notes)
+        return described(self.about, Info(stem, stem, "table", "not stated", self._task, self._targets[1]), notes)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,7 +149,7 @@ class FeatureTable:
             (k, v)
             for k, v in vars(self).items()
             if k in self.__dataclass_fields__ and k not in ("path", "about", "declared")
-            if v or k not in ("event", "event_codes", "censored_codes")
+            if v or k not in ("sheet", "event", "event_codes", "censored_codes")
         )
         return digest("table", 1, content_of(placed(self.path)), options, self._declared and self._declared.text())
 
@@ -164,7 +172,11 @@ class FeatureTable:
         patients = tuple(raw[use.patient][i] for i in rows) if use.patient else ids
         if use.patient and (lost := [ids[i] for i in missing_at(patients)]):
             raise DataError(f"{Path(self.path).name}: {len(lost)} rows have no {use.patient} ({', '.join(lost[:5])})")
-        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {use.label, use.patient, use.event}
+        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {
+            *self._use.labels,
+            use.patient,
+            use.event,
+        }
         others = [c for c in raw if c not in apart]
         columns = {c: tuple(raw[c][i] for i in rows) for c in others}
         return Table(ids, patients, self._targets[0], columns, (use.site,) if use.site else (), bool(use.event))
@@ -192,15 +204,18 @@ class FeatureTable:
         }
 
     def texts(self, ids: Sequence[str]) -> list[tuple[str, str]]:
-        """Return the features and the label of each named row as text, independent of other rows."""
+        """Return the features and the labels of each named row as text, independent of other rows."""
 
         def text(column: str, row: int) -> str:
             word = self._raw[column][row]
             return "" if self._is_missing(word) else repr(float(word)) if is_number(word) else plain(word)
 
         rows = [self._kept[self._table.row[name]] for name in ids]
-        labels = [self._use.label, *([self._use.event] if self._use.event else [])]
-        return [(repr([text(c, row) for c in self._features]), " ".join(text(c, row) for c in labels)) for row in rows]
+        labels = (*self._use.labels, *([self._use.event] if self._use.event else []))
+        return [
+            (repr([text(c, row) for c in self._features]), ", ".join(text(label, row) for label in labels))
+            for row in rows
+        ]
 
     def _examples(self, ids: Sequence[str], inputs: Array) -> Examples:
         table, rows = self._table, [self._table.row[name] for name in ids]
@@ -211,13 +226,14 @@ class FeatureTable:
     @cached_property
     def _raw(self) -> dict[str, list[str]]:
         path = placed(self.path)
-        columns = read_rows(path)
+        columns = read_rows(path, sheet=self.sheet)
         problems: list[str] = []
-        label = named_column(columns, self.label)
-        if label is None:
-            problems.append(no_column(columns, self.label, "label"))
+        labels = self._labels
+        problems += [no_column(columns, label, "label") for label in labels if named_column(columns, label) is None]
         if self.event and named_column(columns, self.event) is None:
             problems.append(no_column(columns, self.event, "event"))
+        if not labels:
+            problems.append("needs a label: name the column to predict")
         wanted = [*self.features, *self.leave_out, *self.categories, *self.zero_is_missing]
         problems += [no_column(columns, c) for c in dict.fromkeys(wanted) if c not in columns]
         for role, given in (("patient", self.patient), ("site", self.site)):
@@ -229,16 +245,16 @@ class FeatureTable:
     @cached_property
     def _use(self) -> "_Columns":
         raw = self._raw
-        label = named_column(raw, self.label) or self.label
+        labels = tuple(named_column(raw, label) or label for label in self._labels)
         event = (named_column(raw, self.event) or self.event) if self.event else ""
-        rest = {name: cells for name, cells in raw.items() if name not in (label, event)}
+        rest = {name: cells for name, cells in raw.items() if name not in (*labels, event)}
         patient = column_of(rest if not self.patient else raw, "patient", self.patient, [])
-        return _Columns(label, patient, column_of(rest if not self.site else raw, "site", self.site, []), event)
+        return _Columns(labels, patient, column_of(rest if not self.site else raw, "site", self.site, []), event)
 
     @cached_property
     def _apart(self) -> set[str]:
         """The columns that are no features unless the study lists them."""
-        return {*vars(self._use).values(), "split", *self.leave_out, *identifying(self._raw)}
+        return {*self._use.columns, "split", *self.leave_out, *identifying(self._raw)}
 
     @cached_property
     def _features(self) -> tuple[str, ...]:
@@ -246,15 +262,31 @@ class FeatureTable:
 
     @cached_property
     def _kept(self) -> list[int]:
-        words = self._raw[self._use.label]
+        columns = {label: self._raw[label] for label in self._use.labels}
+        rows = len(self._raw[self._use.labels[0]])
         if self.event:
-            lost = set(self._survival.unlabeled(words, self._raw[self._use.event]))
+            lost = set(self._survival.unlabeled(next(iter(columns.values())), self._raw[self._use.event]))
         else:
-            lost = set(self._reading.unlabeled({self.label: words}))
-        if len(lost) == len(words):
-            what = f"{self.label} or {self.event}" if self.event else self.label
-            raise DataError(f"{Path(self.path).name}: {what} is missing in every row")
-        return [i for i in range(len(words)) if self.missing_labels == "refuse" or i not in lost]
+            lost = set(self._reading.unlabeled(columns))
+        if len(lost) == rows:
+            raise DataError(f"{Path(self.path).name}: {self._named} is missing in every row")
+        return [i for i in range(rows) if self.missing_labels == "refuse" or i not in lost]
+
+    @property
+    def _named(self) -> str:
+        """The columns of labels in words."""
+        return " or ".join([*self._use.labels, self._use.event]) if self.event else " and ".join(self._use.labels)
+
+    @property
+    def _labels(self) -> tuple[str, ...]:
+        """The columns of labels, as given."""
+        return (self.label,) if isinstance(self.label, str) else self.label
+
+    @property
+    def _task(self) -> Task:
+        if self.event:
+            return "survival"
+        return "multilabel" if self._several else "regression" if self.regression else "classification"
 
     @property
     def _reading(self) -> Reading:
@@ -266,29 +298,31 @@ class FeatureTable:
 
     @cached_property
     def _targets(self) -> tuple[Array, tuple[str, ...]]:
-        """The label of each retained row, and the classes."""
-        words = [self._raw[self._use.label][i] for i in self._kept]
+        """The label of each retained row (float32 [n, L] of several), and the classes."""
+        columns = {label: [self._raw[label][i] for i in self._kept] for label in self._use.labels}
+        label, words = next(iter(columns.items()))
         places, problems = [f"row {i + 2}" for i in self._kept], list[str]()
         if self.event:
             events = [self._raw[self._use.event][i] for i in self._kept]
-            pairs = self._survival.read((self.label, words), (self.event, events), problems, places)
+            pairs = self._survival.read((label, words), (self._use.event, events), problems, places)
             if problems:
                 raise DataError([f"{Path(self.path).name}: {problem}" for problem in problems])
             return np.array(pairs, dtype=np.float32), ()
         numeric = self.regression or self.threshold is not None
-        task: Task = "regression" if numeric else "classification"
-        targets, classes = self._reading.read({self.label: words}, task, problems, places)
+        targets, classes = self._reading.read(columns, "regression" if numeric else self._task, problems, places)
         if problems:
             raise DataError([f"{Path(self.path).name}: {problem}" for problem in problems])
+        if self._several:
+            return np.array(targets, dtype=np.float32), classes
         if numeric:
             numbers = np.array(targets, dtype=np.float64)
             if self.threshold is None:
                 return numbers.astype(np.float32), ()
-            usual = (f"{self.label} up to {self.threshold:g}", f"{self.label} above {self.threshold:g}")
+            usual = (f"{label} up to {self.threshold:g}", f"{label} above {self.threshold:g}")
             return (numbers[:, 0] > self.threshold).astype(np.int64), self.classes or usual
         if len(classes) > max(50, len(words) // 4):
             raise DataError(
-                f"{Path(self.path).name}: {self.label} has {len(classes)} different values: set regression = "
+                f"{Path(self.path).name}: {label} has {len(classes)} different values: set regression = "
                 "true if it is a number, or a threshold"
             )
         return np.array(targets, dtype=np.int64), classes
@@ -357,12 +391,17 @@ class FeatureTable:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of the label, the patient, the site and the event; "" if there is none."""
+    """The columns of the labels, the patient, the site and the event; "" if there is none."""
 
-    label: str
+    labels: tuple[str, ...]
     patient: str
     site: str
     event: str = ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All of them."""
+        return *self.labels, self.patient, self.site, self.event
 
 
 @dataclass(frozen=True, eq=False)

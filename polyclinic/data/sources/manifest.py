@@ -1,5 +1,6 @@
 """Table that lists images: one row per image, with its label or mask, patient, site and split."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ _FIELD = re.compile(r"\{([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Manifest(FromFiles):
-    r"""Images listed in a CSV or Parquet table. Further columns are kept, and any of them can name sites.
+    r"""Images listed in a CSV, Excel or Parquet table. Further columns are kept, and any of them can name sites.
 
     Options that name a column may be left out if its name is usual for the role (``column_roles.USUAL``), such as
     ``path``, ``label``, ``patient_id``, ``hospital`` and ``split``; a note lists the columns that were chosen.
@@ -39,7 +40,8 @@ class Manifest(FromFiles):
     Attributes:
         path: The table. Images' paths are relative to its folder (or to ``root``).
         images: For each channel the column with an image's file, or a path composed of columns, such as
-            ``"images/{image_id}.jpg"``. A folder is read as a DICOM series.
+            ``"images/{image_id}.jpg"``. ``*`` is any part of a folder's or file's name, as in ``"images_*/{name}"``;
+            exactly one file must fit. A folder is read as a DICOM series.
         label: The column of the class or number; several columns of 0 and 1 for several labels; ``"none"`` with masks.
             With ``event``, the column of the time to an event.
         event: The column that says whether the event happened at that time, 1, or the patient was last seen then, 0
@@ -63,6 +65,7 @@ class Manifest(FromFiles):
             ``NULL``, ...); ``"drop"`` leaves them out with a note.
         series: Selection of the series in a folder with several, such as ``{description = "T1*"}``.
         root: The folder to which images' paths are relative, if it is not the table's.
+        sheet: The sheet of an Excel workbook, if several have content.
         steps: Preprocessing.
         unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
         about: Description from the catalog; not settable in a study file.
@@ -89,6 +92,7 @@ class Manifest(FromFiles):
     missing_labels: MissingLabels = "refuse"
     series: Mapping[str, str] = field(default_factory=dict)
     root: str = ""
+    sheet: str = ""
     steps: Steps = ()
     unreadable: Literal["refuse", "skip"] = "refuse"
     about: Info | None = field(default=None, metadata=HIDDEN)
@@ -108,7 +112,7 @@ class Manifest(FromFiles):
     def collect(self) -> Collection:
         """Collect every row, or report every problem of every row."""
         table = placed(self.path)
-        rows = read_rows(table)
+        rows = read_rows(table, sheet=self.sheet)
         problems: list[str] = []
         use = self._columns(rows, problems)
         if not use.images:
@@ -118,7 +122,7 @@ class Manifest(FromFiles):
         if problems:
             raise DataError([f"{table.name} {problem}" for problem in problems])
         task = self._task(use.labels, bool(use.mask))
-        notes = [] if use.patient else [UNKNOWN_PATIENTS]
+        notes = [] if use.patient or self.patient_pattern else [UNKNOWN_PATIENTS]
         stated = {"patient": (self.patient, use.patient), "site": (self.site, use.site)}
         notes += detected(stated if self.label or use.mask else {**stated, "label": ("", use.labels[0])})
         lines = [i + 2 for i in range(len(next(iter(rows.values()))))]
@@ -166,6 +170,8 @@ class Manifest(FromFiles):
             return column or name
 
         def path(file: str) -> str:
+            if "*" in file and "{" not in file:
+                problems.append(f'has no field in braces in "{file}": every row would have the same file')
             return _FIELD.sub(lambda m: f"{{{known(m.group(1))}}}", file) if "{" in file else known(file)
 
         return _Columns(
@@ -199,6 +205,9 @@ class Manifest(FromFiles):
         root = opened(self.root) if self.root else table.parent
         files = [*use.images, *([use.mask] if use.mask else [])]
         named = [[_filled(f, rows, i) for f in files] for i in range(len(targets))]
+        if any("*" in file for file in files):
+            named, wrong = _found(lines, files, named, root)
+            problems += wrong
         problems += _missing(lines, files, named, root)
         ids = [row[0] for row in named]
         if twice := {name: n for name, n in Counter(ids).items() if n > 1 and name}:
@@ -244,6 +253,28 @@ class _Columns:
 def _filled(file: str, rows: dict[str, list[str]], row: int) -> str:
     """Return the path in a column, or composed of columns."""
     return _FIELD.sub(lambda m: rows[m.group(1)][row], file) if "{" in file else rows[file][row]
+
+
+def _found(lines: list[int], files: list[str], named: list[list[str]], root: Path) -> tuple[list[list[str]], list[str]]:
+    """Return the names in which every ``*`` is replaced as in the only file that fits, and the problems."""
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            by_name[name].append(Path(folder, name).relative_to(root).as_posix())
+    everywhere = [path for paths in by_name.values() for path in paths]
+    several: list[str] = []
+    out = [[*row] for row in named]
+    for line, row in zip(lines, out, strict=True):
+        for i in (i for i, file in enumerate(files) if "*" in file):
+            fits = re.compile("[^/]*".join(map(re.escape, row[i].split("*"))))
+            last = row[i].rpartition("/")[2]
+            fitting = [p for p in (everywhere if "*" in last else by_name.get(last, ())) if fits.fullmatch(p)]
+            if len(fitting) > 1:
+                several.append(f"row {line}: {fitting[0]} and {fitting[1]}")
+            row[i] = fitting[0] if fitting else row[i]
+    some = "; ".join(several[:5])
+    return out, [f"{len(several)} row{'s' * (len(several) > 1)} fit several files ({some})"] * bool(several)
 
 
 def _missing(lines: list[int], files: list[str], named: list[list[str]], root: Path) -> list[str]:

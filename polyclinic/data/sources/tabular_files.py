@@ -1,44 +1,60 @@
-"""Tables on disk as columns of text: CSV (also gzipped) and Parquet."""
+"""Tables on disk as columns of text: CSV (also gzipped), Excel and Parquet."""
 
 import codecs
 import csv
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from polyclinic.data.examples import DataError
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, inflate, read_whole, refusing
+from polyclinic.data.sources.excel import EXCEL, OTHER_SHEETS, read_sheet
 from polyclinic.errors import MissingDependency
 
+PARQUET = (".parquet", ".pq")
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", *EXCEL, *PARQUET)
+"""Suffixes of tables."""
 SEPARATORS = ",;\t|"
 GZIP = 31
 csv.field_size_limit(2**20)
 
 
-def read_rows(path: Path, limits: Limits = LIMITS) -> dict[str, list[str]]:
+def read_rows(path: Path, limits: Limits = LIMITS, sheet: str = "") -> dict[str, list[str]]:
     """Return the columns of a table by name, as ``read_columns`` does.
 
     Raises:
         DataError: If it cannot be read, or its rows do not match its header.
     """
     try:
-        return read_columns(path, limits)
+        return read_columns(path, limits, sheet)
     except Unreadable as error:
         raise DataError(str(error)) from None
 
 
-def read_columns(path: Path, limits: Limits = LIMITS) -> dict[str, list[str]]:
+def read_columns(path: Path, limits: Limits = LIMITS, sheet: str = "") -> dict[str, list[str]]:
     """Return the columns of a table by name. Missing is "".
 
     CSV is read in UTF-8, UTF-16 (with a byte order mark) or Windows-1252. The separator is a comma, semicolon, tab or
     bar, as in the header or in Excel's first line ``sep=;``. Rows and columns without any content, which Excel leaves
     at the end of a table, and the row numbers that pandas writes in a first column without a name, are left out.
+    ``sheet`` names the sheet of an Excel workbook (``excel.read_sheet``).
 
     Raises:
         Unreadable: If it cannot be read, or its rows do not match its header.
     """
-    parquet = path.suffix.lower() in (".parquet", ".pq")
-    columns = _parquet(path, limits) if parquet else _csv(path, limits)
+    suffix = path.suffix.lower()
+    if suffix in OTHER_SHEETS:
+        raise Unreadable(path, f"is a spreadsheet of a format that is not read ({suffix}): save it as .xlsx or as CSV")
+    if sheet and suffix not in EXCEL:
+        raise Unreadable(path, f'has no sheets, and sheet = "{sheet}" names one: leave it out')
+    if suffix in PARQUET:
+        columns = _parquet(path, limits)
+    elif suffix in EXCEL:
+        rows = read_sheet(path, sheet, limits)
+        columns = _named(path, rows[0] if rows else [], rows[1:])
+    else:
+        columns = _named(path, *_csv(path, limits))
     if not columns or not next(iter(columns.values())):
         raise Unreadable(path, "has no rows")
     return columns
@@ -57,7 +73,8 @@ def _text_of(path: Path, data: bytes) -> str:
             return data.decode("cp1252")
 
 
-def _csv(path: Path, limits: Limits) -> dict[str, list[str]]:
+def _csv(path: Path, limits: Limits) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the other rows of a CSV file."""
     data = read_whole(path, limits)
     if data[:2] == b"\x1f\x8b":
         data = inflate(path, data, limits.text_bytes, GZIP)
@@ -69,6 +86,11 @@ def _csv(path: Path, limits: Limits) -> dict[str, list[str]]:
         separator = max(SEPARATORS, key=first.count)
     with refusing(path, "is not a sound CSV table"):
         header, *lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    return header, lines
+
+
+def _named(path: Path, header: Sequence[str], lines: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Return rows as columns by name, without what has no content."""
     header = [name.strip() for name in header]
     lines = [line for line in lines if any(cell.strip() for cell in line)]
     while header and not header[-1] and all(len(line) < len(header) or not line[-1].strip() for line in lines):

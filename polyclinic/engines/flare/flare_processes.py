@@ -20,6 +20,10 @@ MODULES = {
 # Return the memory of large tensors to the system at once; glibc would otherwise raise its threshold and keep it.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_ARENA_MAX": "2"}
 MAX_LOG = 50 * 2**20
+STEADY = 300.0
+"""Seconds after which a process counts as running well."""
+MAX_PAUSE = 60.0
+"""Seconds before a process that keeps ending is started again, at most."""
 
 
 def start(kind: str, kit: Path, log: Path, **settings: str) -> subprocess.Popen[bytes]:
@@ -35,6 +39,36 @@ def start(kind: str, kit: Path, log: Path, **settings: str) -> subprocess.Popen[
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True, cwd=kit
         )
+
+
+class KeptProcess:
+    """A process that is started again when it has ended, after a pause that doubles with every crash.
+
+    Attributes:
+        crashes: How often it has ended since it last ran for ``STEADY`` seconds.
+    """
+
+    def __init__(self, begin: Callable[[], subprocess.Popen[bytes]], ended: Callable[[int, int], None]) -> None:
+        """``begin`` starts the process; ``ended`` receives the exit code and the number of crashes."""
+        self.crashes = 0
+        self._begin, self._ended = begin, ended
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+
+    def look(self) -> bool:
+        """Start the process if it does not run and the pause is over; return whether it was started."""
+        if self._process is not None:
+            if (code := self._process.poll()) is None:
+                if time.time() - self._started > STEADY:
+                    self.crashes = 0
+                return False
+            self.crashes += 1
+            self._process = None
+            self._ended(code, self.crashes)
+        if self.crashes and time.time() < self._started + min(MAX_PAUSE, 2.0**self.crashes):
+            return False
+        self._process, self._started = self._begin(), time.time()
+        return True
 
 
 def keep(what: str, module: str, home: Path, up: Callable[[], bool]) -> int:

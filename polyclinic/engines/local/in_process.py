@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from polyclinic.core.execution import Policy
@@ -28,6 +29,7 @@ class InProcess:
         policies: Mapping[str, Policy] | None = None,
         seed: int = 0,
         server_data: Mapping[str, Any] | None = None,
+        progress: Path | None = None,
     ) -> None:
         """Create the engine for ``sites``.
 
@@ -36,11 +38,13 @@ class InProcess:
             policies: Policies by site; a site without one allows everything.
             seed: Seed of the server's random generators.
             server_data: The server's own data by role, such as ``"public"`` images for distillation.
+            progress: Folder in which the progress of local training is recorded.
         """
         self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
         self._method, self._sites, self._policies = method, sites, policies or {}
         self._names = list(self.memory)
+        self._progress = progress
         self._queue: deque[tuple[Request, str]] = deque()
         self._last: tuple[Request | None, Sequence[str]] = (None, ())
 
@@ -61,7 +65,8 @@ class InProcess:
     def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
         while self._queue:
             request, name = self._queue.popleft()
-            done = work(self._method, request, self.memory[name], self._sites[name], self._policies.get(name))
+            site, policy = self._sites[name], self._policies.get(name)
+            done = work(self._method, request, self.memory[name], site, policy, self._progress)
             if done.reply is not None and deadline is not None and done.seconds > deadline:
                 yield Arrival(name, request.round, None, f"no answer within {deadline:g} s", done.seconds)
                 continue

@@ -71,6 +71,7 @@ class Workers:
         seed: int = 0,
         workers: int = 2,
         server_data: Mapping[str, Any] | None = None,
+        progress: Path | None = None,
     ) -> None:
         """Start the workers.
 
@@ -80,10 +81,11 @@ class Workers:
             seed: Seed of the server's random generators.
             workers: Number of processes. More than the number of CPU cores is slower.
             server_data: The server's own data by role, such as ``"public"`` images for distillation.
+            progress: Folder in which the progress of local training is recorded, one file per worker.
         """
         self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
-        self._given = (method, sites, dict(policies or {}))
+        self._given = (method, sites, dict(policies or {}), progress)
         self._numbers = {name: i for i, name in enumerate(self.memory)}
         self._folder = shared_memory.new_folder()
         self._queue: deque[_Job] = deque()
@@ -91,8 +93,8 @@ class Workers:
         self._asks = 0
         self._last: tuple[Request | None, Sequence[str]] = (None, ())
         self._workers: list[_Worker] = []
-        for _ in range(max(1, min(workers, len(sites)))):
-            self._workers.append(self._start())
+        for number in range(max(1, min(workers, len(sites)))):
+            self._workers.append(self._start(number))
 
     @property
     def sites(self) -> Sequence[str]:
@@ -151,12 +153,12 @@ class Workers:
         """Close the engine."""
         self.close()
 
-    def _start(self) -> _Worker:
+    def _start(self, number: int) -> _Worker:
         forks = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
         context: Any = multiprocessing.get_context("fork" if forks else "spawn")
         ours, theirs = context.Pipe()
         inherited = [*(worker.line for worker in self._workers), ours] if forks else []
-        process = context.Process(target=_serve, args=(theirs, inherited, *self._given), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, inherited, number, *self._given), daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -212,7 +214,7 @@ class Workers:
         worker.process.join()
         position = self._workers.index(worker)
         del self._workers[position]
-        self._workers.insert(position, self._start())
+        self._workers.insert(position, self._start(position))
 
     def _finished(self, job: _Job) -> None:
         for kind in ("memory", "reply", "kept"):
@@ -229,13 +231,15 @@ class Workers:
 def _serve(
     line: Connection,
     inherited: list[Connection],
+    number: int,
     method: Method[Any],
     sites: Mapping[str, Site],
     policies: Mapping[str, Policy],
+    progress: Path | None,
 ) -> None:
     """Serve requests in a worker process until the parent closes the pipe."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent handles both
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)  # the parent handles both
     torch.set_num_threads(1)
     for other in inherited:
         other.close()  # otherwise the pipes would not be reported as closed
@@ -244,9 +248,8 @@ def _serve(
             name, request, memory, reply, kept = json.loads(line.recv_bytes())
         except (EOFError, OSError):
             os._exit(0)
-        done = work(
-            method, shared_memory.view(Path(request)), shared_memory.view(Path(memory)), sites[name], policies.get(name)
-        )
+        asked, before = shared_memory.view(Path(request)), shared_memory.view(Path(memory))
+        done = work(method, asked, before, sites[name], policies.get(name), progress, number)
         lost = done.lost
         if done.reply is not None:
             try:

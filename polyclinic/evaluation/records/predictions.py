@@ -187,7 +187,10 @@ class Cases:
 def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
     """Return one case for each patient, as described in the module's docstring."""
     n = len(predictions)
-    ids, index = np.unique(predictions.patient, return_inverse=True)
+    ids, first, index = np.unique(predictions.patient, return_index=True, return_inverse=True)
+    if len(ids) == n and predictions.score is not None and predictions.target is not None:
+        target = np.asarray(predictions.target)[first]
+        return Cases(ids, predictions.score[first], target.astype(np.float64) if regression else target, {}, n)
     if predictions.score is None or predictions.target is None:
         values = {k: _mean_by(index, v, len(ids)) for k, v in _present(predictions.cases).items()}
         if "sliced" in predictions.cases:

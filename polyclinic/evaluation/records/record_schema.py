@@ -211,12 +211,22 @@ class StartInfo(_Line):
     numbers: int = 0
 
 
+class OwnMetricInfo(_Line):
+    """A metric of a package that the study names."""
+
+    name: str
+    label: str
+    higher_is_better: bool = True
+    unit: str = ""
+
+
 class RunInfo(_Line):
     """``run.json``. With ``folds``, each method has one run per seed and fold of patients or sites.
 
     ``training`` holds the settings of local training by method, with those of recipes; ``machines`` and ``attack``
     describe simulated machines and attacks, ``start`` the start weights, ``space`` where masks were compared,
-    ``compare`` the declared comparisons, ``inputs`` and ``outputs`` the shapes of the network.
+    ``compare`` the declared comparisons, ``metrics`` the metrics of packages, ``inputs`` and ``outputs`` the shapes of
+    the network.
     """
 
     name: str
@@ -245,6 +255,7 @@ class RunInfo(_Line):
     attack: dict[str, Any] = Field(default_factory=dict)
     start: StartInfo | None = None
     compare: tuple[ComparisonInfo, ...] = ()
+    metrics: tuple[OwnMetricInfo, ...] = ()
 
 
 Known = Annotated[

@@ -102,12 +102,12 @@ def find_parts(
             if lost := [n for n in names if not any(_among((n,), name) for name in known)]:
                 raise ConfigError(f"{part}: no tensor of the network is named {lost[0]}...; names are {known[:3]}, ...")
         if not head:
+            changed = set[str]()
             if other is not None:
                 with shapes(other) as larger:
                     changed = _changed(model, larger)
                 changed |= _between(calls, changed, outputs)
-            else:
-                changed = _last(calls, outputs)
+            changed = changed or _last(calls, outputs)  # none changes if the number of outputs is fixed
             if not changed:
                 raise ConfigError("the head cannot be found by its shape: name its tensors, such as head = ('fc.',)")
             head = _lifted(model, changed)

@@ -16,6 +16,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.tasks.image_quality import nmse, psnr, ssim
+from polyclinic.learning.tasks.own_metrics import value_of
 from polyclinic.learning.tasks.task import Task
 
 
@@ -43,7 +44,10 @@ class Reconstruction(Task):
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
         """Return ``psnr`` (dB), ``ssim`` and ``nmse`` of each image, [b]."""
-        return likeness(self.predict(model, batch[0]).float(), batch[1])
+        images = self.predict(model, batch[0]).float()
+        pairs = list(zip(images.cpu().numpy(), batch[1].cpu().numpy(), strict=True)) if self.metrics else []
+        own = {name: torch.tensor([value_of(name, *pair) for pair in pairs]) for name in self.metrics}
+        return likeness(images, batch[1]) | own
 
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Compute the mean scores; ``loss`` is the mean NMSE."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.tasks.lesions import Lesions, lesion_scores
+from polyclinic.learning.tasks.own_metrics import value_of
 from polyclinic.learning.tasks.segmentation_loss import supervised
 from polyclinic.learning.tasks.surface_distances import surfaces
 from polyclinic.learning.tasks.task import Task
@@ -173,7 +174,14 @@ class Segmentation(Task):
         found = agreement(
             labels, truth, classes, spacing, tolerance, full_metrics=full_metrics, counts=sliced, lesions=lesions
         )
-        return found | ({"sliced": torch.ones(len(labels), dtype=torch.uint8)} if sliced else {})
+        own = {name: self._own_values(name, labels, truth, classes) for name in self.metrics}
+        return found | own | ({"sliced": torch.ones(len(labels), dtype=torch.uint8)} if sliced else {})
+
+    def _own_values(self, name: str, labels: Tensor, truth: Tensor, classes: int) -> Tensor:
+        """Return the values of a package's metric for each case and foreground class, [b, K]."""
+        maps = zip(labels.cpu().numpy(), truth.cpu().numpy(), strict=True)
+        values = [[value_of(name, (p == k) & (t != IGNORED), t == k) for k in range(1, classes)] for p, t in maps]
+        return torch.tensor(values, dtype=torch.float64)
 
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Compute mean Dice over cases and classes, the fraction of empty predictions, and distances if present.

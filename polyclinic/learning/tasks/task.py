@@ -1,7 +1,8 @@
 """Interface of a task: a network, its loss, its outputs and their scores."""
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
@@ -12,6 +13,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_tree import Inspection, initial, inspect
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.own_metrics import value_of
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,11 @@ class Task(ABC):
 
     Attributes:
         network: Builds the model. Usually a ``Network``; any hashable callable that returns a module is allowed.
+        metrics: Names of metrics of packages, which are computed in addition to the task's own.
     """
 
     network: Network
+    metrics: tuple[str, ...] = field(default=(), kw_only=True)
 
     kind: ClassVar[str]
 
@@ -48,6 +52,18 @@ class Task(ABC):
     @abstractmethod
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Compute scores of one site's ``outputs``, by name. Undefined scores are omitted."""
+
+    def scores(self, outputs: Tree) -> dict[str, float]:
+        """Compute ``summary`` and the metrics of packages."""
+        own = {name: self._own_score(name, outputs) for name in self.metrics}
+        return self.summary(outputs) | {name: value for name, value in own.items() if math.isfinite(value)}
+
+    def _own_score(self, name: str, outputs: Tree) -> float:
+        if "score" in outputs:
+            return value_of(name, outputs["score"].double().numpy(), outputs["target"].numpy())
+        values = outputs[name].double()  # of each image and class
+        known = values.isfinite() & ~outputs["absent"].bool() if "absent" in outputs else values.isfinite()
+        return float(values[known].mean())
 
     def guess(self, score: Tensor) -> float:
         """Return the uninformed prediction that replaces non-finite entries of ``score`` [n, ...]."""

@@ -51,7 +51,7 @@ class Evaluated(MethodWrapper[State]):
             self.inner.prediction_task or self.task, params, site.data[role], site.device, verb == "predict"
         )
         if verb == "score":
-            scores = self.task.summary(results) | {"n": float(len(site.data[role]))}
+            scores = self.task.scores(results) | {"n": float(len(site.data[role]))}
             results = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
         return Reply({verb: PerSite({site.name: results})}), memory
 

@@ -34,6 +34,7 @@ from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
 from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable, seeded
 from polyclinic.learning.training.minibatches import Sampler
+from polyclinic.learning.training.step_progress import counted
 
 __all__ = ["DPSGD", "Spend", "Unit", "add_noise", "meter", "metered", "per_example_gradients"]
 
@@ -115,7 +116,7 @@ class DPSGD(LocalTraining):
         expected, deviation = spend.rate * len(members), self.noise * self.bound
         origin = {name: leaf.to(site.device) for name, leaf in start.items()} if self.penalty else start
         with seeded(site.rng(round, "train", role, slot), site.device):
-            for number in range(spend.steps):
+            for number in counted(range(spend.steps), spend.steps):
                 drawn = (rng.uniform(len(members)) < spend.rate).nonzero()[:, 0].tolist()
                 units = [members[i] for i in drawn]
                 with no_common_randomness():

@@ -15,6 +15,7 @@ from torch import Tensor
 from polyclinic.errors import ConfigError
 from polyclinic.learning.training import image_transforms as transforms
 from polyclinic.learning.training.image_transforms import happens, uniform
+from polyclinic.learning.training.own_augmentations import changed_by
 
 
 class Placement(NamedTuple):
@@ -38,6 +39,7 @@ class ImageAugmentation:
     Attributes:
         border: Whether values outside of the image are those of its nearest voxel, instead of 0. Masks are 0 there in
             both cases unless ``border``.
+        own: Names of augmentations of packages, which are applied last.
     """
 
     crop: transforms.Crop | None = None
@@ -54,6 +56,7 @@ class ImageAugmentation:
     color: transforms.Color | None = None
     mirror: transforms.Mirror | None = None
     border: bool = False
+    own: tuple[str, ...] = ()
 
     def place(self, size: tuple[int, ...], rng: torch.Generator, margin: bool = True) -> Placement:
         """Draw the geometry of a sample whose result has ``size``.
@@ -119,6 +122,8 @@ class ImageAugmentation:
         axes = [axis for axis in self.mirror_axes(len(size)) if self.mirror and happens(self.mirror.probability, rng)]
         if axes:
             x, y = x.flip([axis + 1 for axis in axes]), y.flip(axes) if mask else y
+        for name in self.own:
+            x, y = changed_by(name, x, y, rng)
         return x, y
 
     def mirror_axes(self, dims: int) -> tuple[int, ...]:
@@ -136,7 +141,7 @@ class ImageAugmentation:
         for name in TRANSFORMS:
             if (change := getattr(self, name)) is not None:
                 table[name] = {k: v for k, v in asdict(change).items() if v is not None and k != "inverted"}
-        return table | ({"border": True} if self.border else {})
+        return table | ({"border": True} if self.border else {}) | ({"own": list(self.own)} if self.own else {})
 
     def _intensities(self) -> Iterator[Any]:
         for name in INTENSITIES:
@@ -217,12 +222,13 @@ def augmentation_of(table: Mapping[str, Any]) -> ImageAugmentation:
     if recipe not in RECIPES:
         raise ConfigError(f'augmentation: no recipe is called "{recipe}"; there are {", ".join(RECIPES)}')
     found = RECIPES[recipe]
-    if unknown := table.keys() - {"recipe", "border", *TRANSFORMS}:
+    if unknown := table.keys() - {"recipe", "border", "own", *TRANSFORMS}:
         raise ConfigError(f"augmentation: there is no {sorted(unknown)[0]}; there are {', '.join(TRANSFORMS)}")
     for name, options in table.items():
         if name in TRANSFORMS:
             found = replace(found, **{name: _change(name, options, getattr(found, name))})
-    return replace(found, border=table["border"]) if "border" in table else found
+    found = replace(found, border=table["border"]) if "border" in table else found
+    return replace(found, own=tuple(table.get("own", ())))
 
 
 def _change(name: str, options: Mapping[str, Any], usual: Any) -> Any:

@@ -25,6 +25,7 @@ from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.image_augmentation import ImageAugmentation
 from polyclinic.learning.training.minibatches import Sampler, drawn, weights
 from polyclinic.learning.training.optimizers import SGD, Adam, Optimizer, current_memory
+from polyclinic.learning.training.step_progress import counted
 
 Loss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 Penalty: TypeAlias = Callable[[nn.Module, Tree], Tensor]
@@ -165,7 +166,7 @@ class LocalTraining:
         """
         single = hasattr(data, "draw") or self.augmentation is not None
         chunks = self._single(data, rng, compute) if single else (data[i] for i in self._order(data, rng))
-        for batch in chunks:
+        for batch in counted(chunks, self.count(data)):
             x, y = self.augment(batch, rng) if self.augment else batch
             yield _moved(x, device, compute), _moved(y, device)
 

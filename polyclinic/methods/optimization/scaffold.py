@@ -2,8 +2,9 @@
 
 Karimireddy, Kale, Mohri, Reddi, Stich and Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
 ICML 2020, Algorithm 1 with option II. https://arxiv.org/abs/1910.06378. All sites have equal weight, as in the paper,
-unless ``uniform`` is false: then the mean change of the model weighs a site by its training examples. Option II divides
-by the learning rate, so that training must use plain SGD.
+unless ``uniform`` is false: then a site weighs as many as its training examples in both means, of the models and of the
+control variates, so that c remains the mean of all c_i under the weights of the objective. Option II divides by the
+learning rate, so that training must use plain SGD.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Scaffold(SizeWeighted[State]):
         population: N, the number of sites in the federation.
         lr: η_g, the step size of the server.
         uniform: Whether all sites have equal weight, as in the paper, instead of in proportion to their training
-            examples. The control variates are averaged with equal weight in both cases.
+            examples.
     """
 
     task: Task
@@ -77,11 +78,16 @@ class Scaffold(SizeWeighted[State]):
         moved = tree.select(tree.sub(x, y), c.__contains__)
         distance = self.local.distance(request.round, self.local.count(data))  # K η_l
         c_new = tree.sub(tree.scale(moved, 1 / distance), drift)
-        reply = Reply({"update": self.update(y, x, site), "control": WeightedMean.of(tree.sub(c_new, c_i))})
-        return reply, {**memory, "control": c_new}
+        parts = {
+            "update": self.update(y, x, site),
+            "control": WeightedMean.of(tree.sub(c_new, c_i), self.site_weight(site)),
+        }
+        if not self.uniform:
+            parts["sites"] = WeightedMean.of({})  # its weight counts them
+        return Reply(parts), {**memory, "control": c_new}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        share = reply.mean("control").weight / self.population  # |S| / N
+        share = reply.mean("control" if self.uniform else "sites").weight / self.population  # |S| / N
         return State(
             state.round + 1,
             reply.mean("update").apply_to(state.params, self.lr),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from polyclinic.evaluation import calibration as cal
-from polyclinic.evaluation.net_benefit import NetBenefit, decision_curve, gain
+from polyclinic.evaluation.net_benefit import NetBenefit, decision_curve
 from polyclinic.evaluation.operating_points import OperatingPoint, operating_point
 from polyclinic.evaluation.records.predictions import Cases, as_cases
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
@@ -229,8 +229,8 @@ def _gains_by_site(page: ReportContext, first: MethodResult) -> Folded:
     rows: list[Row] = []
     for site in first.sites:
         if page.result.patients[site] >= page.result.options.min_cell:
-            estimates = [page.data.estimate(first.label, [site], gain(t), True) for t in shown]
-            rows.append({"site": site, **{f"t{t}": cell(e, 3, True) for t, e in zip(shown, estimates, strict=True)}})
+            curve = decision_curve(page.data, first.label, [site], shown)
+            rows.append({"site": site, **{f"t{p.threshold}": cell(p.gain, 3, True) for p in curve}})
     columns = words(site="Site") + numbers(**{f"t{t}": f"At threshold {t}" for t in shown})
     caption = f"Net benefit of the model minus the better of treating all and none, by site ({page.level}\u00a0CI)."
     return Folded("Net benefit at every site", [Table("net_benefit_by_site", caption, columns, rows)])

@@ -54,10 +54,12 @@ def _by_site(page: ReportContext) -> Iterator[Folded]:
     if page.first is None:
         return
     label, name, d = page.first.label, page.result.metric.name, page.digits
-    lines = {s: learning_curve(page.run, label, name, s) for s in training_sites(page.run)}
-    shown = {s: (c.rounds, c.values) for s, c in lines.items() if c.rounds}
-    if not 1 < len(shown) <= 12:
+    recorded = {s.site for s in page.run.curves if s.method == label}
+    sites = [s for s in training_sites(page.run) if s in recorded]
+    if not 1 < len(sites) <= 12:
         return
+    lines = {s: learning_curve(page.run, label, name, s) for s in sites}
+    shown = {s: (c.rounds, c.values) for s, c in lines.items() if c.rounds}
     title = page.title(label)
     alt = f"Validation {page.label} of {title} over rounds, one line for each site; first and last values in the table."
     picture = figures.curves("curves-sites", alt, shown, f"Validation {page.label}")

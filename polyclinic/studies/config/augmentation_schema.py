@@ -1,9 +1,12 @@
 """The table ``[augmentation]`` of a study file: a recipe, and single changes that replace the recipe's."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from polyclinic.core import extensions
+from polyclinic.core.config_problems import nearest
+from polyclinic.errors import ConfigError
 from polyclinic.learning.training.image_augmentation import TRANSFORMS, augmentation_of
 from polyclinic.studies.config.table_model import Table
 
@@ -101,8 +104,20 @@ class AugmentationSpec(Table):
     border: bool | None = None
     """Whether values outside of the image are those of its nearest voxel instead of 0; by default the recipe's."""
 
+    own: tuple[str, ...] | None = None
+    """Augmentations of installed packages, which are applied last."""
+
+    UNSET: ClassVar[frozenset[str]] = frozenset({"own"})
+
     @model_validator(mode="after")
     def _possible(self) -> "AugmentationSpec":
+        known = extensions.names("augmentations")
+        if unknown := [name for name in self.own or () if name not in known]:
+            there = ", ".join(known) or "none"
+            raise ConfigError(
+                f'no installed package provides an augmentation called "{unknown[0]}".{nearest(unknown[0], known)} '
+                f"There are {there}"
+            )
         augmentation_of(self._given())
         return self
 
@@ -111,4 +126,4 @@ class AugmentationSpec(Table):
         return augmentation_of(self._given()).to_table()
 
     def _given(self) -> dict[str, Any]:
-        return self.model_dump(exclude_none=True, include={"recipe", "border", *TRANSFORMS})
+        return self.model_dump(exclude_none=True, include={"recipe", "border", "own", *TRANSFORMS})

@@ -1,4 +1,4 @@
-"""The skeleton of a package that provides a network and a loss to studies, at one's own machine and at hospitals."""
+"""The skeleton of a package that provides a network, a loss, a metric and an augmentation to studies."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ build-backend = "hatchling.build"
 [project]
 name = "{name}"
 version = "0.1.0"
-description = "A network and a loss for Polyclinic."
+description = "A network, a loss, a metric and an augmentation for Polyclinic."
 requires-python = ">=3.11"
 dependencies = ["polyclinic"]
 
@@ -25,6 +25,12 @@ dependencies = ["polyclinic"]
 
 [project.entry-points."polyclinic.losses"]
 {name}-focal = "{module}.losses:focal"
+
+[project.entry-points."polyclinic.metrics"]
+{name}-kappa = "{module}.metrics:KAPPA"
+
+[project.entry-points."polyclinic.augmentations"]
+{name}-speckle = "{module}.augmentations:speckle"
 """
 NETWORKS = '''\
 """Networks."""
@@ -74,21 +80,65 @@ def focal(scores: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
     loss = F.cross_entropy(scores, target, reduction="none")
     return ((1 - (-loss).exp()) ** gamma * loss).mean()
 '''
+METRICS = '''\
+"""Metrics: functions of the predictions and targets of a site, NumPy arrays, that return one number."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from polyclinic.learning.tasks.own_metrics import OwnMetric
+
+
+def kappa(scores: NDArray[Any], target: NDArray[Any]) -> float:
+    """Return Cohen's kappa of class scores [n, C] and classes [n]; NaN if chance alone would always agree."""
+    predicted, classes = scores.argmax(1), np.arange(scores.shape[1])
+    agreement = float(np.mean(predicted == target))
+    chance = float(sum(np.mean(predicted == k) * np.mean(target == k) for k in classes))
+    return (agreement - chance) / (1 - chance) if chance < 1 else float("nan")
+
+
+KAPPA = OwnMetric(kappa, "Cohen's kappa")
+'''
+AUGMENTATIONS = '''\
+"""Augmentations: functions of an image [C, *spatial], its target and a generator that return image and target."""
+
+import torch
+from torch import Tensor
+
+
+def speckle(image: Tensor, target: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Multiply an image by noise with a standard deviation of up to a tenth, as in ultrasound."""
+    size = 0.1 * torch.rand((), generator=rng)
+    return image * (1 + size * torch.randn(image.shape, generator=rng)), target
+'''
 TESTS = '''\
 """The package fulfills the contract of a plug-in."""
 
-from polyclinic.testing import check_network
+import numpy as np
+from polyclinic.testing import check_augmentation, check_metric, check_network
 
+from {module}.augmentations import speckle
+from {module}.metrics import KAPPA
 from {module}.networks import NET
 
 
 def test_the_network() -> None:
     check_network(NET, (1, 32, 32), outputs=3)
+
+
+def test_the_metric() -> None:
+    scores = np.random.default_rng(0).dirichlet(np.ones(3), size=20)
+    check_metric(KAPPA, scores, np.arange(20) % 3)
+
+
+def test_the_augmentation() -> None:
+    check_augmentation(speckle, (1, 32, 32))
 '''
 README = """\
 # {name}
 
-A network and a loss for Polyclinic. Install it wherever a study runs that names them:
+A network, a loss, a metric and an augmentation for Polyclinic. Install it wherever a study runs that names them:
 
 ```console
 $ pip install -e . && pytest
@@ -98,6 +148,12 @@ $ pip install -e . && pytest
 [task]
 network = "{name}-net"
 loss = "{name}-focal"
+
+[evaluation]
+metrics = ["{name}-kappa"]
+
+[augmentation]
+own = ["{name}-speckle"]
 ```
 
 Between hospitals, every site installs the package and allows it in `policy.toml` (`[allow] packages`); `polyclinic site
@@ -122,9 +178,11 @@ def write_plugin(folder: Path) -> list[Path]:
     texts = {
         "pyproject.toml": PROJECT,
         "README.md": README,
-        f"{module}/__init__.py": '"""A network and a loss for Polyclinic."""\n',
+        f"{module}/__init__.py": '"""A network, a loss, a metric and an augmentation for Polyclinic."""\n',
         f"{module}/networks.py": NETWORKS,
         f"{module}/losses.py": LOSSES,
+        f"{module}/metrics.py": METRICS,
+        f"{module}/augmentations.py": AUGMENTATIONS,
         "tests/test_plugin.py": TESTS,
     }
     files = []

@@ -1,6 +1,6 @@
 """A first study of one's own data: sites, split, steps, network and methods that suit what was recognized."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +9,28 @@ from typing import Any
 import numpy as np
 
 from polyclinic.core.toml_text import inline
-from polyclinic.data.collection import FromFiles
+from polyclinic.data.collection import Collection, FromFiles, usual_patch
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import picture_of, read_case
+from polyclinic.data.formats.mask_labels import WHITE, label_problems, labels_in
 from polyclinic.data.formats.parsing import is_missing
 from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.quality.loading import built
-from polyclinic.data.quality.recognition import Question, Recognized
+from polyclinic.data.quality.recognition import MANY, Question, Recognized
 from polyclinic.data.source import Source, Table, slug
 from polyclinic.data.splits import official
 
 PATIENTS_PER_SITE = 10
+SMALLEST = 16
+"""The smallest side of volumes, which a network halves up to four times."""
 SAMPLE = 200
 INTERVALS, EVENTS_PER_INTERVAL = 10, 5
 """The most intervals of a first study of survival, and the events that each needs at least."""
+MOST_PIXELS = 2**29
+"""Pixels of all sampled images together, after which no more are read."""
+RARE = 0.05
+"""Share of masks that contain a label at least, to be declared as a class."""
 LARGEST = {2: 256, 3: 96}
 """The largest side of images of a first study, in pixels, by dimension."""
 
@@ -59,9 +67,8 @@ def new_study(recognized: Recognized, name: str, rounds: int = 20, sites: str = 
     why = list(recognized.why)
     data: dict[str, Any] = {**recognized.options, **_sites(table, sites, why)}
     data["split"] = _split(table, data, recognized.official, why)
-    shape, steps = _shape(source, why)
-    if steps:
-        data["steps"] = steps
+    shape, options = _shape(source, why)
+    data |= options
     task = _task(recognized.task, shape, table)
     network = task["network"]
     training: dict[str, Any] = {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "lr": 0.05}
@@ -135,60 +142,92 @@ def _split(table: Table, data: Mapping[str, Any], known: bool, why: list[str]) -
     return [0.6, 0.15, 0.25]
 
 
-def _shape(source: Source, why: list[str]) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
-    """Return the shape of inputs (C, *spatial), () for tables, and the steps that make all images alike."""
+def _shape(source: Source, why: list[str]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the shape of inputs (C, *spatial), () for tables, and the options that make all images alike."""
     if not isinstance(source, FromFiles):
         if not hasattr(source, "images"):
-            return (), []
-        return source.examples(source.table().ids[:1]).shape, []
-    entries = source.collection.entries
-    chosen = [entries[i] for i in np.unique(np.linspace(0, len(entries) - 1, min(SAMPLE, len(entries))).astype(int))]
-    shapes, real, problems = [], False, []
-    for entry in chosen:
+            return (), {}
+        return source.examples(source.table().ids[:1]).shape, {}
+    found = source.collection
+    pictures, problems = _sample(found)
+    if not pictures:
+        raise DataError(problems)
+    shapes = [tuple(picture.pixels.shape) for picture in pictures.values()]
+    shape, options = _alike(shapes, why)
+    masks = {name: labels_in(picture.mask) for name, picture in pictures.items() if picture.mask is not None}
+    if masks and not found.info.classes and found.labels is None:
+        options["steps"] = [*_labels(masks, why), *options.get("steps", [])]
+    sizes = [picture.spacing_mm for picture in pictures.values() if picture.spacing_mm is not None]
+    if len(shape) > 3 and sizes and (np.max(sizes, 0) > 1.2 * np.min(sizes, 0)).any():
+        why.append("voxel sizes differ: `polyclinic plan` plans resampling to a common size")
+    return shape, options
+
+
+def _sample(found: Collection) -> tuple[dict[str, Picture], list[str]]:
+    """Return some pictures at even distances in the collection, and why others cannot be read."""
+    pictures: dict[str, Picture] = {}
+    problems, count, last = [], min(SAMPLE, len(found.entries)), -1
+    for i in np.linspace(0, len(found.entries) - 1, count).astype(int).tolist():
+        entry = found.entries[i]
+        if i == last or sum(picture.pixels.numel() for picture in pictures.values()) > MOST_PIXELS:
+            continue
+        last = i
         try:
-            picture = picture_of(read_case(entry.images, entry.mask, source.collection.options, slices=entry.slices))
+            pictures[entry.id] = picture_of(read_case(entry.images, entry.mask, found.options, slices=entry.slices))
         except Unreadable as refusal:
             problems.append(f"{entry.id}: {refusal}")
-            continue
-        shapes.append(tuple(picture.pixels.shape))
-        real = real or len(picture.pixels.shape) > 3
-    if not shapes:
-        raise DataError(problems)
-    return _alike(shapes, real, why)
+    return pictures, problems
 
 
-def _alike(
-    shapes: Sequence[tuple[int, ...]], real: bool, why: list[str]
-) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
-    """Return the shape of inputs after the steps, and the steps."""
+def _labels(masks: Mapping[str, tuple[int, ...]], why: list[str]) -> list[dict[str, Any]]:
+    """Return the step that declares the labels of masks, if their values alone do not say which are classes.
+
+    A value in few masks may be a mistake: it is not declared, so that the study names it.
+    """
+    if not label_problems(masks):
+        return []
+    counts = Counter(label for labels in masks.values() for label in labels if label > 0)
+    values = [0, *sorted(label for label, count in counts.items() if count >= max(2, RARE * len(masks)))]
+    if WHITE in values or len(values) > MANY:
+        return []
+    listed = ", ".join(f"{label} in {counts[label]}" for label in values[1:])
+    why.append(f"labels of {len(masks)} masks: {listed}; the step relabel declares them")
+    return [{"step": "relabel", "values": values}]
+
+
+def _alike(shapes: Sequence[tuple[int, ...]], why: list[str]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the shape of inputs, and the options (``steps``, ``patch``) with which all images have it."""
     dimensions = max(len(shape) - 1 for shape in shapes)
     if any(len(shape) - 1 != dimensions for shape in shapes):
         raise DataError("some images are volumes and some are flat pictures: keep one kind in the folder")
     sizes = sorted({shape[1:] for shape in shapes})
     largest = max(max(size) for size in sizes)
-    steps: list[dict[str, Any]] = [{"step": "zscore"}] if real else []
+    steps: list[dict[str, Any]] = [{"step": "zscore"}] if dimensions > 2 else []
+    options: dict[str, Any] = {}
     size: list[int] = list(sizes[0])
-    if len(sizes) > 1 or largest > LARGEST.get(dimensions, 256):
+    small = dimensions > 2 and min(min(one) for one in sizes) < SMALLEST
+    if len(sizes) > 1 or small or largest > LARGEST.get(dimensions, 256):
+        count = f"images have {len(sizes)} sizes" if len(sizes) > 1 else "images have one size"
         if dimensions == 2:
             side = min(LARGEST[2], max(32, 2 ** int(np.log2(min(min(one) for one in sizes)))))
             steps.append({"step": "resize", "size": side})
             size = [side] * len(size)
+            why.append(f"{count}, up to {largest} pixels a side: the step resize is set")
         else:
-            size = [min(LARGEST[3], 8 * -(-max(one[i] for one in sizes) // 8)) for i in range(len(size))]
-            steps.append({"step": "crop_pad", "size": size})
-        count = f"{len(sizes)} sizes" if len(sizes) > 1 else "one size"
-        why.append(f"images have {count}, up to {largest} pixels a side: the step {steps[-1]['step']} is set")
+            options["patch"] = size = [min(LARGEST[3], max(SMALLEST, side)) for side in usual_patch(shapes)]
+            why.append(f"{count}, up to {largest} voxels a side: the network sees patches of {size}")
     channels = {shape[0] for shape in shapes}
     if len(channels) > 1:
         steps.append({"step": "channels"})
         why.append("some images are gray and some have colors: the step channels makes them alike")
-    return (max(channels), *size), steps
+    return (max(channels), *size), options | ({"steps": steps} if steps else {})
 
 
 def _task(kind: str, shape: tuple[int, ...], table: Table) -> dict[str, Any]:
     task: dict[str, Any] = {"kind": kind}
     if kind == "segmentation":
-        task |= {"network": "unet", "options": {"width": 8}}
+        deepest = {} if max(shape[1:]) >= 2 * SMALLEST else {"norm": "group"}  # one voxel has no instance statistics
+        task |= {"network": "unet", "options": {"width": 8, **deepest}}
     elif not shape:
         task |= {"network": "mlp"}
     else:

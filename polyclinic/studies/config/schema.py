@@ -342,18 +342,25 @@ class CompareSpec(Table):
         return self
 
 
+METRICS = (
+    *("auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse"),
+    *("c_index", "uno_c", "ibs"),
+)
+"""Metrics that can select the round."""
+
+
 class EvaluationSpec(Table):
     """How models are judged: every ``every`` rounds on validation data, and once on the test data.
 
     ``metric`` decides which round's model is tested, by its mean over sites (``select = "best"``); or the last is.
     """
 
-    metric: (
-        Literal["auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse"]
-        | Literal["c_index", "uno_c", "ibs"]
-        | None
-    ) = None
-    """The metric that selects the round and comes first in the report; by default one that fits the task."""
+    metric: str | None = None
+    """The metric that selects the round and comes first in the report: ``auc``, ``accuracy``, ``balanced_accuracy``,
+    ``loss``, ``dice``, ``mae``, ``rmse``, ``r2``, ``psnr``, ``ssim``, ``nmse``, ``c_index``, ``uno_c``, ``ibs`` or one
+    of a package; by default one that fits the task."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of installed packages that are computed in addition to those of the task."""
     interval: Annotated[int, Field(ge=1)] = 1
     """Validate each time after this number of rounds."""
     select: Literal["best", "last"] = "best"
@@ -381,7 +388,7 @@ class EvaluationSpec(Table):
     def unset(self) -> set[str]:
         """The keys without a value, which are no part of a study's hash."""
         lesions = ("lesions", "lesion_dilation", "lesion_smallest")
-        optional = ("space", *lesions, "patience", "compare", "subgroups")
+        optional = ("space", *lesions, "patience", "compare", "subgroups", "metrics")
         return {key for key in optional if getattr(self, key) in (None, ())}
 
     @property
@@ -389,6 +396,27 @@ class EvaluationSpec(Table):
         """The options of the task of segmentation that are set here."""
         keys = ("space", "lesions", "lesion_dilation", "lesion_smallest")
         return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+    @property
+    def own_metrics(self) -> tuple[str, ...]:
+        """The metrics of packages: ``metrics``, and ``metric`` if it is one."""
+        primary = () if self.metric is None or self.metric in METRICS else (self.metric,)
+        return tuple(dict.fromkeys((*self.metrics, *primary)))
+
+    @model_validator(mode="after")
+    def _known(self) -> "EvaluationSpec":
+        from polyclinic.core import extensions
+        from polyclinic.core.config_problems import nearest
+
+        known = extensions.names("metrics")
+        for name in self.own_metrics:
+            if name not in known:
+                of_packages = f"; installed packages provide {', '.join(known)}" if known else ""
+                raise ConfigError(
+                    f'no metric is called "{name}".{nearest(name, (*METRICS, *known))} There are '
+                    f"{', '.join(METRICS)}{of_packages}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _lesions(self) -> "EvaluationSpec":

@@ -16,6 +16,7 @@ from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import DataSpec
 from polyclinic.engines.policy.coverage import declared_problem, ways
 from polyclinic.errors import ConfigError, PolyclinicError
+from polyclinic.learning.tasks.own_metrics import own_metric
 from polyclinic.learning.weights import store
 from polyclinic.methods import registry as methods
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
@@ -94,6 +95,8 @@ class Study(Table):
     @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
+        if self.metric in self.evaluation.own_metrics:
+            return own_metric(self.metric).higher_is_better
         return self.metric not in ("loss", "mae", "rmse", "nmse", "ibs")
 
     @property
@@ -114,7 +117,14 @@ class Study(Table):
     @property
     def task_options(self) -> dict[str, Any]:
         """The options of the task that the study sets, with those under ``[evaluation]``."""
-        return {**self.task.settings, **self.evaluation.task_options}
+        own = {"metrics": list(self.evaluation.own_metrics)} if self.evaluation.own_metrics else {}
+        return {**self.task.settings, **self.evaluation.task_options, **own}
+
+    @property
+    def own_augmentations(self) -> tuple[str, ...]:
+        """The augmentations of packages that the study or one of its methods names."""
+        tables = (self.augmentation, *(method.augmentation for method in self.methods))
+        return tuple(dict.fromkeys(name for table in tables if table is not None for name in table.own or ()))
 
     def training_of(self, method: MethodSpec) -> dict[str, Any]:
         """The fields of ``LocalTraining`` for one method, with ``private`` and ``augmentation`` as tables."""

@@ -12,8 +12,10 @@ import torch
 from polyclinic import __version__
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, SiteSummary
+from polyclinic.evaluation.records.record_schema import OwnMetricInfo
 from polyclinic.learning.networks.fine_tuning import FineTuned
 from polyclinic.learning.networks.model_tree import frozen
+from polyclinic.learning.tasks.own_metrics import own_metric
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.weights import store
 from polyclinic.methods import registry
@@ -137,6 +139,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         **({"space": space_of(study, data)} if study.task.kind == "segmentation" else {}),
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,
+        **metric_facts(study),
         "data": {
             "title": data.info.title,
             "license": data.info.license,
@@ -164,6 +167,20 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         "training": {method.called: study.training_of(method) for method in study.methods},
         **start_facts(task),
     }
+
+
+def own_metrics(study: Study) -> list[OwnMetricInfo]:
+    """Return the metrics of packages that a study names."""
+    named = [(name, own_metric(name)) for name in study.evaluation.own_metrics]
+    return [
+        OwnMetricInfo(name=name, label=own.label or name, higher_is_better=own.higher_is_better, unit=own.unit)
+        for name, own in named
+    ]
+
+
+def metric_facts(study: Study) -> dict[str, Any]:
+    """Return the metrics of packages for ``run.json``; nothing if the study names none."""
+    return {"metrics": [entry.model_dump() for entry in own_metrics(study)]} if study.evaluation.own_metrics else {}
 
 
 def space_of(study: Study, data: Federated) -> Literal["native", "grid"]:

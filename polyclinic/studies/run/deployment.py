@@ -22,7 +22,7 @@ from polyclinic.evaluation.records.method_runs import arm_name
 from polyclinic.learning.tasks.survival import outputs_for
 from polyclinic.methods import registry
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.records.run_description import declared, environment, method_facts, start_facts
+from polyclinic.studies.records.run_description import declared, environment, method_facts, metric_facts, start_facts
 from polyclinic.studies.run.run_directory import write_tensors
 
 WHERE = ("use", "path", "kind", "sites", "external", "min_patients", "max_patients", "annotations", "public")
@@ -64,7 +64,7 @@ def method_runs(
             raise NotElsewhere(f"the study {what} ({key}), which it can on one machine only: take [{key}] out")
     if study.evaluation.patience is not None:
         raise NotElsewhere("the study ends baselines early (evaluation.patience), which it can on one machine only")
-    own = [study.task.network, study.task.loss or ""]
+    own = [study.task.network, study.task.loss or "", *study.evaluation.own_metrics, *study.own_augmentations]
     if here := [name for name in own if name.startswith(extensions.LOCAL)]:
         raise NotElsewhere(
             f"{here[0]} is known to the program that runs the study only: publish it as a package, which every site "
@@ -249,6 +249,7 @@ def _info(
         **({"space": study.evaluation.space or "native"} if study.task.kind == "segmentation" else {}),
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,
+        **metric_facts(study),
         "data": {"title": f"the data of {len(names)} hospitals", "notes": notes, "sites_are": "hospitals"},
         "sites": [_site(name, name in external, descriptions.get(name, {})) for name in names],
         "methods": [method_facts(method) for method in study.methods if method.called in labels],

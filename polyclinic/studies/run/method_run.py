@@ -21,12 +21,14 @@ from polyclinic.core.tree import Tree
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import Federated
 from polyclinic.data.splits import Fold
+from polyclinic.engines import step_file
 from polyclinic.engines.best_round import BestRound
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.virtual_time import Unequal
 from polyclinic.engines.local.worker_pool import Workers
 from polyclinic.engines.plan import build_method
 from polyclinic.engines.ray.site_actors import RaySites
+from polyclinic.evaluation.own_metrics import metrics_with
 from polyclinic.evaluation.site_scores import scores_on_test
 from polyclinic.learning.tasks.task_evaluation import evaluate
 from polyclinic.methods import registry
@@ -37,6 +39,7 @@ from polyclinic.studies.config.method_plan import POOLED
 from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.records import site_outliers
 from polyclinic.studies.records.checkpoint import Checkpoint
+from polyclinic.studies.records.run_description import own_metrics
 from polyclinic.studies.run import round_progress, run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.resolved_study import ResolvedMethod
@@ -104,6 +107,7 @@ class MethodRun:
                 engine.close()
         finally:
             (self.path / round_progress.NAME).unlink(missing_ok=True)
+            step_file.remove(self.path)
             self.folder.close()
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
@@ -227,10 +231,11 @@ class MethodRun:
         answers = evaluate(self.method, engine, best.state, self.tested, "predict/test")
         predictions = {site: {**outputs, **self._numbered(site, "test")} for site, outputs in answers.items()}
         scores: dict[str, float] = {}
+        table = metrics_with(self.study.task.kind, len(self.data.info.classes) or 2, own_metrics(self.study))
         for site, outputs in predictions.items():
             loss = self.method.task.summary(outputs).get("loss")
             arrays = {name: leaf.numpy() for name, leaf in outputs.items()}
-            metrics = scores_on_test(arrays, self.study.task.kind, len(self.data.info.classes) or 2)
+            metrics = scores_on_test(arrays, self.study.task.kind, table)
             metrics |= {} if loss is None else {"loss": loss}
             self._record("test", round=best.round, site=site, metrics=metrics, n=len(outputs["patient"]))
             if self.study.metric in metrics:
@@ -279,12 +284,12 @@ class MethodRun:
                 self.study.machines, self.method, sites, memory, policies, self.seed, held, clock
             )
         if chosen.kind == "in-process":
-            return InProcess(self.method, sites, memory, policies, self.seed, held)
+            return InProcess(self.method, sites, memory, policies, self.seed, held, self.path)
         if chosen.kind == "ray":
             recipe = self.plan.to_json()
             return RaySites(build_method, recipe, sites, memory, self.seed, chosen.workers, held, chosen.gpus)
         workers = chosen.workers or min(len(sites), cores())
-        return Workers(self.method, sites, memory, policies, self.seed, workers, held)
+        return Workers(self.method, sites, memory, policies, self.seed, workers, held, self.path)
 
     def _account(self, done: int) -> dict[str, dict[str, Any]]:
         """Record ε of each site so far, with its assumptions."""

@@ -228,3 +228,34 @@ def test_one_category_however_it_is_written(tmp_path: Path) -> None:
     assert source.names == ("c = 3", "c = 4")
     assert source.table().labels.tolist() == [1, 1, 1]  # type: ignore[union-attr]
     assert source.info.classes == ("0", "1", "2")
+
+
+def test_several_labels_are_columns_of_0_and_1(tmp_path: Path) -> None:
+    """A list of one column is one logit; none of the columns is a feature."""
+    text = "site,a,fibrosis,edema\n" + "".join(f"s,{i},{i % 2},{int(i > 4)}\n" for i in range(8))
+    path = written(tmp_path, text)
+    both, one = (FeatureTable(path, label=label) for label in (("fibrosis", "edema"), ("edema",)))
+    assert both.info.task == one.info.task == "multilabel"
+    assert both.info.classes == ("fibrosis", "edema")
+    assert both.names == ("a",)
+    assert one.names == ("a", "fibrosis")
+    found = both.examples(both.table().ids).targets
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[float(i % 2), float(i > 4)] for i in range(8)]
+    assert one.examples(one.table().ids).targets.shape == (8, 1)
+    assert both.texts(["row 3"])[0][1] == "1.0, 0.0"
+
+
+def test_several_labels_are_refused_if_they_are_not_0_to_1(tmp_path: Path) -> None:
+    path = written(tmp_path, "a,x,y\n1,0,2\n2,1,\n3,,1\n")
+    with pytest.raises(DataError) as found:
+        FeatureTable(path, label=("x", "y")).table()
+    assert "1 row with a y that is not 0 to 1 (row 2: '2')" in str(found.value)
+    assert "1 row without a y (row 3)" in str(found.value)
+    assert "1 row without a x (row 4)" in str(found.value)
+    with pytest.raises(DataError, match="label lists columns of 0 and 1, and threshold is for one column"):
+        FeatureTable(path, label=("x", "y"), threshold=0.0)
+    with pytest.raises(DataError, match="no column 'z'"):
+        FeatureTable(path, label=("x", "z")).table()
+    with pytest.raises(DataError, match="needs a label"):
+        FeatureTable(path, label=()).table()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from polyclinic.engines.flare.protocol import rpc
+from polyclinic.engines.flare.protocol import registration, rpc
 from tests.support.flare_deployment import Hospitals
 
 
@@ -28,9 +28,10 @@ def hospitals(shared_hospitals: Hospitals) -> Iterator[Hospitals]:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the server of an exchange in this process, a second passes whenever it looks at the clock.
+    """To the server of an exchange in this process, time passes only when it looks at the clock.
 
     A deadline therefore passes only for a site that never answers, however slow the machine is.
     """
-    seconds = count()
-    monkeypatch.setattr(rpc, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    looks, greetings = count(), count()
+    monkeypatch.setattr(rpc, "time", SimpleNamespace(monotonic=lambda: float(next(looks))))
+    monkeypatch.setattr(registration, "time", SimpleNamespace(monotonic=lambda: next(greetings) / 20))

@@ -22,6 +22,8 @@ def test_units_are_those_that_the_commands_print(role: str) -> None:
     assert not re.search(r"@[A-Z]+@", unit)
     for line in (
         "Restart=always",
+        "Type=notify",
+        "WatchdogSec=300",
         "NoNewPrivileges=yes",
         "ProtectSystem=strict",
         "UMask=0077",

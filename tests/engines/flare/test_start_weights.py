@@ -109,7 +109,7 @@ def test_training_processes_use_the_store_of_their_site(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(subprocess, "Popen", start)
     with pytest.raises(Stop):
-        training_process.TrainingProcess(tmp_path / "site", "run-1", tmp_path / "log", lambda: False)._start()
+        training_process.TrainingProcess(tmp_path / "site", "run-1", tmp_path / "log", lambda: False).warm()
     assert seen[WEIGHTS] == str(SiteFolder(tmp_path / "site").weights)
     assert store.VARIABLE == WEIGHTS
 

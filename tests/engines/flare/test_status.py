@@ -126,6 +126,11 @@ def test_what_is_done_is_told_while_its_process_lives(site: SiteFolder, capsys: 
     status = RunStatus(RunMemory(site.memory("run-1")).folder)
     with status.working(call()):
         assert "working  run-1: train of round 3, started" in said(site, capsys)
+        steps = {"site": "site-0", "round": 2, "job": "train", "done": 120, "total": 400}
+        (status.path.parent / "steps-0.json").write_text(json.dumps(steps))
+        assert "minibatch" not in said(site, capsys)  # of an earlier round
+        (status.path.parent / "steps-0.json").write_text(json.dumps({**steps, "round": 3}))
+        assert ", minibatch 120 of 400" in said(site, capsys)
         table = json.loads(status.path.read_text())
         status.path.write_text(json.dumps({**table, "birth": "1"}))  # kill -9
         assert "working" not in said(site, capsys)

@@ -44,7 +44,7 @@ def test_the_hazard_loss_is_nnet_survivals() -> None:
 
 def test_an_event_at_a_cut_is_in_the_interval_that_ends_there() -> None:
     """As in Kaplan and Meier's curve; times in whole months or years often equal a cut."""
-    logits, at = torch.full((1, 4), -2.0), torch.tensor([[5.0, 1.0]])
+    logits, at = torch.tensor([[-2.0, -1.0, 0.0, 1.0]]), torch.tensor([[5.0, 1.0]])
     just_before = hazard_loss(logits, at[:, 0] - 0.1, at[:, 1], torch.tensor(CUTS))
     assert torch.equal(hazard_loss(logits, at[:, 0], at[:, 1], torch.tensor(CUTS)), just_before)
 

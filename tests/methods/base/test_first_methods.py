@@ -214,3 +214,9 @@ def test_pooled_is_training_on_all_data_in_one_place(task: Classification, local
 def test_a_wrong_name_is_answered_with_a_near_one() -> None:
     with pytest.raises(UnknownMethod, match='Did you mean "fedprox"'):
         entry("fedproxx")
+
+
+def test_adagrad_has_no_first_moment_unless_it_is_set(task: Classification, local: LocalTraining) -> None:
+    setting = Setting(task, local, (), 2)
+    assert build("fedadagrad", setting) == FedOpt(task, local, "adagrad", beta1=0.0)
+    assert build("fedadagrad", setting, {"beta1": 0.9}) == FedOpt(task, local, "adagrad", beta1=0.9)

@@ -13,7 +13,7 @@ from tests.methods.optimization.test_feddyn import ETA, LOCAL, STEPS, TASK, F, g
 def test_scaffold_by_hand(present: int, population: int, lr: float, uniform: bool) -> None:
     """Algorithm 1 with option II: x moves by η_g times the mean change of S; c by |S|/N times the mean of theirs.
 
-    Unless all sites are equal, x moves by a mean that weighs sites by their examples; c does not.
+    Unless all sites are equal, both means weigh sites by their examples, so that c is the mean of all c_i.
     """
     sites = lines(present)
     x, c = TASK.first(0)["w"][0].double().numpy(), np.zeros(F)
@@ -30,7 +30,24 @@ def test_scaffold_by_hand(present: int, population: int, lr: float, uniform: boo
             controls[name] = new
         sizes = None if uniform else [len(site.data["train"]) for site in sites.values()]
         x = x + lr * np.average(moves, 0, sizes)
-        c = c + present / population * np.mean(turns, 0)
+        c = c + present / population * np.average(turns, 0, sizes)
     state = run(Scaffold(TASK, population, LOCAL, lr, uniform), sites)
     np.testing.assert_allclose(state.params["w"][0], x, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.control["w"][0], c, rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_by_examples_it_is_the_published_benchmark_code() -> None:
+    """FLamby keeps one correction for each site, ``c_i − c``, and adds ``(x⁺ − y_i) / (η_g K η_l)`` to it each round."""
+    sites = lines(3)
+    x, sizes = TASK.first(0)["w"][0].double().numpy(), [len(site.data["train"]) for site in sites.values()]
+    corrections, ends = {name: np.zeros(F) for name in sites}, dict.fromkeys(sites, x)
+    for _ in range(4):
+        for name, site in sites.items():
+            corrections[name] = corrections[name] + (x - ends[name]) / (STEPS * ETA)
+            y = x.copy()
+            for _ in range(STEPS):
+                y -= ETA * (gradient(y, site) - corrections[name])
+            ends[name] = y
+        x = x + np.average([y - x for y in ends.values()], 0, sizes)
+    state = run(Scaffold(TASK, 3, LOCAL, uniform=False), sites, rounds=4)
+    np.testing.assert_allclose(state.params["w"][0], x, rtol=1e-4, atol=1e-5)

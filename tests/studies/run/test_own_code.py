@@ -1,8 +1,7 @@
-"""A package with a network and a loss: written as a skeleton, installed, run, hashed, and refused unless allowed."""
+"""A package with a network, a loss, a metric and an augmentation: written as a skeleton, installed, run, hashed, and refused unless allowed."""
 
 import runpy
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,15 @@ from polyclinic.cli import run as commands
 from polyclinic.core import extensions
 from polyclinic.engines.policy.site_policy import parse as parse_policy
 from polyclinic.errors import ConfigError
+from polyclinic.evaluation import own_metrics
+from polyclinic.evaluation.records.run_reader import read_run
+from polyclinic.evaluation.run_evaluation import evaluate
 from polyclinic.learning.networks import architectures
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.own_loss import with_loss
 from polyclinic.methods.plugins import packages_in
+from polyclinic.report.report_builder import build_report
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.new_plugin import write_plugin
 from polyclinic.studies.config.study_config import parse
@@ -25,7 +28,8 @@ from polyclinic.studies.run.deployment import NotElsewhere, method_runs
 from polyclinic.studies.run.scheduler import run
 from tests.conftest import blobs
 from tests.studies.run.test_scheduler import npz
-from tests.support.local_deployment import order
+from tests.support.local_deployment import TRAINING, order
+from tests.support.plugin_package import installed
 
 STUDY = """\
 name = "own"
@@ -37,6 +41,10 @@ sites = "site"
 [task]
 network = "{network}"
 loss = "{loss}"
+[evaluation]
+metric = "{metric}"
+[augmentation]
+own = ["{augmentation}"]
 [training]
 batch_size = 8
 [engine]
@@ -48,59 +56,84 @@ name = "fedper"
 """
 
 
+def forget() -> None:
+    """Forget the packages that were found."""
+    for cache in (extensions._loaded, architectures._foreign, own_metrics._metric):
+        cache.cache_clear()
+
+
 @pytest.fixture
 def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The skeleton, installed as pip would, except that its files stay in place."""
-    extensions._loaded.cache_clear()
-    architectures._foreign.cache_clear()
+    forget()
     folder = tmp_path / "acme"
     write_plugin(folder)
-    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    info = folder / "acme-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    groups = project["entry-points"]
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items()]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    (info / "RECORD").write_text("".join(f"{info.name}/{name},,\n" for name in ("METADATA", "entry_points.txt")))
+    installed(folder)
     monkeypatch.syspath_prepend(str(folder))
     for name in [name for name in sys.modules if name == "acme" or name.startswith("acme.")]:
         monkeypatch.delitem(sys.modules, name)
     return folder
 
 
-def text(folder: Path, network: str = "acme-net", loss: str = "acme-focal") -> str:
-    return STUDY.format(path=npz(folder), network=network, loss=loss)
+PARTS = {"network": "acme-net", "loss": "acme-focal", "metric": "acme-kappa", "augmentation": "acme-speckle"}
+
+
+def text(folder: Path, **parts: str) -> str:
+    return STUDY.format(path=npz(folder), **{**PARTS, **parts})
 
 
 def test_the_skeleton_passes_its_own_tests(acme: Path) -> None:
-    runpy.run_path(str(acme / "tests" / "test_plugin.py"))["test_the_network"]()
+    tests = runpy.run_path(str(acme / "tests" / "test_plugin.py"))
+    for name in ("test_the_network", "test_the_metric", "test_the_augmentation"):
+        tests[name]()
     with pytest.raises(ConfigError, match="exists already"):
         write_plugin(acme)
     with pytest.raises(ConfigError, match="lowercase letters, digits and hyphens"):
         write_plugin(acme.parent / "Acme Net")
 
 
-def test_a_study_runs_with_the_network_and_the_loss_of_a_package(acme: Path, tmp_path: Path) -> None:
+def test_a_study_runs_with_the_parts_of_a_package(acme: Path, tmp_path: Path) -> None:
     written = text(tmp_path)
     for _ in run(parse(written), written, tmp_path / "run"):
         pass
     assert len(list((tmp_path / "run" / "arms").glob("*/model.safetensors"))) == 2
-    assert "acme.losses" in sys.modules
+    assert {"acme.losses", "acme.metrics", "acme.augmentations"} <= sys.modules.keys()
+    found = read_run(tmp_path / "run")
+    result = evaluate(found)
+    assert (result.metric.name, result.metric.label) == ("acme-kappa", "Cohen's kappa")
+    assert all(-1 <= scores.metrics["acme-kappa"] <= 1 for scores in found.curves)  # type: ignore[operator]
+    assert "Cohen&#39;s kappa" in build_report(tmp_path / "run").read_text(encoding="utf-8").replace("’", "&#39;")
+    # without the package, a run whose main metric it provides cannot be evaluated
+    next(acme.glob("*.dist-info")).joinpath("entry_points.txt").write_text("")
+    forget()
+    with pytest.raises(ConfigError, match="the metric 'acme-kappa' of the run own is of a package, or a program"):
+        evaluate(found)
 
 
 @pytest.mark.parametrize(
-    ("network", "loss", "message"),
-    [("acme-nett", "acme-focal", 'Did you mean "acme-net"'), ("cnn", "focal", "no installed package provides a loss")],
+    ("parts", "message"),
+    [
+        ({"network": "acme-nett"}, 'Did you mean "acme-net"'),
+        ({"loss": "focal"}, "no installed package provides a loss"),
+        ({"metric": "acme-kapa"}, 'no metric is called "acme-kapa". Did you mean "acme-kappa"'),
+        ({"augmentation": "speckle"}, 'no installed package provides an augmentation called "speckle"'),
+    ],
 )
-def test_unknown_names_are_refused(acme: Path, tmp_path: Path, network: str, loss: str, message: str) -> None:
+def test_unknown_names_are_refused(acme: Path, tmp_path: Path, parts: dict[str, str], message: str) -> None:
     with pytest.raises(BadStudy, match=message):
-        parse(text(tmp_path, network, loss))
+        parse(text(tmp_path, **parts))
     assert "acme" not in sys.modules
 
 
 @pytest.mark.parametrize(
-    "plan", [{"network": "acme-net", "network_options": {}}, {"task": {"loss": "acme-focal"}}], ids=["network", "loss"]
+    "plan",
+    [
+        {"network": "acme-net", "network_options": {}},
+        {"task": {"loss": "acme-focal"}},
+        {"task": {"metrics": ["acme-kappa"]}},
+        {"training": {**TRAINING, "augmentation": {"own": ["acme-speckle"]}}},
+    ],
+    ids=["network", "loss", "metric", "augmentation"],
 )
 def test_a_site_refuses_the_code_unless_its_policy_names_it(acme: Path, plan: dict[str, Any]) -> None:
     an = order(plan=plan)
@@ -149,7 +182,7 @@ def test_a_loss_returns_one_number() -> None:
 
 def test_parts_of_a_program_do_not_leave_it(tmp_path: Path) -> None:
     name = extensions.register("losses", "here", lambda scores, target: scores.mean())
-    study = parse(text(tmp_path, "cnn", name))
+    study = parse(text(tmp_path, network="cnn", loss=name, metric="auc").replace('own = ["acme-speckle"]', ""))
     with pytest.raises(NotElsewhere, match="local:here is known to the program that runs the study only"):
         method_runs(study, ["a", "b"])
 

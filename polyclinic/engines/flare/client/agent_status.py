@@ -7,8 +7,10 @@ PyTorch.
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from polyclinic.engines import step_file
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.client import site_setup
 from polyclinic.engines.flare.client.reviews import WAITING, Reviews
@@ -67,12 +69,20 @@ def runs(home: SiteFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         try:
             status = read_json(path)
             if status["doing"] and flare_processes.alive(status["pid"], status["birth"]):
-                doing.append({"run": path.parent.name, **status["doing"]})
+                doing.append({"run": path.parent.name, **status["doing"], **_steps(path.parent, status["doing"])})
             if status["problem"] and not (path.parent / "ended").exists():
                 problems.append({"run": path.parent.name, "problem": status["problem"], "since": status["since"]})
         except (SetupError, OSError, KeyError, TypeError):
             problems.append({"run": path.parent.name, "problem": f"{path} cannot be read", "since": 0.0})
     return doing, problems
+
+
+def _steps(folder: Path, doing: dict[str, Any]) -> dict[str, int]:
+    """Return ``done`` of ``total`` minibatches of the current work, if it has taken more than a second of training."""
+    for steps in step_file.read(folder):
+        if (steps["round"], steps["job"]) == (doing["round"], doing["job"]) and steps["total"] > 0:
+            return {"done": steps["done"], "total": steps["total"]}
+    return {}
 
 
 def keeper_problems(home: SiteFolder, up: bool) -> Iterator[str]:

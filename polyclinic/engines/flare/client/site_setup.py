@@ -13,7 +13,7 @@ from typing import Any
 
 from polyclinic import __version__
 from polyclinic.core.atomic import write_private
-from polyclinic.engines.flare import flare_processes, require
+from polyclinic.engines.flare import flare_processes, require, service_manager
 from polyclinic.engines.flare.client import proxies, run_archive
 from polyclinic.engines.flare.pki import certificate_authority as authorities
 from polyclinic.engines.flare.pki import provisioning, site_keys
@@ -200,23 +200,24 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Calla
     if stopped is None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ending.update(now=True))
-    process: subprocess.Popen[bytes] | None = None
-    crashes, start_time, started, tidied, notified = 0, 0.0, time.time(), 0.0, 0.0
+    started, tidied, notified = time.time(), 0.0, 0.0
     journal = SharedJournal(home.journal)
+
+    def begin() -> subprocess.Popen[bytes]:
+        flare_processes.end(home.kit)
+        who = {"uid": given["site"], "org": given["organization"]}
+        return flare_processes.start("site", home.kit, home.path / "site.log", **who)
+
+    def ended(code: int, crashes: int) -> None:
+        journal.write("FLARE's process ended", {"code": code, "crashes": crashes})
+
+    client = flare_processes.KeptProcess(begin, ended)
     journal.write("site started", {"pid": os.getpid(), "polyclinic": __version__})
     try:
         while not (stopped() if stopped else ending["now"]):
-            if process is None or process.poll() is not None:
-                if process is not None:
-                    crashes = 0 if time.time() - start_time > 300 else crashes + 1
-                    journal.write("FLARE's process ended", {"code": process.returncode, "crashes": crashes})
-                    process = None
-                if time.time() >= start_time + (min(60.0, 2.0**crashes) if crashes else 0):
-                    flare_processes.end(home.kit)
-                    organization = {"uid": given["site"], "org": given["organization"]}
-                    process = flare_processes.start("site", home.kit, home.path / "site.log", **organization)
-                    start_time = time.time()
-            _write_status(home, "up", started=started, crashes=crashes)
+            client.look()
+            _write_status(home, "up", started=started, crashes=client.crashes)
+            service_manager.tell(service_manager.READY, service_manager.ALIVE)
             if time.time() - tidied > TIDY_EVERY:
                 tidied = time.time()
                 for run_ in run_archive.retire(home):
@@ -226,6 +227,7 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Calla
                 notify()
             time.sleep(pause)
     finally:
+        service_manager.tell(service_manager.STOPPING)
         flare_processes.end(home.kit)
         flare_processes.end(home.path)
         _write_status(home, "stopped")

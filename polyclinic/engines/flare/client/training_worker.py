@@ -193,7 +193,7 @@ class Training:
                 "seconds": 0.0,
             }
         with contents() as summed:
-            done = work(self.method, request, memory, self.site, rules)
+            done = work(self.method, request, memory, self.site, rules, self.home.memory(self.order.run))
         if done.reply is None:
             return {"lost": _without_data(done.lost), "seconds": done.seconds}
         reply = coarse(done.reply, policy.limits.min_cell) if isinstance(rules, Paid) else done.reply

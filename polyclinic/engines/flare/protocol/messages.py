@@ -180,5 +180,5 @@ def _is_hash(text: str) -> bool:
 
 def printable(text: str, limit: int = 500) -> str:
     """Return ``text`` on one line, without characters that a terminal or a log would interpret."""
-    clean = "".join(c if c.isprintable() else "�" for c in text)
+    clean = "".join(c if c.isprintable() else "�" for c in text[: limit + 1])
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"

@@ -8,13 +8,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyclinic.core.plugin_packages import Package
-from polyclinic.core.syntax_hash import combined, hash_of_source
+from polyclinic.core.syntax_hash import combined
 from polyclinic.engines.flare.protocol.paths import SetupError, name
+from polyclinic.engines.flare.protocol.source_hashes import hashes_of
 from polyclinic.errors import ConfigError
 from polyclinic.methods.plugins import packages_in
 
@@ -330,12 +331,11 @@ def code_on_disk() -> str:
     Excludes names and places of files, comments and docstrings: see ``core.syntax_hash``.
     """
     package = Path(__file__).parents[3]
-    files = [path for part in COMPUTES for path in sorted((package / part).rglob("*.py"))]
-    stats = [(str(path), path.stat()) for path in files]
-    return combined(_hash_of(path, stat.st_ctime_ns, stat.st_size) for path, stat in stats)
+    files = [path for part in COMPUTES for path in (package / part).rglob("*.py")]
+    places = [(str(path), status.st_ctime_ns, status.st_size) for path in files for status in [path.stat()]]
+    if new := [place for place in places if place not in _hashes]:  # a file is reread only after a change
+        _hashes.update(zip(new, hashes_of([Path(place[0]).read_bytes() for place in new]), strict=True))
+    return combined(_hashes[place] for place in places)
 
 
-@lru_cache(maxsize=4096)
-def _hash_of(path: str, ctime_ns: int, size: int) -> str:
-    """Return the hash of one file, reread only after a change."""
-    return hash_of_source(Path(path).read_bytes())
+_hashes: dict[tuple[str, int, int], str] = {}

@@ -2,6 +2,7 @@
 
 import base64
 import fcntl
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core.audit_log import Journal
+
+log = logging.getLogger(__name__)
 
 
 class SharedJournal:
@@ -24,7 +27,9 @@ class SharedJournal:
         """Append an entry and return the new latest hash."""
         with self._locked() as journal:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
-            return journal.write(event, {"time": now, **(details or {})})
+            head = journal.write(event, {"time": now, **(details or {})})
+        log.info("%s", event, extra={"facts": dict(details or {})})
+        return head
 
     @property
     def head(self) -> str:

@@ -6,12 +6,12 @@ timeout.
 
 import json
 import os
-import subprocess
 import sys
+import time
 from pathlib import Path
-from select import select
 from typing import Any
 
+from polyclinic.engines.flare.line_process import Ended, LineProcess
 from polyclinic.errors import RunError
 
 PATIENCE = 40.0
@@ -26,8 +26,8 @@ class AdminConnection:
 
     def __init__(self, kit: Path, log: Path, patience: float = PATIENCE) -> None:
         """Use the coordinator's startup kit ``kit``; wait at most ``patience`` seconds for an answer."""
-        self.kit, self.log, self.patience = kit, log, patience
-        self._process: subprocess.Popen[bytes] | None = None
+        self.patience = patience
+        self._process = LineProcess(["-m", __name__, str(kit)], log)
 
     def sites(self) -> dict[str, float]:
         """Return the connected sites, each with the time of its last contact."""
@@ -56,38 +56,16 @@ class AdminConnection:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe:
-                    pipe.close()
-            self._process = None
+        self._process.close()
 
     def _execute(self, what: str, *arguments: str) -> Any:
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            with open(self.log, "ab") as log:
-                command = [sys.executable, "-m", "polyclinic.engines.flare.server.admin_api", str(self.kit)]
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-        process = self._process
+        end = time.monotonic() + self.patience
         try:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([what, *arguments]).encode() + b"\n")
-            process.stdin.flush()
-            line = b""
-            while not line.endswith(b"\n"):
-                assert process.stdout is not None
-                if not select([process.stdout], [], [], self.patience)[0]:
-                    raise NoAnswer(f"the server did not answer within {self.patience:g} s")
-                piece = os.read(process.stdout.fileno(), 2**16)
-                if not piece:
-                    raise NoAnswer("the connection to the server was closed")
-                line += piece
-        except (OSError, NoAnswer) as error:
-            self.close()
-            raise NoAnswer(str(error)) from None
-        good, value = json.loads(line)
+            good, value = self._process.exchange([what, *arguments], lambda: time.monotonic() > end)
+        except TimeoutError:
+            raise NoAnswer(f"the server did not answer within {self.patience:g} s") from None
+        except Ended as error:
+            raise NoAnswer(f"the connection to the server was closed ({error})") from None
         if not good:
             raise NoAnswer(value)
         return value

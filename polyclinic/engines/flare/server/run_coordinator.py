@@ -302,7 +302,7 @@ class RunCoordinator:
         if self.order.test == "predict/test":
             predictions = evaluate(self.method, federation, tested.state, federation.sites, "predict/test")
         for site, leaves in predictions.items():
-            metrics = self.method.task.summary(leaves)
+            metrics = self.method.task.scores(leaves)
             self._records.write("test", round=tested.round, site=site, metrics=metrics, n=len(leaves["patient"]))
         others = [site for site in federation.sites if site not in predictions]
         scored = evaluate(self.method, federation, tested.state, others, "score/test") if others else {}

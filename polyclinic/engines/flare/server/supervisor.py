@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core.atomic import write_private
-from polyclinic.engines.flare import flare_processes
+from polyclinic.engines.flare import flare_processes, service_manager
 from polyclinic.engines.flare.protocol import flare_job as jobs
 from polyclinic.engines.flare.protocol.paths import ServerFolder, read_toml
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
@@ -50,9 +50,6 @@ class Supervisor:
 
     home: ServerFolder
     stop: bool = False
-    _server: subprocess.Popen[bytes] | None = None
-    _started: float = 0.0
-    _crashes: int = 0
     _sites: dict[str, float] = field(default_factory=dict)
     _asked: float = 0.0
     _reinstated: dict[str, float] = field(default_factory=dict)
@@ -65,6 +62,7 @@ class Supervisor:
         self.notifier = Notifier(self.home.path)
         self.journal = SharedJournal(self.home.path / "journal.jsonl")
         self.console = AdminConnection(self.home.admin, self.home.path / "console.log")
+        self._server = flare_processes.KeptProcess(self._start_server, self._server_ended)
 
     def run(self, pause: float = 1.0) -> None:
         """Supervise until ``stop`` is set, and then end everything that was started."""
@@ -76,8 +74,10 @@ class Supervisor:
                 except OSError as error:  # such as a full disk: the write is retried
                     with suppress(OSError):  # the log is on the same disk
                         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                service_manager.tell(service_manager.READY, service_manager.ALIVE)
                 time.sleep(pause)
         finally:
+            service_manager.tell(service_manager.STOPPING)
             self.console.close()
             flare_processes.end(self.home.kit)
             self.journal.write("server stopped", {})
@@ -86,7 +86,7 @@ class Supervisor:
 
     def tick(self) -> None:
         """Check all processes and runs once."""
-        self._keep_server()
+        self._server.look()
         self._look_for_sites()
         study_runs.advance(self.home)
         entries = self.queue.all()
@@ -119,26 +119,15 @@ class Supervisor:
             print(self.notifier.problem, file=sys.stderr, flush=True)
         self._problem = self.notifier.problem
 
-    def _keep_server(self) -> None:
-        if self._server is not None and self._server.poll() is None:
-            if time.time() - self._started > 300:
-                self._crashes = 0
-            return
-        now = time.time()
-        if self._server is not None:
-            self._crashes += 1
-            self.journal.write(
-                "FLARE's server process ended", {"code": self._server.returncode, "crashes": self._crashes}
-            )
-            self._server = None
-        if now < self._started + min(60.0, 2.0**self._crashes) and self._crashes:
-            return
+    def _start_server(self) -> subprocess.Popen[bytes]:
         flare_processes.end(self.home.kit)
         self.console.close()
-        self._server = flare_processes.start(
-            "server", self.home.kit, self.home.path / "server.log", org=self.settings["organization"]
-        )
-        self._started, self._asked = now, 0.0
+        self._asked = 0.0
+        log, organization = self.home.path / "server.log", self.settings["organization"]
+        return flare_processes.start("server", self.home.kit, log, org=organization)
+
+    def _server_ended(self, code: int, crashes: int) -> None:
+        self.journal.write("FLARE's server process ended", {"code": code, "crashes": crashes})
 
     def _look_for_sites(self) -> None:
         if time.time() - self._asked < (5.0 if self._sites else 1.0):

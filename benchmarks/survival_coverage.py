@@ -1,7 +1,7 @@
 """Simulate the coverage of the intervals of survival metrics and the type-I error of their comparison.
 
 Run: ``python benchmarks/survival_coverage.py [repetitions]``. It prints the table of docs/explanation/evaluation.md, by
-the product's own functions. Times are Weibull with a log hazard x, 40 % of patients are censored; a model knows x with
+the product's own functions. Times are Weibull with a log hazard x, 27 % of patients are censored; a model knows x with
 noise. Two models are equally good, and share a part of their noise. The true values are those of 100,000 patients.
 """
 

@@ -4,6 +4,7 @@ copies.
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from polyclinic.data.quality.exact_duplicates import Duplicate
 from polyclinic.studies.records.run_description import _nearly_equal
 
 
-def hospitals(root: Path, copies: bool) -> dict[str, object]:
+def hospitals(root: Path, copies: bool) -> dict[str, Any]:
     """Thirty smooth pictures at each of two hospitals; with ``copies``, four of the first are at the second,
     brighter.
     """

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Needs = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+Needs = Literal["classification", "multilabel", "segmentation", "regression", "survival", "reconstruction"]
 Way = Literal["dp-sgd", "gaussian"]
 GLOBAL = "the global model"
 NOTHING = "nothing"

@@ -49,7 +49,7 @@ def plan(method: str, **training: Any) -> Plan:
         (1, 8, 8),
         2,
         method,
-        ("site-0", "site-1"),
+        ("site-0", "site-1", "site-2"),
         3,
         network_options=options,
         training=training,
@@ -62,11 +62,11 @@ def plan(method: str, **training: Any) -> Plan:
 def test_a_method_with_a_loop_of_ones_own_keeps_its_promises(name: str) -> None:
     assert registry.entry(name)
     method = plan(name, loop=pc.training(loop)).build_method()
-    check_method(method.inner, TASK.first(0), little_sites(count=2))
+    check_method(method.inner, TASK.first(0), little_sites())
 
 
 def test_one_step_on_all_examples_is_that_of_the_usual_training() -> None:
-    sites, params = little_sites(count=2), TASK.first(0)
+    sites, params = little_sites(), TASK.first(0)
     found = []
     for training in ({"loop": pc.training(whole)}, {"batch_size": 100, "lr": 0.05}):
         method = plan("fedavg", **training).build_method()
@@ -99,7 +99,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 def test_the_data_set_of_a_loop_is_one_of_pytorch() -> None:
     items = Items(blobs(0, 5, (4,)))
-    assert len(items) == len(list(items)) == 5
+    assert len(items) == 5
     assert torch.equal(items[-1][0], items[4][0])
     with pytest.raises(IndexError):
         _ = items[5]

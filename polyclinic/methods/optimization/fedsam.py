@@ -77,7 +77,7 @@ def fedsam(
         uniform: Whether all sites have equal weight. If false, ``over`` weights them as it does by default.
 
     Raises:
-        ConfigError: If the method takes training steps of its own, which this would not change, or perturbs weights too.
+        ConfigError: If the method takes training steps of its own, or perturbs weights too.
     """
     if over in FLAT:
         raise ConfigError(f'fedsam: over = "{over}" perturbs the weights itself: use it without fedsam')

@@ -57,7 +57,14 @@ def run(
     if address is not None:
         given |= {"engine.kind": "ray", "engine.address": address}
     text = text_of(study)
-    table_of(text, study, given)  # a file that is missing or not TOML is reported before PyTorch is loaded
+    table = table_of(text, study, given)  # a file that is missing or not TOML is reported before PyTorch is loaded
+    data = table.get("data")
+    if isinstance(data, dict) and data.get("plan") == "nnunet" and "scenarios" not in table:
+        from polyclinic.studies.run.case_planning import plan_beside
+
+        file, written = plan_beside(study, given)
+        given["data.plan"] = str(file)
+        progress.print(f"  [yellow]·[/yellow] {'made' if written else 'uses'} the plan {escape(str(file))}")
     from polyclinic.studies.config.scenarios import parse_all
 
     with document(json_) as emit:

@@ -1421,6 +1421,24 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model and its statistics, once, which the server sees site by site",
             private=("dp-sgd",),
         ),
+        Entry(
+            "fisher-merging",
+            "one_shot.fisher:FisherMerging",
+            "one message; each parameter is averaged with its Fisher information as weight",
+            "Matena and Raffel 2022",
+            "the change of the model, once, and the Fisher information of each parameter",
+            private=("gaussian",),
+            exposes="the Fisher information is computed from the data without noise",
+        ),
+        Entry(
+            "regmean",
+            "one_shot.regmean:RegMean",
+            "one message; linear layers are merged by regression on the sites' inputs",
+            "Jin et al. 2023",
+            "the change of the model, once, and the second moments of the inputs of its layers",
+            private=("gaussian",),
+            exposes="the second moments of layers' inputs are computed from the data without noise",
+        ),
     ),
 }
 

@@ -16,7 +16,7 @@ class Published:
     """The settings of one method in one experiment.
 
     Attributes:
-        source: The publication or file that states them, and for which data.
+        source: The paper or code that states them, and for which data.
         rounds: Number of rounds.
         options: Options of the method.
         training: Keys of ``[training]``.

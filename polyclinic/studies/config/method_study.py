@@ -1,4 +1,4 @@
-"""A method with its published settings in a new study, next to the baselines that it must exceed."""
+"""A method with its published settings in a new study, with the baselines that it must exceed."""
 
 from polyclinic.core.toml_text import inline
 from polyclinic.methods.published_settings import published

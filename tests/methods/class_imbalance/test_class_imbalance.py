@@ -1,6 +1,7 @@
 """Balanced softmax, FedLC, FedRoD, CCVR, FedNTD and FedDecorr against their steps, written again."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from tests.support.agreement import KINDS, agree, change, minibatches, place, re
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 
 
-def update(method, site, params, memory=None):
+def update(method: Any, site: Any, params: Any, memory: Any = None) -> Any:
     return method.site_update(method.request(method.init(params)), memory or {}, site)
 
 

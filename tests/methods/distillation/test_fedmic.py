@@ -1,5 +1,7 @@
 """Dual distillation: its limits, what travels, and who predicts."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from polyclinic.methods.registry import Setting, build
 from tests.conftest import little_sites
 
 
-def run(method, sites, params, rounds=2):
+def run(method: Any, sites: Any, params: Any, rounds: Any = 2) -> Any:
     engine = InProcess(method, sites)
     for step in train(method, engine, method.init(params), rounds=rounds):
         assert not step.lost
@@ -67,7 +69,7 @@ def test_the_teacher_predicts_and_the_student_where_there_is_none(
     request, predicts = method.evaluation_request(step.state), method.prediction_task or task
     x = sites["site-0"].data["test"].x
 
-    def say(of, params):
+    def say(of: Any, params: Any) -> Any:
         with torch.no_grad():
             return cached_model(of, params).eval()(x)
 

@@ -1,6 +1,7 @@
 """FedSM's soft pull by hand and its limits; its selector finds the scanner; unseen sites get the global model."""
 
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tests.conftest import blobs
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def run(method, params, sites, rounds):
+def run(method: Any, params: Any, sites: Any, rounds: Any) -> Any:
     federation, state = InProcess(method, sites), method.init(params)
     for step in train(method, federation, state, rounds=rounds):
         state = step.state

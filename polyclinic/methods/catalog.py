@@ -480,7 +480,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("segmentation",),
             stateful=True,
             exposes=NOT_BY_EXAMPLE,
-            fidelity="departs: the network is not the published one (multi_lcnet.py)",
+            fidelity="departs: the study's network with both added modules, instead of the published multi_lcnet.py",
         ),
         Entry(
             "fedproto",

@@ -187,8 +187,10 @@ def as_image(
     bounded = stored.dtype.kind in "bui" and stored.dtype.itemsize <= 2 and abs(slope) < 1e30 and abs(inter) < 1e30
     scaled = stored
     if (slope, inter) != (1.0, 0.0):  # 32-bit integers lose digits in float32 before scaling
-        scaled = np.multiply(stored, slope, dtype=np.float64 if stored.dtype.itemsize > 2 else np.float32)
-        scaled += inter
+        wide = np.float64 if stored.dtype.itemsize > 2 else np.float32
+        scaled = stored.astype(wide) if slope == 1 else np.multiply(stored, slope, dtype=wide)
+        if inter:
+            scaled += inter
     values = torch.from_numpy(scaled.astype(np.float32, copy=scaled is stored))
     if bounded:
         return values, ()

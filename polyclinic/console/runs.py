@@ -336,7 +336,7 @@ class _RunsWatcher:
             gone = [name for name, at in page.gone.items() if self._rows is not None and at > self._seen]
             if changed or gone or self._rows is None:
                 rows = [page.readers[name].summary() for name in changed if name in page.readers]
-                events.append(("rows", {"rows": rows, "gone": gone}))
+                events.append(("rows", {"rows": rows, "gone": gone, "whole": self._rows is None}))
             self._rows, self._seen = dict(page.changed), page.version
         if self.open:
             events += self._of_run(self.open.reader)

@@ -31,6 +31,8 @@ BUDGET = 0.1
 """Seconds that one look spends on the part of the journal that is behind."""
 LAST_ENTRIES, LAST_REPLIES = 80, 120
 CHECK, LEDGERS, POLICY, COUNT = "checks", "privacy ledgers", "policy check", "patients"
+ENDED = ("run ended", "memory deleted", "memory of an ended run removed", "memory of a silent run removed")
+"""Events of the journal after which a run is not running here."""
 READS = frozenset({"review", "count", "verify", "check"})
 
 
@@ -236,7 +238,7 @@ class SitePage:
         """Yield the approved runs that have begun and not ended."""
         for review in reviews:
             run, entry = review.what.run, self._last.get(review.what.run)
-            if review.state != APPROVED or entry is None or entry.get("event") in ("run ended", "memory deleted"):
+            if review.state != APPROVED or entry is None or entry.get("event") in ENDED:
                 continue
             links = read_json(self.home.path / "memory" / run / "chain.json", default={"links": []}).get("links", [])
             number = int(links[-1]["round"]) + 1 if links else 0

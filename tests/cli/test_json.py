@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cyclopts import App
+from pydicom.dataset import Dataset
 
 from polyclinic.cli import app, rendering
 from polyclinic.engines.flare.client.reviews import Reviews
@@ -17,7 +18,7 @@ from polyclinic.engines.flare.protocol.paths import ServerFolder
 from polyclinic.engines.flare.server.job_queue import FINISHED, Queue
 from polyclinic.learning.weights.store import VARIABLE
 from tests.studies.run.test_scheduler import npz
-from tests.support.image_files import Dataset, image, save
+from tests.support.image_files import image, save
 from tests.support.local_deployment import hospital, order
 from tests.support.synthetic_run import write_run
 

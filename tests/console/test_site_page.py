@@ -178,6 +178,23 @@ def test_what_left_is_added_up_by_kind(browser: Browser, home: SiteFolder) -> No
     assert left["rows"][0]["parts"] == {"update": "WeightedMean"}
 
 
+def test_a_run_is_running_until_its_journal_says_that_it_ended(browser: Browser, home: SiteFolder) -> None:
+    reviews = Reviews(home.reviews)
+    reviews.remember(reviews.subject("spots-survey"))
+    record_decision(home, "spots-survey", APPROVED, "IRB 26-114", "Anna Martin")
+    journal = SharedJournal(home.journal)
+    for events, running in (
+        (("asked", "answered"), ["spots-survey"]),
+        (("run ended",), []),
+        (("memory of an ended run removed",), []),
+        (("asked",), ["spots-survey"]),
+        (("memory of a silent run removed",), []),
+    ):
+        for event in events:
+            journal.write(event, {"run": "spots-survey"})
+        assert [one["run"] for one in browser.state()["running"]] == running
+
+
 def test_a_changed_line_of_the_journal_is_shown(browser: Browser, home: SiteFolder) -> None:
     journal = SharedJournal(home.journal)
     for number in range(5):

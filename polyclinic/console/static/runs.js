@@ -18,6 +18,7 @@ export function reset() {
 export function take(event, data) {
   if (event === "facts") house = data;
   if (event === "rows") {
+    if (data.whole) rows.clear(); // a new stream: what was deleted before it began is not among its rows
     data.gone.forEach((id) => { rows.delete(id); chosen.delete(id); });
     data.rows.forEach((row) => rows.set(row.id, row));
   }

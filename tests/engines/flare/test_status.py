@@ -4,6 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,9 @@ from nvflare.fuel.f3.cellnet.defs import CellChannelTopic, MessageHeaderKey, Ret
 from polyclinic.cli import app, server_status
 from polyclinic.cli import site_status as shown
 from polyclinic.engines.flare import flare_processes
-from polyclinic.engines.flare.client import agent_status, run_archive
+from polyclinic.engines.flare.client import agent_status, run_archive, site_setup
 from polyclinic.engines.flare.client.connection_log import Connection
-from polyclinic.engines.flare.client.run_memory import RunMemory
+from polyclinic.engines.flare.client.run_memory import Link, OldMessage, RunMemory
 from polyclinic.engines.flare.client.run_status import RunStatus
 from polyclinic.engines.flare.protocol.messages import VERSION, Call
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder, toml
@@ -100,7 +101,7 @@ def test_a_site_that_is_well_says_so(site: SiteFolder, capsys: pytest.CaptureFix
     ],
 )
 def test_what_is_wrong_is_told_and_counts(
-    make, says: str, site: SiteFolder, capsys: pytest.CaptureFixture[str]
+    make: Any, says: str, site: SiteFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(site)
     assert says in said(site, capsys)
@@ -255,6 +256,33 @@ def test_the_memory_of_an_ended_run_goes_and_a_replay_stays_refused(tmp_path: Pa
     body = tmp_path / "body"
     body.write_bytes(b"0")
     assert "replay" in agent.answer(last, body)[0].lost
+
+
+def test_the_memory_of_a_run_that_never_ended_goes_after_months_of_silence(tmp_path: Path) -> None:
+    home = SiteFolder(tmp_path)
+    for run in ("silent", "recent", "over"):
+        memory = RunMemory(home.memory(run))
+        memory.kept(3).write_text("state")
+        memory.add(Link(3, 0, "0" * 64, 1, "train", 10, "0" * 64, memory.kept(3).name, 0.1))
+        for path in memory.folder.iterdir():
+            os.utime(path, (0, 0))
+    run_archive.mark(home.memory("over"))
+    (home.memory("recent") / "status.json").write_text("{}")
+    (home.path / "memory" / "no folder").write_text("")
+    assert list(run_archive.retire_silent(home, 30.0)) == ["silent"]
+    assert list(run_archive.retire_silent(home, 30.0)) == []
+    assert {path.name for path in home.memory("silent").iterdir()} <= set(run_archive.FACTS)
+    assert home.memory("recent").joinpath("3.memory").exists()
+    with pytest.raises(OldMessage, match="replay"):
+        RunMemory(home.memory("silent")).settle(3, 3, 3)
+
+
+@pytest.mark.parametrize("days", [0, -1, "90", True, float("nan"), 10**9])
+def test_days_that_are_no_days_are_refused(days: object) -> None:
+    with pytest.raises(SetupError, match=r"site\.toml: memory_days"):
+        site_setup.memory_days({"memory_days": days})
+    assert site_setup.memory_days({"memory_days": 30}) == 30.0
+    assert site_setup.memory_days({}) == run_archive.SILENT_DAYS
 
 
 @pytest.mark.deploy

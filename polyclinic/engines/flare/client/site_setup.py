@@ -193,6 +193,7 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Calla
     """
     require()
     given = settings(home, joined=True)
+    days = memory_days(given)
     if is_up(home):
         raise SetupError(f"the site in {home.path} is already running (process {status(home)['pid']})")
     proxies.use(given.get("proxy", ""))
@@ -222,6 +223,8 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Calla
                 tidied = time.time()
                 for run_ in run_archive.retire(home):
                     journal.write("memory of an ended run removed", {"run": run_})
+                for run_ in run_archive.retire_silent(home, days):
+                    journal.write("memory of a silent run removed", {"run": run_})
             if time.time() - notified > NOTIFY_EVERY:
                 notified = time.time()
                 notify()
@@ -233,6 +236,18 @@ def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0, notify: Calla
         _write_status(home, "stopped")
         journal.write("site stopped", {})
         journal.close()
+
+
+def memory_days(given: Mapping[str, Any]) -> float:
+    """Return ``memory_days`` of site.toml: the days for which the state of a run without any message is kept.
+
+    Raises:
+        SetupError: If it is not a number of days.
+    """
+    days = given.get("memory_days", run_archive.SILENT_DAYS)
+    if isinstance(days, bool) or not isinstance(days, int | float) or not 1 <= days <= 36500:
+        raise SetupError(f"site.toml: memory_days is a number of days from 1 to 36500, not {days!r}")
+    return float(days)
 
 
 def stop(home: SiteFolder, patience: float = 30.0) -> bool:

@@ -20,13 +20,13 @@ from tests.support.console import Running, console
 pytestmark = pytest.mark.slow
 ATTACK = """
 async ([base, run, files]) => {
-  const told = {};
+  const found = {};
   const body = JSON.stringify({act: "delete", run, confirm: run});
   const attempt = async (name, path, options) => {
     try {
       const answer = await fetch(base + path, options);
-      told[name] = answer.type === "opaque" ? "opaque" : `${answer.status} ${await answer.text()}`;
-    } catch { told[name] = "refused"; }
+      found[name] = answer.type === "opaque" ? "opaque" : `${answer.status} ${await answer.text()}`;
+    } catch { found[name] = "refused"; }
   };
   await attempt("simple", "/api/act", {method: "POST", mode: "no-cors", body});
   await attempt("json", "/api/act", {method: "POST", headers: {"content-type": "application/json"}, body});
@@ -46,12 +46,12 @@ async ([base, run, files]) => {
   form.submit();
   const script = document.createElement("script");
   script.src = `${base}${files}/main.js`;
-  await new Promise((go) => { script.onload = () => { told.script = "loaded"; go(); }; script.onerror = () => { told.script = "refused"; go(); }; document.body.append(script); });
+  await new Promise((go) => { script.onload = () => { found.script = "loaded"; go(); }; script.onerror = () => { found.script = "refused"; go(); }; document.body.append(script); });
   const shown = document.createElement("iframe");
   await new Promise((go) => { shown.onload = go; shown.onerror = go; shown.src = base + "/#/"; document.body.append(shown); });
-  try { told.frame = String(shown.contentDocument?.body?.innerText); } catch { told.frame = "refused"; }
-  told.key = localStorage.getItem("polyclinic-key");
-  return told;
+  try { found.frame = String(shown.contentDocument?.body?.innerText); } catch { found.frame = "refused"; }
+  found.key = localStorage.getItem("polyclinic-key");
+  return found;
 }
 """
 
@@ -121,11 +121,11 @@ def test_a_page_of_another_origin_changes_and_learns_nothing(
     files = mine.evaluate("document.querySelector('script').getAttribute('src')").rpartition("/")[0]
     page = context.new_page()
     page.goto(f"http://{name}:{elsewhere}/")
-    told = page.evaluate(ATTACK, [running.base, run.path.name, files])
-    assert told.pop("key") is None
-    assert told.pop("frame") in ("refused", "null", "undefined", "")
-    assert told.keys() == {"simple", "json", "guess", "events", "metrics", "page", "script"}
-    assert set(told.values()) == {"refused"}
+    found = page.evaluate(ATTACK, [running.base, run.path.name, files])
+    assert found.pop("key") is None
+    assert found.pop("frame") in ("refused", "null", "undefined", "")
+    assert found.keys() == {"simple", "json", "guess", "events", "metrics", "page", "script"}
+    assert set(found.values()) == {"refused"}
     page.wait_for_timeout(1500)
     assert (run.path / "run.json").is_file()
     mine.reload()
@@ -145,7 +145,8 @@ def test_markup_in_every_name_stays_text_and_the_policy_of_the_page_holds(
     browser: Any, running: Running, elsewhere: int
 ) -> None:
     page, dialogs, asked = browser.new_page(), list[str](), list[str]()
-    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.on("dialog", lambda dialog: dialog.dismiss())
+    page.on("dialog", lambda dialog: dialogs.append(dialog.message))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{running.base}/#{running.token}")
     page.wait_for_selector("tbody tr")

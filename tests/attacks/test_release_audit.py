@@ -152,7 +152,7 @@ def test_every_method_that_is_not_covered_says_why() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), [(n, w) for n, line in METHODS.items() for w in line.private])
 def test_what_is_declared_covered_is_covered_at_all_sites(name: str, way: Way) -> None:
-    for kind in METHODS[name].tasks or ("classification", "multilabel", "regression"):
+    for kind in METHODS[name].tasks or ("classification", "multilabel", "regression", "survival"):
         if way == "dp-sgd" and kind == "segmentation":
             continue  # its loss cannot be taken example by example, which is reported
         found = audited(typical(name, way, kind), full=True)
@@ -418,6 +418,7 @@ def test_neighbors_differ_in_one_unit_and_nothing_else() -> None:
         "classification",
         "multilabel",
         "regression",
+        "survival",
         *(pytest.param(k, marks=pytest.mark.slow) for k in ("segmentation", "reconstruction")),
     ],
 )

@@ -46,6 +46,7 @@ QUICK = ("fedavg", "scaffold", "fedbn", "ditto", "mime", "fedmic", "feddg", "fed
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("POLYCLINIC_WEIGHTS", str(tmp_path / "weights"))
+    model_tree._cache.__dict__.clear()  # models of other tests would be taken for those of this one
     yield
     model_tree._cache.__dict__.clear()
 

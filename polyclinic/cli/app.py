@@ -106,6 +106,7 @@ for group, name, target, summary in (
     (_STUDIES, "predict", "models:predict", "Apply a run's model to new images."),
     (_STUDIES, "evaluate", "models:evaluate", "Evaluate a trained model on the data of a study, at each of its sites."),
     (_STUDIES, "explain", "results:explain", "Compute attribution maps of a run's model at every site."),
+    (_STUDIES, "pictures", "results:pictures", "Draw the best, median and worst test case of every site."),
     (_STUDIES, "export", "results:export", "Write a model for other tools: MONAI bundle, ONNX, torch.export."),
     (_LISTS, "methods", "catalog:methods_app", "List the federated methods, by the survey's taxonomy."),
     (_LISTS, "networks", "catalog:networks", "List the networks that a study can name."),

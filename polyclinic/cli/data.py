@@ -123,6 +123,22 @@ def _counts(counter: Counter[Any]) -> dict[str, int]:
     return {str(key): count for key, count in sorted(counter.items(), key=lambda item: str(item[0]))}
 
 
+@app.command
+def segments(file: Path, *, json_: Json = False) -> None:
+    """List the names in a DICOM segmentation or structure set, for `segments = [...]` in `[data]`.
+
+    Args:
+        file: A file of the modality SEG or RTSTRUCT.
+    """
+    from polyclinic.data.formats.dicom.segments import segments_of
+
+    with document(json_) as emit:
+        names = segments_of(file)
+        for number, name in names.items():
+            line(f"{number:>4}  {name}")
+        emit({"file": file, "segments": {str(number): name for number, name in names.items()}})
+
+
 def _plan_file(study: Path, out: Path | None, force: bool) -> Path:
     """Return the file to which the plan of ``study`` is written.
 

@@ -1,4 +1,4 @@
-"""``polyclinic compare``, ``plan-size``, ``panel``, ``export``, ``explain`` and ``track``: uses of finished runs."""
+"""Uses of finished runs: ``compare``, ``plan-size``, ``panel``, ``export``, ``explain``, ``pictures`` and ``track``."""
 
 import math
 from pathlib import Path
@@ -299,3 +299,23 @@ def explain(run_folder: Path, *, method: str = "", seed: int | None = None, json
                 "path": file,
             }
         )
+
+
+def pictures(run_folder: Path, *, method: str = "", seed: int | None = None, json_: Json = False) -> None:
+    """Draw the best, median and worst test case of every site, with outlines of truth and prediction, for the report.
+
+    For segmentation. The report then contains slices of patients: consider who receives it.
+
+    Args:
+        run_folder: A finished run, with its data still in place.
+        method: The method whose model is used; by default the main method of the report.
+        seed: The seed whose model is used; the first by default.
+    """
+    from polyclinic.studies.run.case_pictures import draw
+
+    with document(json_) as emit:
+        file, refused = draw(run_folder, method, seed)
+        for site, reason in refused.items():
+            line(f"    {site:<24} no pictures: {reason}")
+        done(f"{file}; polyclinic report {run_folder} shows them")
+        emit({"refused": refused, "path": file})

@@ -57,7 +57,14 @@ def run(
     if address is not None:
         given |= {"engine.kind": "ray", "engine.address": address}
     text = text_of(study)
-    table_of(text, study, given)  # a file that is missing or not TOML is reported before PyTorch is loaded
+    table = table_of(text, study, given)  # a file that is missing or not TOML is reported before PyTorch is loaded
+    data = table.get("data")
+    if isinstance(data, dict) and data.get("plan") == "nnunet" and "scenarios" not in table:
+        from polyclinic.studies.run.case_planning import plan_beside
+
+        file, written = plan_beside(study, given)
+        given["data.plan"] = str(file)
+        progress.print(f"  [yellow]·[/yellow] {'made' if written else 'uses'} the plan {escape(str(file))}")
     from polyclinic.studies.config.scenarios import parse_all
 
     with document(json_) as emit:
@@ -225,6 +232,7 @@ def new(
     uncertain: float | None = None,
     name: str | None = None,
     rounds: int = 20,
+    method: str | None = None,
     plugin: bool = False,
     force: bool = False,
     set_: Set = None,
@@ -253,6 +261,7 @@ def new(
         uncertain: The value of a label of -1 among several labels: 0 or 1.
         name: The name of the study; by default from the data's.
         rounds: The number of rounds.
+        method: Compare this method, with its published settings if they are known, with local, pooled and fedavg.
         plugin: Write a package into the folder FILE.
         force: Replace an existing file.
         set_: With --data, set one key of `[data]`, such as `--set data.fill=0`. May be given several times.
@@ -289,11 +298,11 @@ def new(
         if data is None:
             if answers or given:
                 raise ConfigError(f"--{next(iter(answers), 'set')} needs --data PATH")
-            atomic.write(file, template("study"))
+            atomic.write(file, _with_method(template("study"), method))
             line(f"wrote {file}")
             emit({"study": file})
         else:
-            emit({"study": file, **_new_of_data(file, data, answers, yes, name, rounds, given)})
+            emit({"study": file, **_new_of_data(file, data, answers, yes, name, rounds, method, given)})
     if not json_:
         hint(f"Next: polyclinic run {file}")
 
@@ -305,6 +314,7 @@ def _new_of_data(
     yes: bool,
     name: str | None,
     rounds: int,
+    method: str | None,
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write a study of the data at ``data``; return what was recognized, as JSON."""
@@ -321,8 +331,9 @@ def _new_of_data(
         answers = answers | _asked(recognized.questions)
         recognized = recognize(path, answers, given=given)
     study = new_study(recognized, name or study_name(str(path)), rounds)
-    study_config.parse(study.text, file)
-    atomic.write(file, study.text)
+    text = _with_method(study.text, method)
+    study_config.parse(text, file)
+    atomic.write(file, text)
     for reason in study.why:
         line(f"  {reason}")
     for question in study.questions:
@@ -333,6 +344,15 @@ def _new_of_data(
         "recognized": study.why,
         "assumed": {question.key: question.default for question in study.questions},
     }
+
+
+def _with_method(text: str, method: str | None) -> str:
+    """Return the study ``text`` with the baselines and ``method``, if one is given."""
+    if method is None:
+        return text
+    from polyclinic.studies.config.method_study import with_method
+
+    return with_method(text, method)
 
 
 def _asked(questions: Sequence[Any]) -> dict[str, Any]:

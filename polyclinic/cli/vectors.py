@@ -61,6 +61,7 @@ def merge(
     ties: float = 0.0,
     by_layer: bool = False,
     tune: int = 0,
+    dare: float = 0.0,
     study: Path | None = None,
     site: str = "",
     role: str = "val",
@@ -78,6 +79,7 @@ def merge(
         ties: Keep this share of each vector's largest entries and elect their signs (TIES); 0 adds the vectors.
         by_layer: Scale each layer of the sum to the mean norm of the sites' layers.
         tune: Passes over the restoration set at the end, at a tenth of the learning rate.
+        dare: Drop this share of each vector's entries at random and enlarge the others (DARE).
         study: A study file with the restoration set, which `site` and `role` select.
         site: The site of that study whose data are the restoration set.
         role: The part of that site's data: train, val or test.
@@ -89,7 +91,7 @@ def merge(
     with document(json_) as emit:
         common = vector_exchange.read_base(_existing(base, "the common model"))
         accepted = vector_exchange.accept(common, _files(vectors), load_keys(keys))
-        merging = Merging(scale, ties, by_layer, tune)
+        merging = Merging(scale, ties, by_layer, tune, dare)
         made = vector_exchange.merge(common, accepted, merging, out, _restoration(study, site, role))
         _show_merged(made, out)
         emit(_merged_json(made, out))

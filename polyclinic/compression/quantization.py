@@ -30,6 +30,7 @@ from polyclinic.compression.leaf_packing import (
     unpack,
     unpack_bits,
 )
+from polyclinic.core import low_rank
 from polyclinic.core.aggregates import WeightedMean
 from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
@@ -272,21 +273,12 @@ class LowRank(Codec):
 
     def energy(self, round: int) -> float:
         """Return ``T(t) = T_start + (t + 1) / R · (T_end − T_start)``, and T_end from round R on."""
-        return self.start + min((round + 1) / self.rounds, 1.0) * (self.end - self.start)
+        return low_rank.rising(self.start, self.end, self.rounds, round)
 
     def shrink(self, leaf: Tensor, rng: torch.Generator, round: int) -> Parts | None:
         """Return U·s and V of the least rank whose squared singular values have the required energy."""
-        if leaf.ndim < 2:
-            return None
-        rows, columns = leaf.shape[0], leaf[0].numel()
-        u, s, v = torch.linalg.svd(leaf.reshape(rows, columns).double(), full_matrices=False)
-        cumulative = s.square().cumsum(0)
-        # r = min k with Σ_{i ≤ k} s_i² ≥ T · Σ s_i²; never 0, and at most all if rounding hides the last
-        rank = min(len(s), int(torch.searchsorted(cumulative, self.energy(round) * cumulative[-1])) + 1)
-        if rank * (rows + columns) >= rows * columns:
-            return None
-        left, right = (u[:, :rank] * s[:rank]).to(leaf.dtype), v[:rank].to(leaf.dtype)
-        return {"left": left, "right": right.contiguous(), "shape": shape_tag(leaf)}
+        found = low_rank.factors(leaf, self.energy(round))
+        return None if found is None else {"left": found[0], "right": found[1], "shape": shape_tag(leaf)}
 
     def grow(self, parts: Parts) -> Tensor:
         """Multiply the factors: ``(U·s) V``."""

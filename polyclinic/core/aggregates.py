@@ -32,6 +32,12 @@ class WeightedMean:
         """Return the mean of the single ``value``."""
         return cls(tree.scale(value, weight), float(weight))
 
+    @classmethod
+    def of_own(cls, value: Tree, weight: float = 1.0) -> Self:
+        """Return the mean of the single ``value``, which is scaled in place: no one else may use it."""
+        tree.scale_(value, weight)
+        return cls(value, float(weight))
+
     @property
     def value(self) -> Tree:
         """``Σ w·x / Σ w``."""

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import ElementwiseMean, PerSite, PerSiteUniform, Reply, Stat, WeightedMean
+from polyclinic.core.aggregates import ElementwiseMean, PerSite, PerSiteUniform, Reply, Stat, WeightedMean, merge
 from polyclinic.core.method import Request
 from polyclinic.core.tree import Tree
 
@@ -67,14 +67,34 @@ class ReplyValidator:
         forms, the one whose leaves agree with the request is expected. ``before`` holds the figures of other sites'
         earlier replies, with which replies that arrive one by one are compared.
         """
-        reasons = {site: reason for site, reply in replies.items() if (reason := self._value(site, reply))}
+        return self._refuse(request, replies, before or {}, finite=False)
+
+    def merge(self, request: Request, replies: Mapping[str, Reply]) -> tuple[dict[str, str], Reply]:
+        """Return the sites that ``refuse`` names, and the sum of all other replies.
+
+        The sum of weighted means shows whether all of them are finite, which saves a pass over every reply.
+        """
+        means = all(type(stat) is WeightedMean for reply in replies.values() for stat in reply.parts.values())
+        alike = means and len({_form(reply) for reply in replies.values()}) == 1
+        total = merge(replies.values()) if alike else Reply()
+        finite = alike and all(tree.finite(leaves) for stat in total.parts.values() for leaves in stat.trees)
+        reasons = self._refuse(request, replies, {}, finite)
+        if not alike or reasons:
+            total = merge(reply for site, reply in replies.items() if site not in reasons)
+        return reasons, total
+
+    def _refuse(
+        self, request: Request, replies: Mapping[str, Reply], before: Mapping[str, Figures], finite: bool
+    ) -> dict[str, str]:
+        """Return the sites to refuse; ``finite`` says that all numbers of ``replies`` are known to be finite."""
+        reasons = {site: reason for site, reply in replies.items() if (reason := self._value(site, reply, finite))}
         forms = {site: _form(reply) for site, reply in replies.items() if site not in reasons}
         if len(set(forms.values())) > 1:
             counts = Counter(forms.values())
             agreed = max(forms.values(), key=lambda form: (counts[form], _agreement(form, request)))
             reasons |= {site: _difference(agreed, form) for site, form in forms.items() if form != agreed}
         figures = {site: self.figures(reply) for site, reply in replies.items() if site not in reasons}
-        everyone = {**(before or {}), **figures}
+        everyone = {**before, **figures}
         reasons |= {site: reason for site in figures if (reason := self._compared(site, everyone))}
         return dict(sorted(reasons.items()))
 
@@ -115,14 +135,14 @@ class ReplyValidator:
                     )
         return None
 
-    def _value(self, site: str, reply: Reply) -> str | None:
+    def _value(self, site: str, reply: Reply, finite: bool) -> str | None:
         for part, stat in reply.parts.items():
-            if reason := self._stat(site, stat):
+            if reason := self._stat(site, stat, finite):
                 return f"{part}: {reason}"
         return None
 
-    def _stat(self, site: str, stat: Stat) -> str | None:
-        for leaves in stat.trees:
+    def _stat(self, site: str, stat: Stat, finite: bool) -> str | None:
+        for leaves in () if finite else stat.trees:
             for name, leaf in leaves.items():
                 if not tree.finite_leaf(leaf):
                     return f"{name} contains NaN or infinity"

@@ -121,21 +121,20 @@ def train(
         asked = sorted(sampler(federation.sites, request.round) if request.recipients is None else request.recipients)
         federation.send(request, asked)
         arrivals = sorted(federation.replies(deadline), key=lambda a: a.site)  # one order of summation everywhere
-        step, usable = _collect(request, asked, arrivals, gate, state)
+        step, reply = _collect(request, asked, arrivals, gate, state)
         if (usable_count := len(asked) - len(step.lost)) < min_replies:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in step.lost.items())
             raise TooFewReplies(
                 f"round {request.round}: {usable_count} of {min_replies} required replies. {reasons}", step.lost
             )
-        reply = merge(usable.values())
         state = method.server_update(state, reply, federation.server)
         yield Step(state, request, reply, asked, step.lost, step.bytes_up, step.bytes_down, step.seconds)
 
 
 def _collect(
     request: Request, asked: Sequence[str], arrivals: Sequence[Arrival], gate: ReplyValidator, state: State
-) -> tuple[Step[State], dict[str, Reply]]:
-    """Divide the arrivals into usable replies and lost sites."""
+) -> tuple[Step[State], Reply]:
+    """Divide the arrivals into usable replies and lost sites, and merge the replies."""
     lost = dict.fromkeys(asked, "no answer in time")
     replies: dict[str, Reply] = {}
     among: dict[str, tuple[str, ...]] = {}
@@ -147,14 +146,13 @@ def _collect(
         elif arrival.site not in replies:  # an answer counts once
             replies[arrival.site] = arrival.reply
             among[arrival.site] = arrival.among or (arrival.site,)
-    refused = gate.refuse(request, replies)
-    usable = {site: reply for site, reply in replies.items() if site not in refused}
-    answered = {name for site in usable for name in among[site]}
+    refused, merged = gate.merge(request, replies)
+    answered = {name for site in replies if site not in refused for name in among[site]}
     lost = {site: refused.get(site, reason) for site, reason in lost.items() if site not in answered}
     up = {name: reply.nbytes for site, reply in replies.items() for name in among[site]}
     down = {site: request.nbytes(site) for site in asked}
     seconds = {arrival.site: arrival.seconds for arrival in arrivals}
-    return Step(state, request, Reply(), asked, lost, up, down, seconds), usable
+    return Step(state, request, merged, asked, lost, up, down, seconds), merged
 
 
 def train_async(

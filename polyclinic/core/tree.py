@@ -56,6 +56,12 @@ def scale(a: Tree, by: float) -> Tree:
     return {name: leaf * by for name, leaf in a.items()}
 
 
+def scale_(a: Tree, by: float) -> None:
+    """Compute ``a ← by · a`` in place."""
+    for leaf in a.values():
+        leaf.mul_(by)
+
+
 def lerp(a: Tree, b: Tree, share: float) -> Tree:
     """Return ``(1 - share) · a + share · b``."""
     return zip_with(lambda x, y: torch.lerp(x, y, share), a, b)
@@ -65,7 +71,13 @@ def shift(a: Tree, by: Tree, times: float = 1.0) -> Tree:
     """Return ``a + times · by``. ``by`` may have only some of the leaves of ``a``."""
     if unknown := by.keys() - a.keys():
         raise ValueError(f"cannot add to unknown leaves {sorted(unknown)[:5]}")
-    return {**a, **{name: a[name] + (step if times == 1.0 else step * times) for name, step in by.items()}}
+    return {**a, **{name: _shifted(a[name], step, times) for name, step in by.items()}}
+
+
+def _shifted(leaf: Tensor, step: Tensor, times: float) -> Tensor:
+    if times == 1.0 or step.dtype != leaf.dtype or step.shape != leaf.shape:
+        return leaf + (step if times == 1.0 else step * times)
+    return (step * times).add_(leaf)  # the same bits with one tensor less
 
 
 def zeros(a: Tree) -> Tree:

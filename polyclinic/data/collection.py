@@ -219,6 +219,8 @@ class Collection:
         """The names of the classes; unnamed mask values are numbered."""
         if self.info.classes or self.info.task != "segmentation" or "labels" not in self._facts:
             return self.info.classes
+        if self.options.segments:
+            return ("background", *self.options.segments)
         return ("background", *(f"label {i}" for i in range(1, max(self._facts["labels"], default=0) + 1)))
 
     @cached_property
@@ -361,6 +363,8 @@ class Collection:
         if self.info.classes:
             return tuple(range(len(self.info.classes)))
         relabel = [step for step in self.steps if isinstance(step, Relabel)]
+        if self.options.segments and not relabel:
+            return tuple(range(len(self.options.segments) + 1))
         return tuple(sorted({*(relabel[-1].to or range(len(relabel[-1].values)))})) if relabel else None
 
     @property
@@ -433,6 +437,8 @@ class FromFiles:
             of DICOM slices from even steps; 1 % of the voxel size if not given.
         regions: For masks of several channels (one-hot, or overlapping regions): the label of each channel, in the
             order in which they are painted.
+        segments: For masks in DICOM segmentations (SEG) and structure sets (RTSTRUCT): the names of the segments that
+            become labels 1, 2, ..., such as ``["Liver", "Tumor*"]``; later ones are painted over earlier ones.
         ignore: Mask value of pixels without annotation, which loss and metrics leave out.
         bits: Significant bits of 16-bit pictures, such as 12; 0 if all are used.
         patch: Shape of the part of an image that the network sees, one number per axis. With it, images may differ in
@@ -443,6 +449,7 @@ class FromFiles:
     fill: float | None = None
     geometry_tolerance_mm: float | None = None
     regions: tuple[int, ...] = ()
+    segments: tuple[str, ...] = ()
     ignore: int | None = None
     bits: int = 0
     patch: tuple[int, ...] = ()
@@ -459,7 +466,8 @@ class FromFiles:
         """How files are read."""
         series: Mapping[str, str] = getattr(self, "series", {})
         limits = PATCHED if self.patch else LIMITS
-        return ImageOptions(self.fill, self.geometry_tolerance_mm, self.regions, self.bits, series, limits)
+        how = (self.fill, self.geometry_tolerance_mm, self.regions, self.bits, series, limits)
+        return ImageOptions(*how, segments=self.segments)
 
     def made(
         self,

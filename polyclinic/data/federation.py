@@ -3,7 +3,8 @@
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from polyclinic.data.fingerprint.case_rows import CaseRows, case_rows
 from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Numbered
 from polyclinic.data.formats.column_roles import missing_at, named_column, no_column
 from polyclinic.data.partition import Divided
+from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
 from polyclinic.data.quality.near_duplicates import near_duplicate_notes, near_duplicates
 from polyclinic.data.simulation.simulated_scanners import Scanner, badge
@@ -49,6 +51,7 @@ class Federated:
         duplicates: Equal inputs anywhere in the federation.
         notes: Further sentences for the reader of a report.
         public: Public images without targets, identical at all sites and the server.
+        statistics: For tables, the statistics with which each site's rows are filled and scaled.
     """
 
     sites: Mapping[str, Mapping[str, Dataset]]
@@ -60,6 +63,7 @@ class Federated:
     duplicates: tuple[Duplicate, ...] = ()
     notes: tuple[str, ...] = ()
     public: Dataset | None = None
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,7 +136,13 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         copies,
         (*source.info.notes, *notes, *more),
         public,
+        {site: fit for site, reader in readers.items() if isinstance(fit := _statistics(reader), Statistics)},
     )
+
+
+def _statistics(reader: Source) -> Any:
+    """Return the statistics of a reader of a table; of others anything else."""
+    return getattr(reader, "statistics", None)
 
 
 def fingerprint_of(spec: DataSpec, seed: int, fold: Fold | None, source: Source) -> str:

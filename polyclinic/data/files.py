@@ -17,6 +17,7 @@ from polyclinic.data.archives import ENDINGS, unpack
 from polyclinic.data.cache import folder
 from polyclinic.data.examples import DataError
 from polyclinic.data.formats.dicom.file import looks_like_dicom
+from polyclinic.data.formats.dicom.segments import read_segments
 from polyclinic.data.formats.dicom.series import SELECTORS, Series, read_dicom, read_series
 from polyclinic.data.formats.grids import GridMismatch, matched
 from polyclinic.data.formats.mask_labels import single_map
@@ -133,6 +134,7 @@ class ImageOptions:
         bits: Significant bits of 16-bit pictures, such as 12; 0 for all.
         series: Selection of DICOM series in a folder, by the keys of ``SELECTORS``.
         limits: Limits on a file.
+        segments: For masks in DICOM segmentations and structure sets: the names of the segments of labels 1, 2, ...
     """
 
     fill: float | None = None
@@ -141,6 +143,7 @@ class ImageOptions:
     bits: int = 0
     series: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = LIMITS
+    segments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
@@ -160,7 +163,8 @@ class ImageOptions:
     @property
     def key(self) -> tuple[object, ...]:
         """Everything that affects what is read, for a fingerprint."""
-        return self.fill, self.geometry_tolerance_mm, self.regions, self.bits, sorted(self.series.items())
+        own = (self.segments,) if self.segments else ()
+        return self.fill, self.geometry_tolerance_mm, self.regions, self.bits, sorted(self.series.items()), *own
 
 
 OPTIONS = ImageOptions()
@@ -284,6 +288,10 @@ def read_mask(
         if array.ndim > SPATIAL - 1:
             raise Unreadable(path, "is a color picture, not a mask of labels")
         return _plain_picture(as_mask(path, array), "label"), notes
+    if kind_of(path) == ".dcm" or (not kind_of(path) and looks_like_dicom(path)):
+        segments = read_segments(path, image, options.segments, options.limits, options.geometry_tolerance_mm)
+        if segments is not None:
+            return segments, ()
     volume = _read_volume(path, kind_of(path), True, options)
     if volume.units != "label":  # DICOM
         volume = replace(volume, array=as_mask(path, volume.array.numpy()), units="label", full_scale=None)

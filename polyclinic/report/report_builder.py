@@ -18,10 +18,12 @@ from polyclinic.report.model_card import model_card
 from polyclinic.report.page_blocks import Pair, Section, Text, tables_of
 from polyclinic.report.sections.clinical import task_section
 from polyclinic.report.sections.communication import leaving_section
+from polyclinic.report.sections.discrimination import discrimination_section
 from polyclinic.report.sections.explained import explained_section
 from polyclinic.report.sections.highlights import findings, in_short
 from polyclinic.report.sections.learning_curves import curves_section
 from polyclinic.report.sections.personal_benefit import gains_section
+from polyclinic.report.sections.pictured_cases import cases_section
 from polyclinic.report.sections.privacy_section import privacy_section
 from polyclinic.report.sections.provenance import checklist_section, data_section, reproduce_section
 from polyclinic.report.sections.simulated_attacks import hostile_section
@@ -89,7 +91,9 @@ def sections_of(page: ReportContext) -> list[Section]:
         kept_section(page),
         gains_section(page),
         curves_section(page),
+        discrimination_section(page),
         task_section(page),
+        cases_section(page),
         subgroups_section(page),
         explained_section(page),
         hostile_section(page),

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
 from polyclinic.statistics.undefined import Array, Ints, Undefined
 
@@ -119,6 +118,8 @@ def delong_parts(
 @lru_cache(maxsize=4096)  # many small sites are alike
 def newcombe(auc: float, positives: int, negatives: int, level: float = 0.95) -> tuple[float, float]:
     """Return the limits by Newcombe's method 5: the AUCs θ with ``|auc − θ| ≤ z √V(θ)``, V by ``auc_variance``."""
+    from scipy.special import ndtri  # processes that train do not need SciPy
+
     theta = np.linspace(0.0, 1.0, 20001)
     z = float(ndtri(0.5 + level / 2))
     inside = theta[np.abs(auc - theta) <= z * np.sqrt(auc_variance(theta, positives, negatives)) + 1e-12]

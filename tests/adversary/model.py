@@ -20,7 +20,7 @@ from polyclinic.core.aggregates import Reply
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.adversary.server import Got, Sum
 
-EVALUATIONS = ("score", "predict", "explain")
+EVALUATIONS = ("score", "predict", "explain", "show")
 SIZES = {"inputs": [4], "outputs": 2}
 
 

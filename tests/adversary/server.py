@@ -363,7 +363,7 @@ class HostileServer:
         """
         honest = self.request
         job = honest.job if job is None else job
-        evaluates = job.partition("/")[0] in ("score", "predict", "explain")
+        evaluates = job.partition("/")[0] in ("score", "predict", "explain", "show")
         sent = dict(honest.trees if trees is None else trees)
         if model is not None:
             sent["params"] = model

@@ -18,7 +18,7 @@ from tests.adversary.site import Attack, End, Said, far, run, same_model, weight
 
 pytestmark = pytest.mark.usefixtures("looks")
 EVIL = "site-1"
-ONE = {"rounds": 1, "deadline": 100.0}
+ONE: dict[str, Any] = {"rounds": 1, "deadline": 100.0}
 
 
 def attacked(root: Path, attack: Attack, kinds: tuple[str, ...] = ("do",), **how: Any) -> tuple[End, Tree]:

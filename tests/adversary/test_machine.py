@@ -29,11 +29,11 @@ NOISE, DELTA = 4.0, 1e-3
 SHRINKING = 60  # seconds in which a shorter example is looked for, instead of 300
 BUDGET = f'\n[privacy]\nepsilon = 2.0\ndelta = {DELTA}\nunit = "site"\n'
 HIDDEN = [{"name": "clip", "bound": 1.0}, {"name": "gaussian", "multiplier": NOISE}]
-OPEN = LENIENT.replace('never = ["predict/*"]', "never = []").replace('"describe"]', '"describe", "predict"]')
+OPEN = LENIENT.replace('never = ["predict/*", "show/*"]', "never = []").replace('"describe"]', '"describe", "predict"]')
 POLICIES = {
     "usual": LENIENT,
     "open": OPEN,
-    "no scores": LENIENT.replace('never = ["predict/*"]', 'never = ["predict/*", "score/*"]'),
+    "no scores": LENIENT.replace('never = ["predict/*", "show/*"]', 'never = ["predict/*", "score/*", "show/*"]'),
     "secure": LENIENT.replace("secure = false", "secure = true"),
     "four sites": LENIENT.replace("min_sites = 3", "min_sites = 4"),
     "few bytes": LENIENT.replace("megabytes_per_round = 2000.0", "megabytes_per_round = 0.0001"),

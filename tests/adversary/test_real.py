@@ -6,7 +6,7 @@ from polyclinic.engines.flare.server.job_queue import OVER, Queue
 from tests.adversary.real import heard, listening, size_of, stranger, wish
 from tests.support.flare_deployment import Hospitals, study, until
 
-pytestmark = pytest.mark.deploy
+pytestmark = [pytest.mark.deploy, pytest.mark.slow]
 
 
 def test_a_server_job_that_asks_for_more_than_its_schedule_hears_refusals(hospitals: Hospitals) -> None:

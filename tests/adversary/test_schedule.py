@@ -19,8 +19,8 @@ from tests.conftest import little_sites
 BUDGET = '\n[privacy]\nepsilon = 3.0\ndelta = 1e-3\nunit = "patient"\n'
 PRIVATE = {"training": {"batch_size": 8, "lr": 0.05, "private": {"noise": 50.0, "bound": 1.0, "unit": "patient"}}}
 # What the guide writes for a hospital that lets predictions of each test patient leave.
-OPEN = LENIENT.replace('never = ["predict/*"]', "never = []").replace(
-    'gather = ["score", "describe"]', 'gather = ["score", "describe", "predict", "explain"]'
+OPEN = LENIENT.replace('never = ["predict/*", "show/*"]', "never = []").replace(
+    'gather = ["score", "describe"]', 'gather = ["score", "describe", "predict", "explain", "show"]'
 )
 
 
@@ -33,7 +33,7 @@ def server(tmp_path: Path) -> HostileServer:
 # Which job ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["score", "predict", "explain"])
+@pytest.mark.parametrize("verb", ["score", "predict", "explain", "show"])
 def test_what_was_not_approved_is_not_evaluated_even_if_the_policy_would_let_it_leave(
     verb: str, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """The bound on ε: known values, never above the truth, and above 0 if nothing is hidden."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from polyclinic.privacy.accounting import epsilon_rdp
 from polyclinic.privacy.gaussian import Gaussian
 
 
-def dice(seed=0):
+def dice(seed: Any = 0) -> Any:
     return Site("auditor", seed=seed).rng("canaries")
 
 
@@ -51,11 +52,11 @@ def test_more_right_guesses_show_more_and_chance_shows_nothing() -> None:
     assert Guesses(10, 0, 0).at_least(0.0) == 0
 
 
-def gaussian(sigma):
+def gaussian(sigma: Any) -> Any:
     """What our own transform adds to a clipped sum, with the operating system's dice."""
     site = Site("a")
 
-    def release(total):
+    def release(total: Any) -> Any:
         notes = {"clip": {"bound": torch.tensor(1.0, dtype=torch.float64)}}
         sent, _ = Gaussian(sigma).encode(WeightedMean({"x": total}, 1.0), notes, {}, site, 0)
         return sent.total["x"].float()

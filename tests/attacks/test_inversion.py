@@ -1,6 +1,7 @@
 """Images from gradients: recovered where they should be, hidden where they should be, with a control."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +27,11 @@ from polyclinic.learning.networks.model_tree import gradient, params_of
 from tests.conftest import blobs
 
 
-def loss(model, batch):
+def loss(model: Any, batch: Any) -> Any:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def dice(seed=0):
+def dice(seed: Any = 0) -> Any:
     return Site("attacker", seed=seed).rng("test")
 
 
@@ -123,7 +124,7 @@ def test_statistics_of_the_batch_help_the_attack() -> None:
     model.eval()
     seen = obscured({k: v.detach() for k, v in gradient(loss(model, (disc(), y)), model).items()}, 10.0, dice())
 
-    def gap(weight):
+    def gap(weight: Any) -> Any:
         how = Inversion("cosine", steps=60, lr=0.02, restarts=1, statistics=weight)
         x, _ = how.search(model, loss, seen, (1, 12, 12), y, dice(), truth)
         with torch.no_grad():

@@ -1,5 +1,7 @@
 """Who was trained on: chance if nothing was learned, more if it was memorized, and attacks in their order."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -39,24 +41,24 @@ def noisy(n: int = 120) -> Rows:
 
 
 @pytest.fixture(scope="module")
-def attacked():
+def attacked() -> Any:
     """A target trained on half of the data, and shadow models on other halves."""
     data = noisy()
     inside = torch.zeros(len(data), dtype=torch.bool)
     inside[torch.randperm(len(data), generator=torch.Generator().manual_seed(9))[: len(data) // 2]] = True
     target = LOCAL.fit(TASK, TASK.first(99), Site("target"), 0, data=Part(data, inside.nonzero().flatten()))
 
-    def one(k, half):
+    def one(k: Any, half: Any) -> Any:
         return losses(TASK, LOCAL.fit(TASK, TASK.first(k), Site(f"shadow-{k}"), 0, data=Part(data, half)), data)
 
     return data, inside, target, shadows(one, [f"p{i}" for i in range(len(data))], 10)
 
 
-def split(scores, inside):
+def split(scores: Any, inside: Any) -> Any:
     return found(scores[inside], scores[~inside])
 
 
-def test_attacks_beat_chance_and_shadows_beat_the_loss(attacked) -> None:
+def test_attacks_beat_chance_and_shadows_beat_the_loss(attacked: Any) -> None:
     """The order of the literature: LiRA and RMIA above the loss alone."""
     data, inside, target, known = attacked
     said = losses(TASK, target, data)
@@ -72,7 +74,7 @@ def test_attacks_beat_chance_and_shadows_beat_the_loss(attacked) -> None:
     assert all(value > plain.auc for value in aucs.values()), (plain, aucs)
 
 
-def test_a_model_that_never_saw_them_tells_nothing(attacked) -> None:
+def test_a_model_that_never_saw_them_tells_nothing(attacked: Any) -> None:
     data, inside, _, known = attacked
     said = losses(TASK, TASK.first(5), data)
     for scores in (-said, lira(said, known, online=False)):
@@ -108,7 +110,7 @@ def test_too_few_shadows_are_refused(count: int) -> None:
 def test_shadows_are_trained_on_their_halves() -> None:
     told = {}
 
-    def one(k, half):
+    def one(k: Any, half: Any) -> Any:
         told[k] = half
         return torch.full((4,), float(k), dtype=torch.float64)
 
@@ -118,14 +120,14 @@ def test_shadows_are_trained_on_their_halves() -> None:
         assert torch.equal(known.inside[k].nonzero().flatten(), half)
 
 
-def signals():
+def signals() -> Any:
     """Logits of 6 models and a target on 5 examples; who trained on what; the classes."""
     rng = np.random.default_rng(0)
     inside = np.array([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]] * 3, bool)
     return rng.normal(0, 4, (7, 5, 3)), inside, rng.integers(0, 3, 5)
 
 
-def loss_of(logits, classes):
+def loss_of(logits: Any, classes: Any) -> Any:
     return torch.stack([F.cross_entropy(torch.tensor(one), torch.tensor(classes), reduction="none") for one in logits])
 
 
@@ -138,12 +140,12 @@ def test_lira_by_numpy() -> None:
     phi = np.log(true) - np.log(p.sum(2) - true)
     known, target = phi[:6], phi[6]
 
-    def moments(chosen):
+    def moments(chosen: Any) -> Any:
         mean = np.array([known[chosen[:, i], i].mean() for i in range(5)])
         rest = sum(((known[chosen[:, i], i] - mean[i]) ** 2).sum() for i in range(5))
         return mean, np.sqrt(rest / (chosen.sum(0) - 1).sum())
 
-    def log_pdf(x, mean, sigma):
+    def log_pdf(x: Any, mean: Any, sigma: Any) -> Any:
         return -((x - mean) ** 2) / (2 * sigma**2) - np.log(sigma * np.sqrt(2 * np.pi))
 
     (mi, si), (mo, so) = moments(inside), moments(~inside)
@@ -192,7 +194,7 @@ def test_losses_are_computed_in_double_precision() -> None:
         (Regression(Network("mlp", (20,), 1, (("width", 8),))), torch.randn(4, 1)),
     ],
 )
-def test_losses_of_other_tasks(task: Classification, y) -> None:
+def test_losses_of_other_tasks(task: Classification, y: Any) -> None:
     data, model = Rows(torch.randn(4, 20), y), task.model().eval()
     model.load_state_dict(task.first(), strict=False)
     assert float(losses(task, task.first(), data).mean()) == pytest.approx(

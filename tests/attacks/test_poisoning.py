@@ -1,5 +1,7 @@
 """Attacks do what their papers say, at the sites named, and nothing at others."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -50,11 +52,11 @@ ATTACKS = [
 ]
 
 
-def poisoned(inner, attack, attackers=("site-3",)):
+def poisoned(inner: Any, attack: Any, attackers: Any = ("site-3",)) -> Any:
     return Poisoned(inner, attackers, attack, NAMES)
 
 
-def sent(task, local, attack, attackers=("site-3",)):
+def sent(task: Any, local: Any, attack: Any, attackers: Any = ("site-3",)) -> Any:
     """What every site sends in the first round, as the server receives it."""
     method = poisoned(Robust(FedAvg(task, local)), attack, attackers)
     state, sites, found = method.init(task.first(0)), little_sites(count=5), {}
@@ -69,7 +71,9 @@ def sent(task, local, attack, attackers=("site-3",)):
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: type(a).__name__)
-def test_attacks_keep_the_contract_and_spare_honest_sites(attack, task: Classification, local: LocalTraining) -> None:
+def test_attacks_keep_the_contract_and_spare_honest_sites(
+    attack: Any, task: Classification, local: LocalTraining
+) -> None:
     if not isinstance(attack, NotANumber):
         inner = Robust(FedAvg(task, local), Median()) if attack.spies else FedAvg(task, local)
         check_method(Poisoned(inner, ("site-2",), attack, NAMES[:3]), task.first(0), little_sites())
@@ -81,7 +85,7 @@ def test_attacks_keep_the_contract_and_spare_honest_sites(attack, task: Classifi
 def test_a_spying_attack_on_worker_processes(task: Classification, local: LocalTraining) -> None:
     engines = []
 
-    def start(method, sites):
+    def start(method: Any, sites: Any) -> Any:
         engines.append(Workers(method, sites))
         return engines[0]
 
@@ -93,7 +97,7 @@ def test_a_spying_attack_on_worker_processes(task: Classification, local: LocalT
 
 
 def test_an_attacker_that_behaves_changes_nothing(task: Classification, local: LocalTraining) -> None:
-    def params(method):
+    def params(method: Any) -> Any:
         state = method.init(task.first(0))
         for step in train(method, InProcess(method, little_sites(count=5)), state, rounds=2):
             state = step.state
@@ -159,7 +163,7 @@ def test_flipped_labels_and_marked_images() -> None:
 
 
 def test_a_rule_withstands_what_the_mean_does_not(task: Classification, local: LocalTraining) -> None:
-    def moved(inner) -> float:
+    def moved(inner: Any) -> float:
         method = poisoned(inner, SignFlip(20))
         state = method.init(task.first(0))
         for step in train(method, InProcess(method, little_sites(count=5)), state, rounds=1):

@@ -1,5 +1,7 @@
 """Canaries in DP-SGD: each adds its whole bound along its own direction, the rest of training is as it was."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from tests.conftest import Rows, blobs
 TASK = Classification(Network("mlp", (13,), 2, (("width", 32),)))
 
 
-def people(n=30):
+def people(n: Any = 30) -> Any:
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(n, 13, generator=rng)
     data = Rows(x, (x[:, 0] > 0).long())
@@ -24,13 +26,13 @@ def people(n=30):
     return data
 
 
-def drawn(task=TASK, count=20, bound=1.5, seed=0):
+def drawn(task: Any = TASK, count: Any = 20, bound: Any = 1.5, seed: Any = 0) -> Any:
     motion = Motion(task)
     motion.far = {n: torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) for n, x in motion.far.items()}
     return Canaries.draw(motion.far, count, bound, Site("auditor", seed=seed), "test"), motion.far
 
 
-def flat(tree):
+def flat(tree: Any) -> Any:
     return torch.cat([leaf.flatten() for leaf in tree.values()])
 
 

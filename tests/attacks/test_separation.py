@@ -1,6 +1,7 @@
 """Figures of a membership attack: exact tests, intervals that cover, and words where patients are too few."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from polyclinic.statistics.auc import newcombe
 from polyclinic.statistics.intervals import delong
 
 
-def normal(n, rng, shift=0.0):
+def normal(n: Any, rng: Any, shift: Any = 0.0) -> Any:
     return torch.randn(n, generator=rng, dtype=torch.float64) + shift
 
 
-def dice(seed=0):
+def dice(seed: Any = 0) -> Any:
     return torch.Generator().manual_seed(seed)
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,7 +99,7 @@ def test_a_mistyped_command_is_answered_with_a_near_one() -> None:
 def test_lists_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
     from polyclinic.cli import catalog
 
-    def said(command, *args: str) -> dict:
+    def said(command: Any, *args: str) -> dict[str, Any]:
         command(*args, json_=True)
         return json.loads(capsys.readouterr().out)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ name = "fedavg"
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs ``polyclinic data ...`` in ``tmp_path``: its exit code and its output."""
     monkeypatch.chdir(tmp_path)
 
@@ -46,7 +47,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return call
 
 
-def test_from_a_study_to_its_plan_and_to_an_alarm(tmp_path: Path, command) -> None:
+def test_from_a_study_to_its_plan_and_to_an_alarm(tmp_path: Path, command: Any) -> None:
     registry(tmp_path, 240)
     (tmp_path / "s.toml").write_text(STUDY.format(more=""))
     code, told = command("plan", "s.toml", "--by-site")
@@ -69,7 +70,7 @@ def test_from_a_study_to_its_plan_and_to_an_alarm(tmp_path: Path, command) -> No
         assert [one["name"] for one in site["found"] if one["level"] == "moved"] == ["age"]
 
 
-def test_mistakes_are_told_in_words(tmp_path: Path, command) -> None:
+def test_mistakes_are_told_in_words(tmp_path: Path, command: Any) -> None:
     (tmp_path / "s.toml").write_text(STUDY.format(more=""))
     with pytest.raises(ConfigError, match="nowhere"):  # which the program tells without a traceback
         command("plan", "nowhere.toml")

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cyclopts import App
+from pydicom.dataset import Dataset
 
 from polyclinic.cli import app, rendering
 from polyclinic.engines.flare.client.reviews import Reviews
@@ -16,6 +18,7 @@ from polyclinic.engines.flare.protocol.paths import ServerFolder
 from polyclinic.engines.flare.server.job_queue import FINISHED, Queue
 from polyclinic.learning.weights.store import VARIABLE
 from tests.studies.run.test_scheduler import npz
+from tests.support.image_files import image, save
 from tests.support.local_deployment import hospital, order
 from tests.support.synthetic_run import write_run
 
@@ -180,6 +183,11 @@ def replaced(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def catalogs_and_data(call: Call, tmp_path: Path) -> None:
+    segments = image(np.zeros((2, 2), np.uint8), "SEG", SegmentSequence=[])
+    segments.SegmentSequence.append(Dataset())
+    segments.SegmentSequence[0].SegmentNumber, segments.SegmentSequence[0].SegmentLabel = 1, "Liver"
+    save(segments, tmp_path / "seg.dcm")
+    assert call("data", "segments", "seg.dcm")["segments"] == {"1": "Liver"}
     assert "Federated optimization" in call("methods")
     assert call("methods", "show", "fedprox")["options"]["mu"]["default"] == 0.01
     assert "unet" in call("networks")

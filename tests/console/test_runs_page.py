@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra [console] is not installed")
 
+from polyclinic.console import run_reader
 from polyclinic.console.app import Console
 from polyclinic.console.guard import VIEWER, Keys
 from polyclinic.console.page import encoded, exposition
@@ -42,7 +43,7 @@ class Run:
         path.mkdir(parents=True)
         sites = [{"name": name, "role": "training", "patients": {"train": 10}} for name in SITES]
         known = [{"label": m, "name": m.split("-")[0], "leaves": "the change of the model"} for m in methods]
-        table = {
+        table: dict[str, Any] = {
             "name": "heart",
             "title": "Heart",
             "hash": "ab" * 32,
@@ -254,7 +255,8 @@ def test_progress_within_training_is_shown_of_the_sites_that_compute(run: Run, h
     now = {"round": 2, "since": 1.0, "asked": list(SITES), "arrived": {"lyon": 0.5}}
     (arm / "now.json").write_text(json.dumps(now))
     steps = {"site": "oslo", "round": 2, "job": "train", "done": 120, "total": 400}
-    for number, change in enumerate(({}, {"site": "lyon"}, {"site": "evil"}, {"round": 1}, {"total": 0})):
+    changes: list[dict[str, Any]] = [{}, {"site": "lyon"}, {"site": "evil"}, {"round": 1}, {"total": 0}]
+    for number, change in enumerate(changes):
         (arm / f"steps-{number}.json").write_text(json.dumps({**steps, **change}))
     reader = RunReader(run.path, "heart")
     reader.look()
@@ -407,7 +409,7 @@ def test_commands_that_the_page_starts(run: Run, tmp_path: Path, monkeypatch: py
         class process:  # noqa: N801
             pid = 1
 
-    monkeypatch.setattr(browser.page.children, "start", lambda what, words, **more: started.append(words) or Started)
+    monkeypatch.setattr(browser.page.children, "start", lambda what, words, **more: started.append(words) or Started)  # type: ignore[func-returns-value]
     root, folder = str(run.path.parent), str(run.path)
     assert browser.page.facts()["studies"] == ["heart.toml"]
     assert browser.act("start", study="heart.toml").status == 200
@@ -481,29 +483,23 @@ def test_a_viewer_changes_nothing(run: Run) -> None:
     assert browser.act("file", run=run.path.name, file="study.toml").status == 200
 
 
-def test_looking_holds_up_no_run_that_starts(run: Run) -> None:
+def test_looking_holds_up_no_run_that_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock is tried only after it was taken, so that a run does not find it held by the console."""
     reader = RunReader(run.path, "heart")
     (run.path / LOCK).write_text("")
     reader.look()
     calls: list[Path] = []
-    import polyclinic.console.run_reader as module
-
-    original = module.holder
-    try:
-        module.holder = lambda path: calls.append(path) or original(path)  # type: ignore[assignment]
-        for _ in range(5):
-            reader.look()
-        assert calls == []
-        with open(run.path / LOCK, "a+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            assert holder(run.path) == os.getpid()
-            reader.look()
-            assert calls == [run.path]
-    finally:
-        module.holder = original
+    monkeypatch.setattr(run_reader, "holder", lambda path: calls.append(path) or holder(path))  # type: ignore[func-returns-value]
+    for _ in range(5):
+        reader.look()
+    assert calls == []
+    with open(run.path / LOCK, "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        assert holder(run.path) == os.getpid()
+        reader.look()
+        assert calls == [run.path]
 
 
 def test_200_runs_are_listed_quickly(tmp_path: Path) -> None:

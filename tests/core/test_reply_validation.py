@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from polyclinic.core.aggregates import ElementwiseMean, PerSite, PerSiteUniform, Reply, WeightedMean
+from polyclinic.core.aggregates import ElementwiseMean, PerSite, PerSiteUniform, Reply, WeightedMean, merge
 from polyclinic.core.method import Request
 from polyclinic.core.reply_validation import ReplyValidator
 from polyclinic.core.tree import Tree
@@ -188,3 +188,34 @@ def test_what_is_gathered_may_differ_unless_it_says_that_it_is_alike() -> None:
 
     assert ReplyValidator().refuse(ASK, replies(PerSite)) == {}
     assert list(ReplyValidator().refuse(ASK, replies(PerSiteUniform))) == ["b"]
+
+
+@pytest.mark.parametrize("bad", [(math.nan,), (math.inf,), (math.inf, -math.inf)], ids=str)
+def test_the_sum_is_of_the_replies_that_are_not_refused(bad: tuple[float, ...]) -> None:
+    """Whether one site sends a number that is not finite, or two send infinities that cancel."""
+    good = {site: Reply({"update": WeightedMean(tensors(x, 1.0), 1.0)}) for site, x in (("a", 1.0), ("c", 0.1))}
+    hostile = {f"b{i}": Reply({"update": WeightedMean(tensors(0.0, x), 1.0)}) for i, x in enumerate(bad)}
+    reasons, total = ReplyValidator().merge(ASK, dict(sorted((good | hostile).items())))
+    assert reasons == dict.fromkeys(hostile, "update: w contains NaN or infinity")
+    expected = merge(good.values()).mean("update")
+    assert torch.equal(total.mean("update").total["w"], expected.total["w"])
+    assert total.mean("update").weight == expected.weight == 2
+
+
+def test_a_sum_beyond_the_largest_number_refuses_no_one() -> None:
+    replies = {site: Reply({"update": WeightedMean(tensors(3e38, 1.0), 1.0)}) for site in "ab"}
+    reasons, total = ReplyValidator().merge(ASK, replies)
+    assert reasons == {}
+    assert total.mean("update").total["w"].tolist() == [math.inf, 2.0]
+
+
+def test_other_limits_hold_for_a_finite_sum_and_for_replies_of_several_forms() -> None:
+    one, heavy = (Reply({"update": WeightedMean(tensors(1.0, 1.0), weight)}) for weight in (1.0, 9.0))
+    gate = ReplyValidator(max_weight=5.0)
+    reasons, total = gate.merge(ASK, {"a": one, "b": heavy, "c": one})
+    assert list(reasons) == ["b"]
+    assert total.mean("update").weight == 2
+    reasons, total = gate.merge(ASK, {"a": one, "b": leaf_mean(1.0, 1.0), "c": one})
+    assert list(reasons) == ["b"]
+    assert list(total.parts) == ["update"]
+    assert gate.merge(ASK, {}) == ({}, Reply())

@@ -153,7 +153,7 @@ class Layout:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-M = {"patients": 12, "sites": 2}
+M: dict[str, Any] = {"patients": 12, "sites": 2}
 LINES = [HEAD, *ROWS]
 LAYOUTS: dict[str, Layout] = {
     "class": Layout(lambda p: folders(p, "{class}/{i}.png"), options={"levels": ["class"]}),

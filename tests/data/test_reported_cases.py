@@ -525,7 +525,12 @@ def test_a_series_of_the_helper_is_sound(tmp_path: Path) -> None:
 
 def test_a_study_file_may_state_every_option(tmp_path: Path) -> None:
     stack(tmp_path / "d", [0.0, 2, 4], PatientID="P1", SeriesDescription="T1 axial")
-    own = {"labels": table(tmp_path, "P1"), "series": {"description": "T1*"}, "fill": 0.0, "geometry_tolerance_mm": 0.1}
+    own: dict[str, Any] = {
+        "labels": table(tmp_path, "P1"),
+        "series": {"description": "T1*"},
+        "fill": 0.0,
+        "geometry_tolerance_mm": 0.1,
+    }
     source = DataSpec(path=str(tmp_path / "d"), kind="dicom", **own).source()
     assert isinstance(source, DicomImages)
     assert source.options == ImageOptions(0.0, 0.1, (), 0, {"description": "T1*"})

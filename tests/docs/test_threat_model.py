@@ -21,7 +21,7 @@ def functions(path: str) -> dict[str, ast.FunctionDef]:
 @cache
 def imported(path: str) -> dict[str, str]:
     """The files of the tests from which names are imported, by name."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.parse((ROOT / path).read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tests."):
             found |= {alias.name: f"{node.module.replace('.', '/')}.py" for alias in node.names}

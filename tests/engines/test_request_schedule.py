@@ -1,6 +1,7 @@
 """The schedule: which requests follow from an approved order, round by round, and that nothing else does."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -8,13 +9,13 @@ from polyclinic.core.job_enumeration import Job, once, shifted, within
 from polyclinic.engines.request_schedule import MOST_MARKS, TESTS, Progress, Request, Schedule, marked, marks_problem
 
 
-def order(**changes) -> SimpleNamespace:
+def order(**changes: Any) -> SimpleNamespace:
     fields = {"mode": "rounds", "score_every": 0, "test": "", "best": {}}
     plan = {"sites": ["a", "b", "c"], "rounds": changes.pop("rounds", 6)}
     return SimpleNamespace(plan=plan, **{**fields, **changes})
 
 
-def schedule(jobs=(Job("train"),), site: str = "a", batches: int = 0, **changes) -> Schedule:
+def schedule(jobs: Any = (Job("train"),), site: str = "a", batches: int = 0, **changes: Any) -> Schedule:
     return Schedule.of(order(**changes), jobs, site, batches)
 
 
@@ -25,12 +26,12 @@ def progress(*asked: tuple[int, str] | tuple[int, str, str]) -> Progress:
     return Progress(contents)
 
 
-def why(s: Schedule, round: int, job: str, *before, content: str = "new", look: bool = False) -> str:
+def why(s: Schedule, round: int, job: str, *before: Any, content: str = "new", look: bool = False) -> str:
     return s.problem(Request(round, job, content, look), progress(*before)) or ""
 
 
 BEST = {"metric": "auc", "higher": True}
-SCORED = {"score_every": 2, "test": "score/test", "best": BEST}
+SCORED: dict[str, Any] = {"score_every": 2, "test": "score/test", "best": BEST}
 
 
 # Jobs ---------------------------------------------------------------------------------------------------------------
@@ -84,6 +85,7 @@ def test_every_round_that_was_approved_and_no_other() -> None:
         "predict/val",
         "explain/val",
         "explain/train",
+        "show/test",
         "score/val",
         "score/test",
         "score/unlabeled",

@@ -1,5 +1,7 @@
 """Calibration by hand and by law, and operating points by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,11 +11,11 @@ from polyclinic.evaluation import calibration as cal
 from polyclinic.statistics.undefined import Undefined
 
 
-def two(p):
+def two(p: Any) -> Any:
     return np.stack([1 - np.asarray(p), np.asarray(p)], 1)
 
 
-def honest(n=4000, seed=0):
+def honest(n: Any = 4000, seed: Any = 0) -> Any:
     """Probabilities that are true."""
     rng = np.random.default_rng(seed)
     p = 1 / (1 + np.exp(-rng.normal(0, 1.5, n)))
@@ -72,7 +74,7 @@ def test_true_probabilities_have_slope_one_and_intercept_zero() -> None:
 
 @given(stretch=st.floats(0.3, 3), shift=st.floats(-1, 1))
 @settings(max_examples=15, deadline=None)
-def test_stretched_and_shifted_log_odds(stretch, shift) -> None:
+def test_stretched_and_shifted_log_odds(stretch: Any, shift: Any) -> None:
     p, y = honest(400, 2)
     p = np.clip(p, 0.02, 0.98)
     x = np.log(p / (1 - p))
@@ -111,7 +113,7 @@ def test_separated_classes_have_no_slope() -> None:
 
 @given(seed=st.integers(0, 1000), wanted=st.sampled_from([0.8, 0.9, 0.95, 1.0]))
 @settings(max_examples=25, deadline=None)
-def test_the_threshold_reaches_the_sensitivity_and_no_higher_one_does(seed, wanted) -> None:
+def test_the_threshold_reaches_the_sensitivity_and_no_higher_one_does(seed: int, wanted: Any) -> None:
     p, y = honest(60, seed)
     p, y = p.round(2), y.astype(bool)
     t = cal.threshold_at(p, y, wanted)

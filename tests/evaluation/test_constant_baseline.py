@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from tests.support.synthetic_run import write_run
 SITES = {"ada": ("training", 40, 0.4, 0.0, 0.0), "bo": ("training", 30, 0.4, 0.2, 0.1)}
 
 
-def made(path: Path, sites=SITES, **how) -> Path:
+def made(path: Path, sites: Any = SITES, **how: Any) -> Path:
     return write_run(path, sites=sites, seeds=(0,), methods=("local", "fedavg"), **how)
 
 
-def change(path: Path, of, label: str = "fedavg") -> None:
+def change(path: Path, of: Any, label: str = "fedavg") -> None:
     """Change the test and validation scores of a method by ``of(score, target)``."""
     for file in (path / "arms" / f"{label}-seed0").glob("*.safetensors"):
         tensors = load_file(file)
@@ -40,7 +41,7 @@ def first(path: Path) -> str:
     return findings(context(path))[0].text
 
 
-def two(p):
+def two(p: Any) -> Any:
     return np.stack([1 - p, p], 1)
 
 

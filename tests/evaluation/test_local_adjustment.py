@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_the_intercept_maximizes_the_penalized_likelihood() -> None:
     assert 0 < intercept_of(p, np.ones(60)) < 10  # one class has no maximum without the penalty
 
 
-def test_a_site_with_a_shift_is_corrected_and_a_site_without_is_not_changed_much(run):
+def test_a_site_with_a_shift_is_corrected_and_a_site_without_is_not_changed_much(run: Any) -> None:
     held = {k: {**v, "ada": shifted(v["ada"], 2.5)} for k, v in run.validation.items()}
     tested = {k: {**v, "ada": shifted(v["ada"], 2.5)} for k, v in run.arms.items()}
     found = recalibration(replace(run, arms=tested, validation=held), "fedavg", 0.95, "patient")
@@ -58,7 +59,7 @@ def test_a_site_with_a_shift_is_corrected_and_a_site_without_is_not_changed_much
     assert found.differences["brier"].adjusted >= found.differences["brier"].p
 
 
-def test_test_patients_do_not_determine_the_correction(run):
+def test_test_patients_do_not_determine_the_correction(run: Any) -> None:
     assert run.arms["fedavg", 0]["ada"].target is not None
     other = {k: {s: replace(p, target=1 - p.target) for s, p in v.items()} for k, v in run.arms.items()}
     ours, theirs = (recalibration(replace(run, arms=a), "fedavg", 0.95, "patient") for a in (run.arms, other))
@@ -67,7 +68,7 @@ def test_test_patients_do_not_determine_the_correction(run):
         assert a + b == pytest.approx(1)
 
 
-def test_sites_with_few_validation_patients_are_left_out_and_named(run):
+def test_sites_with_few_validation_patients_are_left_out_and_named(run: Any) -> None:
     def first(p: Predictions, n: int) -> Predictions:
         return Predictions(p.patient[:n], p.score[:n], p.target[:n])
 
@@ -96,7 +97,7 @@ def test_sets_cover_exchangeable_patients_at_their_stated_rate() -> None:
     assert 0.89 < np.mean(covered) < 0.93
 
 
-def test_a_common_threshold_covers_on_average_and_a_sites_own_one_there(run):
+def test_a_common_threshold_covers_on_average_and_a_sites_own_one_there(run: Any) -> None:
     found = prediction_sets(run, "fedavg", list(SITES), "patient")
     assert found is not None
     assert found.needed == 9

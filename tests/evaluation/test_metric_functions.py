@@ -1,5 +1,7 @@
 """Metrics: a second library, weights as repetition, invariances, and what has no value."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.statistics.undefined import Undefined
 
 
-def cases(task, seed, n=40, classes=2, decimals=2):
+def cases(task: Any, seed: Any, n: Any = 40, classes: Any = 2, decimals: Any = 2) -> Any:
     """Scores with ties, and targets in which every class occurs."""
     rng = np.random.default_rng(seed)
     if task == "classification":
@@ -33,7 +35,7 @@ def cases(task, seed, n=40, classes=2, decimals=2):
 
 @given(seed=st.integers(0, 10_000), classes=st.sampled_from([2, 3, 5]))
 @settings(max_examples=30, deadline=None)
-def test_classification_equals_scikit_learn(seed, classes) -> None:
+def test_classification_equals_scikit_learn(seed: int, classes: Any) -> None:
     sk = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the second implementation")
     score, target = cases("classification", seed, classes=classes)
     got, said = measure("classification", score, target), score.argmax(1)
@@ -80,7 +82,7 @@ def test_regression_equals_scikit_learn() -> None:
 
 @given(seed=st.integers(0, 10_000), task=st.sampled_from(["classification", "multilabel", "regression"]))
 @settings(max_examples=40, deadline=None)
-def test_a_weight_of_two_is_a_case_twice(seed, task: Classification) -> None:
+def test_a_weight_of_two_is_a_case_twice(seed: int, task: Classification) -> None:
     classes = 2 + seed % 2
     score, target = cases(task, seed, n=30, classes=classes)
     weight = np.random.default_rng(seed + 1).integers(1, 4, size=30)
@@ -92,7 +94,7 @@ def test_a_weight_of_two_is_a_case_twice(seed, task: Classification) -> None:
 
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=20, deadline=None)
-def test_many_rows_of_weights_are_many_calls(seed) -> None:
+def test_many_rows_of_weights_are_many_calls(seed: int) -> None:
     score, target = cases("classification", seed)
     weight = np.random.default_rng(seed).integers(0, 4, size=(5, 40)).astype(float)
     for name, metric in metrics_for("classification").items():
@@ -102,7 +104,7 @@ def test_many_rows_of_weights_are_many_calls(seed) -> None:
 
 @given(seed=st.integers(0, 10_000), power=st.floats(0.2, 5))
 @settings(max_examples=20, deadline=None)
-def test_auc_knows_only_the_order(seed, power) -> None:
+def test_auc_knows_only_the_order(seed: int, power: Any) -> None:
     score, target = cases("classification", seed, decimals=3)
     x, y, ones = score[:, 1], target == 1, np.ones((1, 40))
     assert m.auc_of(x**power, y, ones) == pytest.approx(m.auc_of(x, y, ones))
@@ -197,7 +199,7 @@ def test_a_wrong_unit_is_refused() -> None:
 # Masks
 
 
-def surface_distances(a, b, spacing):
+def surface_distances(a: Any, b: Any, spacing: Any) -> Any:
     """From every border voxel of ``a`` to the nearest of ``b``, by SciPy's distance transform."""
     from scipy.ndimage import binary_erosion, distance_transform_edt
 
@@ -207,7 +209,7 @@ def surface_distances(a, b, spacing):
 
 @pytest.mark.parametrize(("shape", "spacing"), [((40, 36), (0.5, 2.0)), ((18, 20, 16), (3.0, 1.0, 0.7))])
 @pytest.mark.parametrize("seed", range(3))
-def test_dice_hd95_and_volume_equal_plain_scipy(shape: tuple[int, ...], spacing: tuple[float, ...], seed) -> None:
+def test_dice_hd95_and_volume_equal_plain_scipy(shape: tuple[int, ...], spacing: tuple[float, ...], seed: int) -> None:
     """Distances are MONAI's inside; here they are computed from their definition, by another library."""
     import torch
     from scipy.ndimage import gaussian_filter

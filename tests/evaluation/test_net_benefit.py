@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tests.support.synthetic_run import write_run
 SITES = {"ada": ("training", 40, 0.4, 0.0, 0.0), "bo": ("training", 30, 0.2, 0.2, 0.1)}
 
 
-def two(p):
+def two(p: Any) -> Any:
     return np.stack([1 - np.asarray(p), np.asarray(p)], 1)
 
 
@@ -64,7 +65,7 @@ def test_the_curve_is_that_of_a_metric_at_every_threshold(tmp_path: Path) -> Non
     run = read_run(write_run(tmp_path / "r", sites=SITES, methods=("fedavg",), seeds=(0, 1), images=2))
     data = sample(run, 0.95)
 
-    def kernel(t, score, target, weight):
+    def kernel(t: float, score: Any, target: Any, weight: Any) -> Any:
         model, treat_all = (
             weight @ x / weight.sum(1, keepdims=True) for x in nb.benefits(score, target, np.array([t]))
         )

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,12 @@ LOPSIDED = {f"site-{i}": ("training", 24, 22.5 / 24, 0.0, 0.0) for i in range(8)
 THREE = {name: ("training", n, 0.4, 0.1, 0.0) for name, n in (("ada", 30), ("bo", 24), ("cy", 40))}
 
 
-def drawn(folder, sites, seeds=(0,)):
+def drawn(folder: Any, sites: Any, seeds: Any = (0,)) -> Any:
     return sample(read_run(write_run(folder, sites=sites, methods=("fedavg", "fedprox"), seeds=seeds)), 0.95)
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory):
+def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = write_run(
         tmp_path_factory.mktemp("r") / "r", sites=THREE, methods=("local", "fedavg", "fedprox"), seeds=(0,)
     )
@@ -36,12 +37,12 @@ def result(tmp_path_factory: pytest.TempPathFactory):
     return run, evaluate(run)
 
 
-def arrays(run, label, site):
+def arrays(run: Any, label: Any, site: Any) -> Any:
     p = run.arms[label, 0][site]
     return p.score[:, 1], p.target
 
 
-def test_quantities_of_a_report_equal_scikit_learns(result) -> None:
+def test_quantities_of_a_report_equal_scikit_learns(result: Any) -> None:
     run, found = result
     sites = found.of("fedavg").sites
     for site in THREE:
@@ -61,7 +62,7 @@ def test_quantities_of_a_report_equal_scikit_learns(result) -> None:
     assert found.of("fedavg").means["brier"].value == pytest.approx(np.mean(briers))
 
 
-def test_intervals_and_tests_of_a_report_equal_scipys(result) -> None:
+def test_intervals_and_tests_of_a_report_equal_scipys(result: Any) -> None:
     run, found = result
     p, y = arrays(run, "fedavg", "ada")
     data = sample(run, 0.95)
@@ -83,7 +84,7 @@ def test_intervals_and_tests_of_a_report_equal_scipys(result) -> None:
     assert found.ranking.p == pytest.approx(stats.friedmanchisquare(*np.transpose(values)).pvalue)
 
 
-def with_declared(path: Path, compare: list[dict[str, object]]) -> Path:
+def with_declared(path: Path, compare: list[dict[str, Any]]) -> Path:
     """Add declared comparisons to a run's description."""
     info = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps({**info, "compare": compare}))

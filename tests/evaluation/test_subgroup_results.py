@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,11 @@ from tests.support.synthetic_run import write_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory):
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_run(tmp_path_factory.mktemp("runs") / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
 
 
-def told(path, groups):
+def told(path: Any, groups: Any) -> Any:
     (path / "groups.json").write_text(json.dumps(groups))
     return {a.name: a for a in by_group(read_run(path), "fedavg", 0.95)}
 
@@ -55,7 +56,7 @@ def test_a_column_that_names_the_sites_is_no_group(tmp_path: Path) -> None:
     assert not (tmp_path / "groups.json").exists()
 
 
-def test_a_group_of_everybody_is_the_whole_and_each_is_by_hand(run) -> None:
+def test_a_group_of_everybody_is_the_whole_and_each_is_by_hand(run: Any) -> None:
     tensors = load_file(run / "arms" / "fedavg-seed0" / "predictions.safetensors")
     everybody = list(range(40))
     groups = told(
@@ -76,7 +77,7 @@ def test_a_group_of_everybody_is_the_whole_and_each_is_by_hand(run) -> None:
         assert group.patients == sum(map(len, targets))
 
 
-def test_small_groups_are_hidden_and_cannot_be_worked_out(run) -> None:
+def test_small_groups_are_hidden_and_cannot_be_worked_out(run: Any) -> None:
     one = told(run, {"sex": {"F": list(range(36)), "M": list(range(36, 40))}})["sex"]  # bo has numbers up to 29
     assert not one.groups
     assert "fewer than 10 patients could be identified" in one.why

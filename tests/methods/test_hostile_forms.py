@@ -1,6 +1,7 @@
 """One site that sends tensors of another form stops no round, at any method that sees what each site sends."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ NAMES = (
 class Longer(Attack):
     """One tensor with a number too many."""
 
-    def update(self, own, known, alone, together):
+    def update(self, own: Any, known: Any, alone: Any, together: Any) -> Any:
         name = next(iter(own))
         return {**own, name: torch.cat([own[name].reshape(-1), torch.ones(1, dtype=own[name].dtype)])}
 
@@ -62,13 +63,13 @@ class Longer(Attack):
 class Renamed(Attack):
     """A tensor that nobody asked for."""
 
-    def update(self, own, known, alone, together):
+    def update(self, own: Any, known: Any, alone: Any, together: Any) -> Any:
         name = next(iter(own))
         return {**own, f"{name}.more": torch.ones(3)}
 
 
 @pytest.mark.parametrize(("name", "attack"), [*((n, Longer()) for n in NAMES), *((n, Renamed()) for n in NAMES[::5])])
-def test_another_form_is_named_and_left_out(name, attack, task: Classification) -> None:
+def test_another_form_is_named_and_left_out(name: str, attack: Any, task: Classification) -> None:
     sites, local = little_sites(count=4), LocalTraining(steps=1)
     method = Poisoned(build(name, Setting(task, local, tuple(sites), 3)), ("site-2",), attack)
     state, lost = method.init(task.first(0)), set()
@@ -82,7 +83,7 @@ def test_another_form_is_named_and_left_out(name, attack, task: Classification) 
 
 
 def test_only_gathers_that_say_so_must_be_alike() -> None:
-    def replies(kind):
+    def replies(kind: Any) -> Any:
         return {f"s{k}": Reply({"x": kind({f"s{k}": {"a": torch.zeros(2 + (k == 1))}})}) for k in range(3)}
 
     request = Request(0, {})

@@ -4,6 +4,8 @@ FedBN: Li et al., ICLR 2021, equation 2: every layer but batch normalization is 
 section 2.2: the weights of batch normalization are averaged, its running statistics are not.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ RUNNING = {name for name in NORMALIZATION if "running" in name}
 
 
 @pytest.mark.parametrize(("make", "kept"), [(fedbn, NORMALIZATION), (silobn, RUNNING)])
-def test_one_round_is_the_average_of_what_is_shared(make, kept) -> None:
+def test_one_round_is_the_average_of_what_is_shared(make: Any, kept: Any) -> None:
     task = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
     assert "bn" not in "".join(task.first())
     local, sites, first = LocalTraining(batch_size=8, lr=0.1), little_sites(), task.first()

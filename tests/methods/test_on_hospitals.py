@@ -1,6 +1,7 @@
 """What the laws promise, on real patients: heart disease at four hospitals."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ LOCAL = LocalTraining(epochs=2, batch_size=16, lr=0.05)
 
 
 @pytest.fixture(scope="module")
-def heart(real_data: Path):
+def heart(real_data: Path) -> Any:
     """The hospitals as sites, a task for them, and all their test patients."""
     data = federate(
         DataSpec.model_validate(
@@ -48,7 +49,7 @@ def heart(real_data: Path):
     return sites, task, concat([roles["test"] for roles in data.sites.values()])
 
 
-def end(method, sites, task, rounds=12):
+def end(method: Any, sites: Any, task: Any, rounds: Any = 12) -> Any:
     state = method.init(task.first(0))
     for step in train(method, InProcess(method, sites), state, rounds=rounds):
         state = step.state
@@ -56,7 +57,7 @@ def end(method, sites, task, rounds=12):
 
 
 @pytest.mark.slow
-def test_without_a_server_sites_learn_what_they_learn_with_one(heart) -> None:
+def test_without_a_server_sites_learn_what_they_learn_with_one(heart: Any) -> None:
     sites, task, test = heart
     expected = end(FedAvg(task, LOCAL), sites, task)
     assert equal(end(Swarm(task, LOCAL), sites, task), expected)
@@ -66,7 +67,7 @@ def test_without_a_server_sites_learn_what_they_learn_with_one(heart) -> None:
 
 
 @pytest.mark.slow
-def test_multi_krum_withstands_what_breaks_the_mean(heart) -> None:
+def test_multi_krum_withstands_what_breaks_the_mean(heart: Any) -> None:
     whole, task, test = heart
     sites = {}
     for name, site in whole.items():
@@ -74,7 +75,7 @@ def test_multi_krum_withstands_what_breaks_the_mean(heart) -> None:
             sites[f"{name}-{k}"] = Site(f"{name}-{k}", {"train": site.data["train"].subset(mine)})
     attackers = ("cleveland-0", "va-1")
 
-    def auc(method) -> float:
+    def auc(method: Any) -> float:
         return task.summary(outputs(task, end(method, sites, task, 8), test))["auc"]
 
     honest, plain = auc(FedAvg(task, LOCAL, uniform=True)), FedAvg(task, LOCAL, uniform=True)

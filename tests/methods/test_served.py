@@ -41,13 +41,21 @@ SHIFT = [
     "fedreplay",
     "histogram-match",
 ]
-QUICK = {"vafl": {"epochs": 1}, "stain-norm": {"epochs": 1, "exchanges": 2}, "fedreplay": {"epochs": 1, "examples": 32}}
+FEW_STEPS = {
+    "vafl": {"epochs": 1},
+    "stain-norm": {"epochs": 1, "exchanges": 2},
+    "fedreplay": {"epochs": 1, "examples": 32},
+}
 
 
-@pytest.mark.parametrize("name", SHIFT)
+QUICK = {"ditto", "ifca", "fedsm", "fed-moe", "harmofl", "combat", "histogram-match"}
+"""One of each way to serve a site; the others are slow tests."""
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SHIFT])
 def test_inside_and_outside(name: str) -> None:
     sites = little_sites()
-    method = Evaluated(build(name, Setting(TASK, LOCAL, tuple(sites), 3), QUICK.get(name)), TASK)
+    method = Evaluated(build(name, Setting(TASK, LOCAL, tuple(sites), 3), FEW_STEPS.get(name)), TASK)
     federation, state = InProcess(method, sites), method.init(TASK.first())
     for step in train(method, federation, state, rounds=2):
         assert not step.lost

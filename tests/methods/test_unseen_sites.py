@@ -1,5 +1,7 @@
 """What a site that never trained predicts with: no method gives it a part that was never trained."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -24,9 +26,9 @@ from polyclinic.testing import equal
 from tests.conftest import blobs, little_sites
 from tests.laws.test_methods import FEW_STEPS, LOCAL, case, held_by_server
 
-CONSTANT = {"front", "routed", "use", "site", "gate", "calibrate"}
-"""Leaves that are not trained: switches, settings, Fed-MoE's gate between two equal models, and LC-Fed's calibration,
-which an unseen site does not use."""
+CONSTANT = {"front", "routed", "use", "site", "gate", "calibrate", "prototypes"}
+"""Leaves that are not trained: switches, settings, Fed-MoE's gate between two equal models, LC-Fed's calibration, which
+an unseen site does not use, and FedETF's prototypes."""
 FIXED = {"fedbabu": "head."}
 """Leaves that the method trains at no site before the last evaluation."""
 PRIVATE = (
@@ -51,7 +53,7 @@ def classifies(name: str) -> bool:
 HAVE = [name for name, entry in METHODS.items() if entry.newcomers and name not in ("pooled", "histofl", "frozen")]
 
 
-def trained(method: Method, sites: dict[str, Site], params: dict, rounds: int = 2):
+def trained(method: Method[Any], sites: dict[str, Site], params: dict[str, Any], rounds: int = 2) -> Any:
     engine, state = InProcess(method, sites, server_data=held_by_server(sites)), method.init(params)
     for step in train(method, engine, state, rounds=rounds):
         state = step.state
@@ -62,6 +64,12 @@ def newcomer(sites: dict[str, Site]) -> Site:
     """A site with test data of the same shape, and nothing to train on."""
     return Site("elsewhere", {"test": sites["site-1"].data["test"]})
 
+
+# One of each way to a model for an unseen site; the others are slow tests.
+QUICK = (
+    *("fedavg", "fedavg-recomputed", "silobn", "ditto", "apfl", "moon", "fed-moe", "ifca", "fedsm", "krum", "feddf"),
+    *("fedbabu", "combat", "split", "swarm", "fedmoco", "data-vectors", "local", "scaffold"),
+)
 
 SAME = {
     "fedavg": {
@@ -79,15 +87,15 @@ SAME = {
     },
     "fedavg-recomputed": {"silobn": "both recompute the statistics"},
     "balanced-softmax": {"fedrod": "its shared head is trained with this loss; the private one stays at the sites"},
-    "fedmic": {"fedkd": "the same losses; the transforms differ"},
     "multi-krum": {"centered-clipping": "of three honest sites all are kept, and none is clipped"},
     "bulyan": {"trimmed-mean": "of three sites both keep the middle"},
+    "cfl": {"fedbuff": "the plain mean of all sites, before any cluster is divided"},
     "split": {"u-split": "they differ in who holds the last layer"},
 }
 """Methods with the same model for an unseen site on these data, and why."""
 
 
-def planned(name: str, rounds: int) -> tuple[Method, Task, dict[str, Site]]:
+def planned(name: str, rounds: int) -> tuple[Method[Any], Task, dict[str, Site]]:
     """Return ``case(name)`` with the number of rounds that the study plans."""
     _, task, sites = case(name)
     return build(name, Setting(task, LOCAL, tuple(sites), rounds), FEW_STEPS.get(name)), task, sites
@@ -110,15 +118,19 @@ def newcomers_model(name: str, rounds: int) -> tuple[list[str], bytes]:
     return unchanged, scores.numpy().tobytes()
 
 
+ALONE = [n for n in HAVE if n in QUICK or not classifies(n)]
+
+
 def rounds_of(name: str) -> int:
     return 5 if METHODS[name].unlabeled else 2  # after a warm-up or pretraining
 
 
-@pytest.mark.parametrize("name", [n for n in HAVE if not classifies(n)])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALONE])
 def test_no_part_is_untrained(name: str) -> None:
     assert newcomers_model(name, rounds_of(name))[0] == []
 
 
+@pytest.mark.slow
 def test_no_part_is_untrained_and_no_two_methods_share_all_digits() -> None:
     """All methods for classification, on the same data. FedAvg is also compared with methods of five rounds."""
     untrained: dict[str, list[str]] = {}

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +20,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def study(real_data: Path):
+def study(real_data: Path) -> Any:
     """The benchmark's module, which needs the data."""
     import domain_shift
 
     return domain_shift
 
 
-def recognized(parts) -> float:
+def recognized(parts: Any) -> float:
     """How often a linear classifier, fitted to training subjects, names the scanner of a test subject."""
     from sklearn.linear_model import LogisticRegression
 
@@ -35,7 +36,7 @@ def recognized(parts) -> float:
     return float(LogisticRegression(C=0.01, max_iter=500).fit(x[0], y[0]).score(x[1], y[1]))
 
 
-def test_harmonized_regions_no_longer_tell_the_scanner(study) -> None:
+def test_harmonized_regions_no_longer_tell_the_scanner(study: Any) -> None:
     """6 scanners, 245 brain regions: from above 90 % to the share of the largest site, about 21 %."""
     sites = study.table(study.BRAIN_6)(0)
     data = {n: [s.data[r][torch.arange(len(s.data[r]))][0] for r in ("train", "test")] for n, s in sites.items()}
@@ -55,7 +56,7 @@ def test_harmonized_regions_no_longer_tell_the_scanner(study) -> None:
         assert recognized(seen) < 0.3
 
 
-def gaps(study, title: str, label: str, other: str, seen: bool = True, splits: int = 3) -> np.ndarray:
+def gaps(study: Any, title: str, label: str, other: str, seen: bool = True, splits: int = 3) -> np.ndarray:
     """Mean over sites of one method's score, less another's, for each of several splits."""
     found = []
     for seed in range(splits):
@@ -65,7 +66,7 @@ def gaps(study, title: str, label: str, other: str, seen: bool = True, splits: i
     return np.array(found)
 
 
-def test_ten_scanners_together_beat_each_alone(study) -> None:
+def test_ten_scanners_together_beat_each_alone(study: Any) -> None:
     """Sex from brain regions: what federating is for, where sites are small."""
     found = gaps(study, "Sex from brain regions, 10 scanners", "fedavg", "local", splits=5)
     from domain_shift_page import interval
@@ -73,7 +74,7 @@ def test_ten_scanners_together_beat_each_alone(study) -> None:
     assert interval(found)[1] > 0
 
 
-def test_harmonizing_did_not_help_to_predict_sex(study) -> None:
+def test_harmonizing_did_not_help_to_predict_sex(study: Any) -> None:
     """The scanner is gone from the features, and yet the model is no better: within two points of FedAvg either way."""
     for label in ("combat", "zscore of each site"):
         found = gaps(study, "Sex from brain regions, 10 scanners", label, "fedavg")

@@ -7,7 +7,9 @@ comes with the package axe-playwright-python: ``pip install 'polyclinic[browser]
 import io
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ SIZES = """() => { const found = []; const walk = document.createTreeWalker(docu
 
 
 @pytest.fixture(scope="module")
-def chromium():
+def chromium() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: polyclinic[browser]")
     path = shutil.which("chromium")
     if path is None:
@@ -45,7 +47,7 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory):
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A report of every kind of task; that of a classification has all the sections there are."""
     made = {}
     for task in TASKS:
@@ -58,7 +60,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(params=WIDTHS)
-def opened(request: pytest.FixtureRequest, chromium):
+def opened(request: pytest.FixtureRequest, chromium: Any) -> Iterator[Any]:
     """Opens a page at a width, and notes all that it asks for and says."""
     context = chromium.new_context(viewport={"width": request.param, "height": 1000})
     tab = context.new_page()
@@ -71,21 +73,21 @@ def opened(request: pytest.FixtureRequest, chromium):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_it_asks_for_nothing_and_complains_of_nothing(opened, reports, task: Classification) -> None:
+def test_it_asks_for_nothing_and_complains_of_nothing(opened: Any, reports: Any, task: Classification) -> None:
     tab = opened(reports[task])
     assert tab.asked == [reports[task].as_uri()]
     assert tab.said == []
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_it_fits_its_window(opened, reports, task: Classification) -> None:
+def test_it_fits_its_window(opened: Any, reports: Any, task: Classification) -> None:
     tab = opened(reports[task])
     tab.evaluate(OPEN)
     assert tab.evaluate("document.documentElement.scrollWidth") <= tab.viewport_size["width"]
     assert tab.evaluate(STICKING_OUT) == []
 
 
-def test_no_letter_is_too_small_to_read(opened, reports) -> None:
+def test_no_letter_is_too_small_to_read(opened: Any, reports: Any) -> None:
     tab = opened(reports["classification"])
     tab.evaluate(OPEN)
     small = [found for found in tab.evaluate(SIZES) if 0 < found[0] < 8.9]
@@ -93,7 +95,7 @@ def test_no_letter_is_too_small_to_read(opened, reports) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_axe_finds_no_fault(opened, reports, task: Classification) -> None:
+def test_axe_finds_no_fault(opened: Any, reports: Any, task: Classification) -> None:
     axe = pytest.importorskip("axe_playwright_python", reason="needs axe-core: polyclinic[browser]")
     tab = opened(reports[task])
     tab.evaluate(OPEN)
@@ -103,7 +105,7 @@ def test_axe_finds_no_fault(opened, reports, task: Classification) -> None:
     assert [(v["id"], v["impact"], v["nodes"][0]["html"]) for v in found["violations"]] == []
 
 
-def test_axe_would_find_one(opened, tmp_path: Path) -> None:
+def test_axe_would_find_one(opened: Any, tmp_path: Path) -> None:
     axe = pytest.importorskip("axe_playwright_python", reason="needs axe-core: polyclinic[browser]")
     (tmp_path / "bad.html").write_text(
         "<!doctype html><html><body><img src='data:,'><p style='color:#ddd;background:#fff'>Words too pale to read.</p>"
@@ -114,7 +116,7 @@ def test_axe_would_find_one(opened, tmp_path: Path) -> None:
     assert {"image-alt", "html-has-lang", "color-contrast"} <= {v["id"] for v in found["violations"]}
 
 
-def test_a_screenshot_shows_the_result_first_and_is_the_same_twice(opened, reports) -> None:
+def test_a_screenshot_shows_the_result_first_and_is_the_same_twice(opened: Any, reports: Any) -> None:
     """Both boxes at the top are in the first window of a desk's screen; nothing is painted at the page's right edge."""
     from PIL import Image
 
@@ -131,7 +133,7 @@ def test_a_screenshot_shows_the_result_first_and_is_the_same_twice(opened, repor
             assert at["y"] + at["height"] < 1000
 
 
-def test_every_place_can_be_reached_with_the_keyboard(opened, reports) -> None:
+def test_every_place_can_be_reached_with_the_keyboard(opened: Any, reports: Any) -> None:
     tab = opened(reports["classification"])
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.textContent") == "Skip to the report"
@@ -146,7 +148,7 @@ def test_every_place_can_be_reached_with_the_keyboard(opened, reports) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_it_prints_with_everything_unfolded(chromium, reports, task: Classification, tmp_path: Path) -> None:
+def test_it_prints_with_everything_unfolded(chromium: Any, reports: Any, task: Classification, tmp_path: Path) -> None:
     tab = chromium.new_page()
     tab.goto(reports[task].as_uri())
     tab.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ FEW = Options()
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_item_is_there_once(name) -> None:
+def test_every_item_is_there_once(name: str) -> None:
     items = load(name).items
     assert len(items) == SIZES[name]
     assert len({i.id for i in items}) == len({i.text for i in items}) == len(items)
@@ -35,7 +36,7 @@ def test_an_unknown_checklist_is_refused() -> None:
         load("claim")
 
 
-def ticked(path, name="federated_healthcare", journal=(0, "", "")):
+def ticked(path: Any, name: Any = "federated_healthcare", journal: Any = (0, "", "")) -> Any:
     run = read_run(path)
     return {a.item.id for a in fill(load(name), run, evaluate(run, FEW), journal) if a.status == "shown"}
 
@@ -62,7 +63,7 @@ def test_an_empty_run_ticks_nothing(tmp_path: Path) -> None:
         ("20", {}, {"methods": ("local", "fedavg", "fedprox")}),
     ],
 )
-def test_what_ticks_a_row_and_what_does_not(tmp_path: Path, item: str, how, why_not) -> None:
+def test_what_ticks_a_row_and_what_does_not(tmp_path: Path, item: str, how: Any, why_not: Any) -> None:
     usual = {"seeds": (0,)}
     assert item in ticked(write_run(tmp_path / "yes", **{**usual, **how}))
     assert item not in ticked(write_run(tmp_path / "no", **{**usual, **why_not}))
@@ -77,7 +78,7 @@ def test_what_ticks_a_row_and_what_does_not(tmp_path: Path, item: str, how, why_
         ("tripod_ai", "14", write_groups),
     ],
 )
-def test_a_file_in_the_run_folder_ticks_its_row(tmp_path: Path, name: str, item: str, make) -> None:
+def test_a_file_in_the_run_folder_ticks_its_row(tmp_path: Path, name: str, item: str, make: Any) -> None:
     path = write_run(tmp_path / "r", seeds=(0,))
     assert item not in ticked(path, name)
     make(path)
@@ -112,7 +113,7 @@ def test_methods_without_a_server_and_by_contribution_are_seen(tmp_path: Path) -
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "checklist.md"
 
 
-def rows_of(text):
+def rows_of(text: Any) -> Any:
     return [
         [cell.strip() for cell in line.strip("| \n").split("|")]
         for line in text.splitlines()

@@ -2,12 +2,14 @@
 
 import re
 import xml.etree.ElementTree as ET
+from typing import Any
 
 import numpy as np
 import pytest
 
 from polyclinic.evaluation.calibration import reliability
 from polyclinic.evaluation.net_benefit import NetBenefit
+from polyclinic.report import discrimination_figures as curves
 from polyclinic.report import figures as fig
 from polyclinic.statistics.intervals import Estimate
 from polyclinic.statistics.paired_tests import rank_methods
@@ -34,6 +36,15 @@ DRAWN = {
     "reliability": lambda name: fig.reliability_plot(name, "alt", {"x": reliability(np.stack([1 - P, P], 1), Y)}),
     "decision": lambda name: fig.decision_plot(name, "alt", CURVE),
     "scatter": lambda name: fig.scatter(name, "alt", [("a", 1.0, 0.8, "plain"), ("b", 1.0, 0.8, "baseline")], "x", "y"),
+    "unit curves": lambda name: curves.unit_curves(
+        name, "alt", P, {"a (0.5)": P, "b": 1 - P}, ("x", "y"), diagonal=True
+    ),
+    "confusion": lambda name: curves.confusion_plot(
+        name,
+        "alt",
+        ["benign", "malignant", "a class with a rather long name"],
+        np.array([[1, 0, 0], [0.4, 0.5, 0.1], [np.nan] * 3]),
+    ),
     "agreement": lambda name: fig.agreement_plot(name, "alt", P, P - 0.5, (-1.0, 0.0, 1.0), " (years)"),
     "ranks": lambda name: fig.ranks_plot(
         name, "alt", rank_methods("abcd", np.random.default_rng(1).normal(size=(6, 4))), {"a": "FedAvg"}
@@ -42,7 +53,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_every_picture_is_well_formed_and_the_same_twice(kind) -> None:
+def test_every_picture_is_well_formed_and_the_same_twice(kind: Any) -> None:
     first = DRAWN[kind]("one")
     assert first == DRAWN[kind]("one")
     root = ET.fromstring(first)
@@ -60,7 +71,7 @@ def test_ids_of_two_pictures_do_not_clash() -> None:
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_references_lead_somewhere(kind) -> None:
+def test_references_lead_somewhere(kind: Any) -> None:
     text = DRAWN[kind]("one")
     ids = set(re.findall(r'\bid="([^"]+)"', text))
     assert set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text)) <= ids
@@ -83,7 +94,7 @@ def test_names_however_long_stay_within_the_picture() -> None:
 def test_contrast_of_the_colors_on_white() -> None:
     """At least 4.5 to 1, as WCAG 2.2 AA asks of text."""
 
-    def light(color):
+    def light(color: Any) -> Any:
         parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ FEW = Options()
 WHOM = guarantee([Spend(1.0, 0.5, 1, "patient")], "patient").facts()
 
 
-def built(path, spends, private=("fedprox", "fedbn")):
+def built(path: Any, spends: Any, private: Any = ("fedprox", "fedbn")) -> Any:
     """A report of a run whose ``private`` methods are FedAvg with noise; FedAvg itself has none."""
     path = write_run(path, seeds=(0,), privacy=False)
     info = json.loads((path / "run.json").read_text())
@@ -33,7 +34,7 @@ def built(path, spends, private=("fedprox", "fedbn")):
     return text[text.index('id="privacy"') :].split("</section>")[0]
 
 
-def cells(section, table):
+def cells(section: Any, table: Any) -> Any:
     """The rows of a table, as texts."""
     body = re.search(rf'aria-label="{table}".*?</table>', section, re.S)[0]
     rows = re.findall(r"<tr.*?</tr>", body, re.S)
@@ -53,7 +54,7 @@ def cells(section, table):
         (float("inf"), "∞"),
     ],
 )
-def test_an_epsilon_is_rounded_up(epsilon, told: str) -> None:
+def test_an_epsilon_is_rounded_up(epsilon: Any, told: str) -> None:
     assert rounded_up(epsilon) == told
 
 

@@ -11,6 +11,7 @@ import sys
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,12 +36,12 @@ VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use"}
 class Page(HTMLParser):
     """Tags, ids, headings and text of a page; a tag that closes another than the last opened is an error."""
 
-    def __init__(self, html) -> None:
+    def __init__(self, html: Any) -> None:
         super().__init__()
         self.tags, self.ids, self.headings, self.links, self.open, self.words = [], [], [], [], [], []
         self.feed(html)
 
-    def handle_starttag(self, tag, attrs) -> None:
+    def handle_starttag(self, tag: Any, attrs: Any) -> None:
         attrs = dict(attrs)
         self.tags.append((tag, attrs))
         self.ids += [attrs["id"]] if "id" in attrs else []
@@ -50,38 +51,38 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs) -> None:
+    def handle_startendtag(self, tag: Any, attrs: Any) -> None:
         self.handle_starttag(tag, attrs)
         if tag not in VOID:
             self.open.pop()
 
-    def handle_endtag(self, tag) -> None:
+    def handle_endtag(self, tag: Any) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data) -> None:
+    def handle_data(self, data: Any) -> None:
         if not self.open or self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
-    def text(self):
+    def text(self) -> Any:
         return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory):
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_run(tmp_path_factory.mktemp("runs") / "made-7f3c2a91", seeds=(0, 1))
 
 
 @pytest.fixture(scope="module")
-def page(run):
+def page(run: Any) -> Any:
     return Page(build_report(run, options=FEW).read_text(encoding="utf-8"))
 
 
-def built(path, **how):
+def built(path: Any, **how: Any) -> Any:
     return Page(build_report(write_run(path, **how), options=FEW).read_text(encoding="utf-8"))
 
 
-def test_it_says_what_was_found(page) -> None:
+def test_it_says_what_was_found(page: Any) -> None:
     assert "FedBN was trained at 4 sites" in page.text
     assert "At osaka, which did not take part in training (90 patients), AUC was" in page.text
     assert "Simulated split" in page.text
@@ -93,25 +94,26 @@ def test_it_says_what_was_found(page) -> None:
         "2. Results at every site",
         "3. Benefit over local training",
         "4. Learning curves",
-        "5. Calibration",
-        "6. Communication",
-        "7. Privacy",
-        "8. Data card",
-        "9. Methods paragraph",
-        "10. Checklists",
-        "11. Reproduce this study",
+        "5. Discrimination",
+        "6. Calibration",
+        "7. Communication",
+        "8. Privacy",
+        "9. Data card",
+        "10. Methods paragraph",
+        "11. Checklists",
+        "12. Reproduce this study",
     ]
     places = [page.text.index(t) for t in titles]
     assert places == sorted(places)
 
 
-def test_it_is_self_contained(page):
+def test_it_is_self_contained(page: Any) -> None:
     assert not [link for link in page.links if not link.startswith(("#", "data:,"))]
     assert not [t for t, _ in page.tags if t in ("script", "iframe", "img", "object")]
     assert not any(k.startswith("on") for _, attrs in page.tags for k in attrs)
 
 
-def test_it_is_built_for_everybody(page) -> None:
+def test_it_is_built_for_everybody(page: Any) -> None:
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert page.headings[0] == 1
@@ -129,14 +131,14 @@ def test_it_is_built_for_everybody(page) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_run_gives_the_same_bytes(run, tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_bytes(run: Any, tmp_path: Path) -> None:
     first, again = (build_report(run, tmp_path / k, FEW).parent for k in "ab")
     names = sorted(str(f.relative_to(first)) for f in first.rglob("*") if f.is_file())
     assert {"report.html", "report.json", "model_card.md", "tables/methods.csv"} <= set(names)
     assert all((first / n).read_bytes() == (again / n).read_bytes() for n in names)
 
 
-def test_the_page_the_json_and_the_csv_agree(run, page, tmp_path: Path) -> None:
+def test_the_page_the_json_and_the_csv_agree(run: Any, page: Any, tmp_path: Path) -> None:
     folder = build_report(run, tmp_path, FEW).parent
     values = json.loads((folder / "report.json").read_text())
     with open(folder / "tables" / "sites.csv", newline="") as file:
@@ -242,7 +244,7 @@ def test_lower_is_better_turns_every_sign(tmp_path: Path) -> None:
         {"sites": LITTLE, "images": 4},
     ],
 )
-def test_small_and_odd_studies(tmp_path: Path, how) -> None:
+def test_small_and_odd_studies(tmp_path: Path, how: Any) -> None:
     page = built(tmp_path / "r", **how)
     assert page.open == []
     assert not re.search("None(?! of the)", page.text)
@@ -308,7 +310,7 @@ def test_one_seed_twice_is_that_seed(tmp_path: Path) -> None:
 # In a browser
 
 
-def in_chromium(file, tmp_path: Path, *flags):
+def in_chromium(file: Any, tmp_path: Path, *flags: Any) -> Any:
     """What Debian's Chromium prints, without a network and without its own errands."""
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -321,7 +323,7 @@ def in_chromium(file, tmp_path: Path, *flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
-def test_nothing_sticks_out_and_nothing_is_fetched(run, tmp_path: Path, width: int) -> None:
+def test_nothing_sticks_out_and_nothing_is_fetched(run: Any, tmp_path: Path, width: int) -> None:
     """Headless Chromium cannot be narrower than 500 pixels, so the page is shown in a frame."""
     page = build_report(run, tmp_path, FEW)
     html = page.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
@@ -345,7 +347,7 @@ def test_nothing_sticks_out_and_nothing_is_fetched(run, tmp_path: Path, width: i
 
 
 @pytest.mark.slow
-def test_it_prints(run, tmp_path: Path) -> None:
+def test_it_prints(run: Any, tmp_path: Path) -> None:
     page = build_report(run, tmp_path, FEW)
     in_chromium(page, tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}", "--no-pdf-header-footer")
     data = (tmp_path / "page.pdf").read_bytes()
@@ -418,7 +420,7 @@ def test_broken_lines_are_named_all_at_once(tmp_path: Path) -> None:
         (lambda t: t.update({"eve/patient": t["ada/patient"]}), "site 'eve' is not among the run's sites"),
     ],
 )
-def test_predictions_that_do_not_fit_are_refused(tmp_path: Path, change, words: str) -> None:
+def test_predictions_that_do_not_fit_are_refused(tmp_path: Path, change: Any, words: str) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("fedavg",))
     file = path / "arms" / "fedavg-seed0" / "predictions.safetensors"
     tensors = load_file(file)
@@ -493,7 +495,9 @@ def test_a_broken_journal_is_said_first(tmp_path: Path) -> None:
     assert "The hash chain of the journal is broken" in bad.text
 
 
-def test_without_matplotlib_the_message_names_the_extra(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_message_names_the_extra(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):
         build_report(run, tmp_path / "out", FEW)
@@ -594,13 +598,15 @@ def test_examples_of_the_pages_run(name: str, tmp_path: Path, monkeypatch: pytes
         exec(compile(block, name, "exec"), {})
 
 
-def test_a_full_disk_leaves_the_earlier_report_and_says_what_to_do(tmp_path, monkeypatch) -> None:
+def test_a_full_disk_leaves_the_earlier_report_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_run(tmp_path / "run")
     (path / "report").mkdir()
     (path / "report" / "report.html").write_text("earlier")
     real, written = atomic.write, []
 
-    def write(file, content, **options) -> None:
+    def write(file: Any, content: Any, **options: Any) -> None:
         written.append(file)
         if len(written) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))

@@ -1,6 +1,8 @@
 """What privacy costs is asked by an ordinary study, whose noise keeps each ε at the smallest site."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +48,7 @@ training = {{ epochs = 2 }}
 
 
 @pytest.fixture(autouse=True)
-def coarse(monkeypatch: pytest.MonkeyPatch):
+def coarse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """ε to a hundredth instead of to four decimals: quicker."""
     accounting._epsilon.cache_clear()
     monkeypatch.setattr(accounting, "INTERVALS", {"pld": 1e-2, "coarse": 1e-2})
@@ -55,14 +57,14 @@ def coarse(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def file(tmp_path: Path):
+def file(tmp_path: Path) -> Any:
     path = tmp_path / "small.toml"
     path.write_text(STUDY.format(path=npz(tmp_path)))
     return path
 
 
 @pytest.mark.slow
-def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file, tmp_path: Path) -> None:
+def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file: Any, tmp_path: Path) -> None:
     runs = {}
     for scenario in parse_all(priced(file, (2.0, 20.0), 1e-2, (1, 3))):
         folder = scenario.folder(tmp_path)
@@ -89,14 +91,14 @@ def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file, tmp_pat
         ({"epsilons": (-1.0,)}, "epsilon must be above 0, not -1.0"),
     ],
 )
-def test_what_cannot_be_priced_is_told(file, how, says: str) -> None:
+def test_what_cannot_be_priced_is_told(file: Any, how: Any, says: str) -> None:
     with pytest.raises((BadStudy, BadPlan)) as error:
         priced(file, **{"epsilons": (1.0,), "delta": 1e-2} | how)
     assert says in str(error.value)
 
 
 def test_the_command_draws_the_curve_and_tells_the_best_number_of_rounds(
-    file, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = ["--epsilon", "5", "--delta", "0.01", "--rounds", "1", "--rounds", "2"]
@@ -118,7 +120,7 @@ def test_the_command_draws_the_curve_and_tells_the_best_number_of_rounds(
 
 
 def test_more_rounds_are_told_to_be_better_only_where_validation_says_so() -> None:
-    def price(rounds, validation):
+    def price(rounds: Any, validation: Any) -> Any:
         return Price(2.0, 1.0, rounds, Estimate(0.9), None, validation)
 
     assert best_rounds([price(9, 0.7), price(3, 0.8), price(5, 0.8)], True) == {2.0: 3}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,11 @@ from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import little_sites
 from tests.methods.test_features_of_networks import NETWORKS
 
-KINDS = ("cnn, batch", "cnn, group, 3-D", "vit")
+KINDS = (
+    "cnn, batch",
+    pytest.param("cnn, group, 3-D", marks=pytest.mark.slow),
+    pytest.param("vit", marks=pytest.mark.slow),
+)
 """Networks with batch normalization in 2-D, group normalization in 3-D, and a transformer."""
 
 

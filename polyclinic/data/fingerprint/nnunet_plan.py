@@ -50,7 +50,7 @@ class NnunetPlan:
     @property
     def task_options(self) -> dict[str, Any]:
         """The keys of ``[task]`` that the plan determines."""
-        return {"batch_dice": True} if self.batch_dice else {}
+        return {"batch_dice": self.batch_dice}
 
     @classmethod
     def read(cls, path: Path) -> "NnunetPlan | None":

@@ -183,6 +183,55 @@ class FeatureTable:
             for site, seen in used.items()
         }
 
+    def unlabeled_rows(self, path: Path, names: Sequence[str]) -> list[tuple[str, Array | str]]:
+        """Return the inputs of the rows of another table with these columns, which needs no label.
+
+        Args:
+            path: The table.
+            names: The names of the inputs, as in training.
+
+        Returns:
+            For each row its name, and its values [F], NaN if missing and neither filled nor scaled, or the reason why
+            it has none.
+
+        Raises:
+            DataError: If the table cannot be read, or lacks columns.
+        """
+        raw = read_rows(path)
+        columns = list(dict.fromkeys(self._column_of(name) for name in names))
+        if lacking := [column for column in columns if column not in raw]:
+            raise DataError([f"{path.name} {no_column(raw, column)}" for column in lacking])
+        count = len(next(iter(raw.values())))
+        patient = column_of(raw, "patient", self.patient if self.patient in raw else "", [])
+        ids = raw[patient] if patient and len(set(raw[patient])) == count else [f"row {i + 2}" for i in range(count)]
+        return [(name, self._row(raw, i, columns, names)) for i, name in enumerate(ids)]
+
+    def _column_of(self, name: str) -> str:
+        """Return the column that an input comes from."""
+        category = (column for column in self.categories if name.startswith((f"{column} = ", f"{column} is missing")))
+        return next(category, name.removesuffix(" is missing"))
+
+    def _row(
+        self, raw: Mapping[str, Sequence[str]], i: int, columns: Sequence[str], names: Sequence[str]
+    ) -> Array | str:
+        """Return the inputs of one row, or why it has none."""
+        values = dict.fromkeys(names, 0.0)
+        for column in columns:
+            word = raw[column][i]
+            gone = self._is_missing(word) or (column in self.zero_is_missing and is_number(word) and float(word) == 0)
+            if gone:
+                values |= {column: np.nan} if column in values else {}
+                values |= {known: 1.0} if (known := f"{column} is missing") in values else {}
+            elif column in self.categories:
+                if (known := f"{column} = {plain(word)}") not in values:
+                    return f"row {i + 2} has {word!r} in {column}, which did not occur in training"
+                values[known] = 1.0
+            elif not is_number(word):
+                return f"row {i + 2} has {word!r} in {column}, which is not a number"
+            else:
+                values[column] = float(word)
+        return np.array([values[name] for name in names])
+
     def texts(self, ids: Sequence[str]) -> list[tuple[str, str]]:
         """Return the features and the labels of each named row as text, independent of other rows."""
 

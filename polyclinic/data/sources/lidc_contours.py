@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from polyclinic.data.examples import DataError
-from polyclinic.data.sources.polygons import Points
+from polyclinic.data.formats.polygons import Points
 
 READERS = 4
 

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.formats.polygons import Points, area_and_center, inside
 from polyclinic.data.source import Info, Table, digest
 from polyclinic.data.sources.lidc_contours import READERS, Outline, database, group, read_outlines
-from polyclinic.data.sources.polygons import Points, area_and_center, inside
 
 VERSION = 1  # of the rendering; a change changes the fingerprint
 FINE = 4  # points per pixel and axis over which a pixel's value is averaged

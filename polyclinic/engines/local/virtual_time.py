@@ -163,7 +163,7 @@ class Unequal:
 
 
 def _evaluates(request: Request) -> bool:
-    return request.job.partition("/")[0] in ("score", "predict", "explain")
+    return request.job.partition("/")[0] in ("score", "predict", "explain", "show")
 
 
 @dataclass

@@ -62,7 +62,7 @@ class Allow(_Table):
     """Jobs that may run, and values that may leave."""
 
     jobs: tuple[str, ...] = ("*",)
-    never: tuple[str, ...] = ("predict/*",)
+    never: tuple[str, ...] = ("predict/*", "show/*")
     stats: tuple[str, ...] = ("WeightedMean", "ElementwiseMean")
     gather: tuple[str, ...] = ("score", "describe")
     packages: tuple[Annotated[str, Field(pattern=RULE)], ...] = ()
@@ -270,7 +270,7 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], request: Requ
     if not 0 <= request.round < plan.rounds + 1:
         yield f"round {request.round} is beyond the study's {plan.rounds} rounds"
     verb, _, role = request.job.partition("/")
-    scored = verb in ("score", "predict", "explain")
+    scored = verb in ("score", "predict", "explain", "show")
     if scored and role not in EVALUATED:
         yield f"models are scored on {' and '.join(EVALUATED)} data alone, and never on {role[:80]!r}"
     if (patients := count_patients(site.data.get(role if scored else "train", ()))) < limits.min_patients and not (

@@ -30,7 +30,7 @@ class Evaluated(MethodWrapper[State]):
 
     The job ``score/val`` sends a few scores, computed at the site. ``predict/test`` sends the predictions and targets
     of each example, from which intervals are computed; a site's policy may allow only the former. ``explain/val`` sends
-    the mean attribution map over the site's patients.
+    the mean attribution map over the site's patients, and ``show/test`` pictures of three cases.
     """
 
     inner: Method[State]
@@ -39,7 +39,7 @@ class Evaluated(MethodWrapper[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """Evaluate if the job is an evaluation; otherwise run the inner method's site update."""
         verb, _, role = request.job.partition("/")
-        if verb not in ("score", "predict", "explain"):
+        if verb not in ("score", "predict", "explain", "show"):
             return self.inner.site_update(request, memory, site)
         if not len(site.data.get(role, ())):
             return Reply(), memory
@@ -50,6 +50,13 @@ class Evaluated(MethodWrapper[State]):
         results = outputs(
             self.inner.prediction_task or self.task, params, site.data[role], site.device, verb == "predict"
         )
+        if verb == "show":
+            from polyclinic.learning.tasks.case_pictures import case_pictures
+
+            shown = case_pictures(
+                self.inner.prediction_task or self.task, params, site.data[role], results, site.device
+            )
+            return Reply({verb: PerSite({site.name: shown})}), memory
         if verb == "score":
             scores = self.task.scores(results) | {"n": float(len(site.data[role]))}
             results = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}

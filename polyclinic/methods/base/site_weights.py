@@ -31,4 +31,4 @@ class SizeWeighted(Method[State]):
 
     def update(self, end: Tree, start: Tree, site: Site) -> WeightedMean:
         """Return the change from ``start`` to ``end`` at ``site``, with the site's weight."""
-        return WeightedMean.of(tree.sub(end, start), self.site_weight(site))
+        return WeightedMean.of_own(tree.sub(end, start), self.site_weight(site))

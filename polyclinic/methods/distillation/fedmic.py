@@ -6,10 +6,10 @@ distilled both ways at the level of representations and of decisions (dual knowl
 is sent in low rank with a dynamic choice of singular values (global parameter decomposition). The paper's equations
 were not available: the losses are those of FedKD, on which it builds: Wu, Wu, Lyu, Huang and Xie,
 "Communication-efficient federated learning via knowledge distillation", Nature Communications 13:2032, 2022,
-https://arxiv.org/abs/2108.13323. The two are therefore the same here. The decomposition, which both papers have,
-changes what leaves a site: it is the transform for low rank, which a study applies to both by default. Departures:
-FedKD's attention matrices, which only transformers have, are omitted, and no gradient passes through the other model or
-through the divisor c.
+https://arxiv.org/abs/2108.13323. The decomposition of what leaves a site, which both papers have, is the transform for
+low rank, which a study applies to both by default; FedKD also decomposes the mean change before all models take it over
+(``broadcast``). A request still carries all weights. Departures: FedKD's attention matrices, which only transformers
+have, are omitted, and no gradient passes through the other model or through the divisor c.
 
 Federated mutual learning: Shen et al., "Federated Mutual Learning", 2020, https://arxiv.org/abs/2006.16765, section 3,
 after Zhang, Xiang, Hospedales and Lu, "Deep Mutual Learning", CVPR 2018, https://arxiv.org/abs/1706.00384.
@@ -19,9 +19,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.low_rank import factors, rising
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -43,12 +45,20 @@ class DualDistillation(SizeWeighted[State]):
 
     Attributes:
         dual: The two tasks and the weights of the losses.
+        broadcast: Whether the mean change of the student is decomposed in low rank too, as in FedKD.
+        start: The share of the squared singular values that the broadcast has at first.
+        end: The share after ``reach`` rounds.
+        reach: Number of rounds from ``start`` to ``end``.
         uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     dual: Dual
     local: LocalTraining = LocalTraining()
     uniform: bool = False
+    broadcast: bool = False
+    start: float = 0.95
+    end: float = 0.98
+    reach: int = 100
 
     def init(self, params: Tree) -> State:
         return State(0, params)
@@ -66,7 +76,12 @@ class DualDistillation(SizeWeighted[State]):
         return Reply({"update": WeightedMean.of(tree.sub(learned, student), weight)}), {**memory, "private": kept}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        return State(state.round + 1, reply.mean("update").apply_to(state.params))
+        mean = reply.mean("update")
+        if not self.broadcast:
+            return State(state.round + 1, mean.apply_to(state.params))
+        energy = rising(self.start, self.end, self.reach, state.round)
+        change = {name: decomposed(leaf, energy) for name, leaf in mean.value.items()}
+        return State(state.round + 1, tree.shift(state.params, change))
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         teacher = tree.under("teacher", memory.get("private", {}))
@@ -87,6 +102,12 @@ class DualDistillation(SizeWeighted[State]):
         return {**fresh, **tree.prefixed("teacher", student)} if self.prediction_task is None else fresh
 
 
+def decomposed(leaf: Tensor, energy: float) -> Tensor:
+    """Return ``leaf`` as those who receive its factors compute it."""
+    found = factors(leaf, energy)
+    return leaf if found is None else (found[0] @ found[1]).reshape(leaf.shape)
+
+
 def _teacher(task: Task, name: str, options: tuple[tuple[str, Any], ...]) -> Task:
     own, pairs = task.network, tuple((key, value) for key, value in options)  # a study file has lists
     return task if not name else replace(task, network=Network(name, own.inputs, own.outputs, pairs))
@@ -103,6 +124,7 @@ def fedmic(
     temperature: float = 1.0,
     adaptive: bool = True,
     uniform: bool = False,
+    broadcast: bool = False,
 ) -> DualDistillation:
     """Compose a private teacher and a shared student.
 
@@ -114,9 +136,11 @@ def fedmic(
         temperature: T of the decisions.
         adaptive: Whether both are divided by the sum of the task losses, so that inaccurate models teach less.
         uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
+        broadcast: Whether the mean change of the student is decomposed in low rank too, as in FedKD.
     """
     own, both = _teacher(task, teacher, teacher_options), (decision, decision)
-    return DualDistillation(Dual(own, task, (1.0, 1.0), both, representation, adaptive, temperature), local, uniform)
+    dual = Dual(own, task, (1.0, 1.0), both, representation, adaptive, temperature)
+    return DualDistillation(dual, local, uniform, broadcast)
 
 
 def mutual(

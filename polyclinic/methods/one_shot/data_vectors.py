@@ -2,8 +2,8 @@
 
 Tian, Xu, Yin, Wang and Yue, arXiv 2408.13038, 2024, https://arxiv.org/abs/2408.13038: a vector is ``τ_j = θ_j − θ_pre``
 and the merged model ``θ_pre + Σ_j τ_j``, after which a restoration realigns batch normalization. The full text was not
-available; this follows its abstract. Additions: the scale λ, since the sum overshoots if sites agree; TIES and lengths
-by layer as options; restoration by forward passes alone; late sites; and removal.
+available; this follows its abstract. Additions: the scale λ, since the sum overshoots if sites agree; TIES, DARE and
+lengths by layer as options; restoration by forward passes alone; late sites; and removal.
 
 The merge is computed from all vectors, in name order, whenever one arrives. It therefore depends only on the set of
 sites: the order of arrival has no effect, and removing a site gives the model without it.
@@ -55,6 +55,7 @@ class DataVectors(Method[State]):
         ties: The fraction of each vector's largest entries that TIES keeps; 0 for the plain sum.
         by_layer: Whether each layer of the sum is rescaled to the mean norm of the sites'.
         tune: Epochs over the server's labeled examples at the end, at a tenth of the learning rate.
+        dare: The fraction of each vector's entries that DARE drops at random.
     """
 
     task: Task
@@ -64,6 +65,7 @@ class DataVectors(Method[State]):
     ties: float = 0.0
     by_layer: bool = False
     tune: int = 0
+    dare: float = 0.0
 
     def __post_init__(self) -> None:
         _ = self.merging  # refuses impossible options
@@ -71,7 +73,7 @@ class DataVectors(Method[State]):
     @property
     def merging(self) -> Merging:
         """How vectors become one model."""
-        return Merging(self.scale or None, self.ties, self.by_layer, self.tune)
+        return Merging(self.scale or None, self.ties, self.by_layer, self.tune, self.dare)
 
     def init(self, params: Tree) -> State:
         return State(0, params, params, {})

@@ -2,9 +2,12 @@
 
 The sum and the restoration of batch normalization are those of data vectors (see ``data_vectors``). TIES: Yadav, Tam,
 Choshen, Raffel and Bansal, "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, Algorithm 1,
-https://arxiv.org/abs/2306.01708. The lengths by layer are an addition.
+https://arxiv.org/abs/2306.01708. DARE: Yu, Yu, Yu, Huang and Li, "Language Models are Super Mario: Absorbing
+Abilities from Homologous Models as a Free Lunch", ICML 2024, section 3, https://arxiv.org/abs/2311.03099. The lengths
+by layer are an addition.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,22 +36,27 @@ class Merging:
         by_layer: Whether each layer of the sum is rescaled to the mean norm of the sites', so that layers in which
             sites agree do not outgrow the others. λ is then relative to 1.
         tune: Epochs over the labeled examples at the end, at a tenth of the learning rate.
+        dare: The fraction p of each vector's entries that DARE drops at random before anything else; the others are
+            multiplied by 1/(1 - p). The entries depend on the site's name alone.
     """
 
     scale: float | None = None
     ties: float = 0.0
     by_layer: bool = False
     tune: int = 0
+    dare: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.dare < 1:
+            raise ConfigError(f"dare is the share of entries to drop, from 0 to less than 1, not {self.dare}")
         if not 0 <= self.ties <= 1:
             raise ConfigError(f"ties is the share of entries to keep, from 0 to 1, not {self.ties}")
         if self.scale is not None and not math.isfinite(self.scale):
             raise ConfigError(f"scale must be a finite number, not {self.scale}")
 
     def direction(self, vectors: Mapping[str, Tree]) -> Tree:
-        """Return the direction that λ scales: ``Σ_j τ_j`` in name order, or the result of TIES or ``by_layer``."""
-        ordered = [vectors[name] for name in sorted(vectors)]
+        """Return the direction that λ scales: ``Σ_j τ_j`` in name order, or what DARE, TIES or ``by_layer`` give."""
+        ordered = [thinned(vectors[name], self.dare, name) if self.dare else vectors[name] for name in sorted(vectors)]
         merged = elected(ordered, self.ties) if self.ties else total(ordered)
         return lengths_of(merged, ordered) if self.by_layer else merged
 
@@ -78,6 +86,17 @@ def elected(ordered: list[Tree], keep: float) -> Tree:
     agree = (torch.sign(flat) == sign) & (sign != 0)
     mean = (flat * agree).sum(0) / agree.sum(0).clamp_min(1)  # over the sites that agree
     return tree.unflatten(mean, ordered[0])
+
+
+def thinned(vector: Tree, drop: float, site: str) -> Tree:
+    """Apply DARE: ``m ⊙ τ / (1 - p)`` with m 0 with probability p = ``drop``, drawn from the site's name."""
+    seed = int.from_bytes(hashlib.blake2b(site.encode(), digest_size=8).digest(), "big") >> 1
+    rng = torch.Generator().manual_seed(seed)
+
+    def one(leaf: Tensor) -> Tensor:
+        return leaf * (torch.rand(leaf.shape, generator=rng) >= drop) / (1 - drop)
+
+    return {name: one(vector[name]) for name in sorted(vector)}
 
 
 def trimmed(vector: Tensor, keep: float) -> Tensor:

@@ -49,7 +49,7 @@ class FedAvg(SizeWeighted[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
         update = self.local.change(self.task, start, site, request.round)
-        return Reply({"update": WeightedMean.of(update, self.site_weight(site))}), memory
+        return Reply({"update": WeightedMean.of_own(update, self.site_weight(site))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return State(state.round + 1, reply.mean("update").apply_to(state.params, self.lr))

@@ -4,8 +4,8 @@ Xu, Li, Guo, Yang, Roth, Hatamizadeh, Zhao, Xu, Huang and Xu, "Closing the Gener
 Medical Image Segmentation", CVPR 2022, Algorithm 1 (FedSM-extra) with SoftPull. https://arxiv.org/abs/2203.10144.
 
 Departures: the selector is a small network instead of VGG-11, without normalization layers, since a site has only its
-own kind of image and these layers would remove its style. Sites send the selector's full-batch gradient and the server
-takes the Adam step, whereas the paper averages the moments of the sites' own Adams. Updates are weighted by examples.
+own kind of image and these layers would remove its style. Updates are weighted by examples, those of the selector and
+of its Adams' moments equally.
 """
 
 from dataclasses import dataclass
@@ -24,18 +24,26 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.optimizers import Memory, optimizer_memory
 from polyclinic.methods.base.site_weights import SizeWeighted
-from polyclinic.methods.optimization import fedopt
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
-@savable("fedsm.State", 1)
+@savable("fedsm.Selector", 1)
+class Selector(NamedTuple):
+    """The selector, and the mean of the sites' moments of Adam; empty before the first round."""
+
+    params: Tree
+    moments: Tree
+
+
+@savable("fedsm.State", 2)
 class State(NamedTuple):
     """The global model, the selector with its optimizer, and each site's personal model."""
 
     round: int
     params: Tree
-    selector: fedopt.State
+    selector: Selector
     personal: Trees
 
 
@@ -72,35 +80,47 @@ class FedSM(SizeWeighted[State]):
         return Classification(Network(kind, inputs, len(self.sites), (("width", self.width), ("norm", "none"))))
 
     @property
-    def optimizer(self) -> fedopt.FedOpt:
-        """Adam at the server, for the selector."""
-        return fedopt.FedOpt(self.selecting, rule="adam", lr=self.selector_lr)
-
-    @property
     def prediction_task(self) -> Task:
         return self.task.with_network(Selected(self.task.network, self.selecting.network, self.threshold))
 
     def init(self, params: Tree) -> State:
-        return State(0, params, self.optimizer.init(self.selecting.first()), dict.fromkeys(self.sites, params))
+        return State(0, params, Selector(self.selecting.first(), {}), dict.fromkeys(self.sites, params))
 
     def request(self, state: State) -> Request:
         each = {name: {"personal": model} for name, model in state.personal.items()}
-        return Request(state.round, {"params": state.params, "selector": state.selector.params}, per_site=each)
+        trees = {"params": state.params, "selector": state.selector.params, "moments": state.selector.moments}
+        return Request(state.round, trees, per_site=each)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         reply, _ = FedAvg(self.task, self.local, uniform=self.uniform).site_update(request, memory, site)
         personal = self.local.fit(self.task, request.trees["personal"], site, request.round, slot="personal")
-        start, labeled = request.trees["selector"], Labeled(site.data["train"], self.sites.index(site.name))
-        once = LocalTraining(epochs=1, batch_size=len(labeled), lr=1.0)  # one full-batch step, w − ∇
-        selector = once.fit(self.selecting, start, site, request.round, data=labeled, slot="selector")
-        chosen, own = WeightedMean.of(tree.sub(selector, start)), PerSite({site.name: personal})
-        return Reply({**reply.parts, "selector": chosen, "personal": own}), memory
+        own = PerSite({site.name: personal})
+        return Reply({**reply.parts, "selector": self._selector(request, site), "personal": own}), memory
+
+    def _selector(self, request: Request, site: Site) -> WeightedMean:
+        """Return the change of the selector, and its moments, after a round of minibatches with Adam."""
+        start, moments = request.trees["selector"], request.trees["moments"]
+        labeled = Labeled(site.data["train"], self.sites.index(site.name))
+        local = LocalTraining(
+            self.local.epochs,
+            self.local.batch_size,
+            "adam",
+            self.selector_lr,
+            steps=self.local.steps,
+            keep_optimizer=True,
+        )
+        memory: Memory = {"train/selector": moments}
+        with optimizer_memory(memory):
+            end = local.fit(self.selecting, start, site, request.round, data=labeled, slot="selector")
+        change = tree.prefixed("change", tree.sub(end, start))
+        return WeightedMean.of({**change, **tree.prefixed("moments", memory["train/selector"])})
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        mean = reply.mean("selector").value
         return State(
             state.round + 1,
             reply.mean("update").apply_to(state.params),
-            self.optimizer.server_update(state.selector, Reply({"update": reply.mean("selector")}), server),
+            Selector(tree.add(state.selector.params, tree.under("change", mean)), tree.under("moments", mean)),
             soft_pull({**state.personal, **reply.gather("personal")}, self.pull),
         )
 

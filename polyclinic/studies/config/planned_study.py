@@ -25,7 +25,7 @@ def with_plan(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Problem]
     if not isinstance(own, Mapping) or not isinstance(given, str):
         return data, []
     if given == "nnunet":
-        says = "write the plan with `polyclinic plan STUDY`, and name its file here"
+        says = "`polyclinic run` plans by itself; here, write the plan with `polyclinic plan STUDY` and name its file"
         return data, [Problem(("data", "plan"), says)]
     try:
         plan = NnunetPlan.read(placed(given, "plan"))

@@ -392,6 +392,8 @@ class EvaluationSpec(Table):
 
         known = extensions.names("metrics")
         for name in self.own_metrics:
+            if name in METRICS:
+                raise ConfigError(f'metrics lists those of packages; "{name}" is computed anyway if it fits the task')
             if name not in known:
                 of_packages = f"; installed packages provide {', '.join(known)}" if known else ""
                 raise ConfigError(

@@ -7,7 +7,7 @@ predicts with the model of each site that trained, and with its model for new si
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.data.examples import Dataset, concat
 from polyclinic.data.federation import Federated, federate
 from polyclinic.data.source import FittedSource, Source
+from polyclinic.data.sources.feature_tables import FeatureTable
 from polyclinic.data.splits import Fold
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.errors import ConfigError
@@ -80,7 +81,7 @@ def study_for(model: TrainedModel, text: str, path: Path, changed: Mapping[str, 
     if "methods" not in given:
         changes["methods"] = [{"name": "fedavg"}]
     data = given.get("data")
-    steps = model.reading.table["steps"]
+    steps = model.reading.table.get("steps")
     if isinstance(data, dict) and not {"steps", "plan"} & data.keys() and steps:
         changes["data.steps"] = steps
     if "task" not in given:
@@ -110,16 +111,18 @@ def evaluate_frozen(models: Sequence[TrainedModel], study: Study, everything: bo
     labels = _labels(models)
     found: dict[tuple[str, int], dict[str, Tree]] = {}
     numbers = {patient: i for i, patient in enumerate(sorted(set(source.table().patients)))}
-    notes, first = list[str](), None
+    notes, first, data, read = list[str](), None, None, None
     for label, model in zip(labels, models, strict=True):
         own = model.study == study.hash
         if everything and own:
             raise NotEvaluated(f"{model.origin} was trained on this study's data: leave --all out")
         for number, member in enumerate(model.members):
             seed, fold = _place(member, model) if own else (study.seeds[0], None)
-            data = federate(study.data, seed, fold, source)
-            _require_fit(model, data, source, own)
-            first = first or data
+            scaled = source if own else _scaled(source, member)
+            if data is None or (seed, fold, scaled) != read:
+                data, read = federate(study.data, seed, fold, scaled), (seed, fold, scaled)
+            _require_fit(model, data, scaled, own)
+            first = first or replace(data, sites={site: {} for site in data.sites})  # without its images
             sites = {site: _tested(roles, everything) for site, roles in data.sites.items()}
             tested = {site: examples for site, examples in sites.items() if examples is not None and len(examples)}
             method, state, memory = _method(model, member)
@@ -234,6 +237,13 @@ def _method(model: TrainedModel, member: Member) -> tuple[Method[Any], Any, Mapp
     method = model.plan.build_method()
     checkpoint: Checkpoint = states.load(kept)
     return method, checkpoint.state, checkpoint.memory
+
+
+def _scaled(source: Source, member: Member) -> Source:
+    """Return a table that is filled and scaled with the statistics of a model's training; other sources as they are."""
+    if not isinstance(source, FeatureTable) or source.statistics == "declared" or member.statistics is None:
+        return source
+    return replace(source, statistics="declared", declared=str(member.statistics.resolve()), fill="mean")
 
 
 def _tested(roles: Mapping[str, Dataset], everything: bool) -> Dataset | None:

@@ -1,4 +1,4 @@
-"""The models of a run or of an exported bundle, with how their images are read."""
+"""The models of a run or of an exported bundle, with how their images or tables are read."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 from polyclinic.core import serialization as states
 from polyclinic.core.tree import Tree
+from polyclinic.data.sources.feature_tables import FeatureTable
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import ConfigError, RunError
 from polyclinic.evaluation.records.method_runs import arm_name
@@ -18,8 +19,9 @@ from polyclinic.learning.tasks.task import Task
 from polyclinic.methods import registry
 from polyclinic.studies.config.study_config import Study, parse
 from polyclinic.studies.inference.reading import Reading
+from polyclinic.studies.inference.table_reading import TableReading
 from polyclinic.studies.records.checkpoint import Checkpoint
-from polyclinic.studies.run.run_directory import read_plan, read_tensors
+from polyclinic.studies.run.run_directory import read_plan, read_tensors, statistics_file
 
 READING = "reading.json"
 """File of a bundle that says how images are read."""
@@ -38,12 +40,15 @@ class Member:
         task: Its task, whose network the parameters are of.
         params: Its parameters.
         sha256: Hash of the file they come from.
+        statistics: For tables, the file with which rows are filled and scaled; None for images, and if each site has
+            its own.
     """
 
     name: str
     task: Task
     params: Tree
     sha256: str
+    statistics: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +59,7 @@ class TrainedModel:
         origin: The run folder or bundle.
         members: The models, at least one.
         plan: The plan of the first one.
-        reading: How images are read.
+        reading: How images, or the rows of a table, are read.
         classes: Names of the classes, in order.
         study: Hash of the study.
         method: Label of the method.
@@ -65,7 +70,7 @@ class TrainedModel:
     origin: Path
     members: tuple[Member, ...]
     plan: Plan
-    reading: Reading
+    reading: Reading | TableReading
     classes: tuple[str, ...]
     study: str
     method: str
@@ -127,8 +132,12 @@ def trained_model(
             "(polyclinic run --resume), or choose with --seed and --fold"
         )
     found = [_member(run, run.path / "arms" / name, site) for name in names]
-    plan, classes = found[0][0], run.info.classes
-    reading = Reading.of(study.data.source(), plan.inputs, plan.kind == "segmentation")
+    plan, classes, source = found[0][0], run.info.classes, study.data.source()
+    reading: Reading | TableReading
+    if isinstance(source, FeatureTable):
+        reading = TableReading(source, found[0][1].statistics)
+    else:
+        reading = Reading.of(source, plan.inputs, plan.kind == "segmentation")
     return TrainedModel(
         origin, tuple(member for _, member in found), plan, reading, classes, run.info.hash, label, site, study
     )
@@ -161,7 +170,7 @@ def _member(run: Run, folder: Path, site: str) -> tuple[Plan, Member]:
                 f"{run.path}: {plan.method} has a model for each site and none for others: choose one with --site "
                 f"({', '.join(plan.sites)})"
             )
-        return plan, Member(folder.name, task, read_tensors(file), _sha256(file))
+        return plan, Member(folder.name, task, read_tensors(file), _sha256(file), statistics_file(folder))
     _require_among(run.path, "training site", [site], plan.sites)
     file = folder / "best.safetensors"
     file = file if file.is_file() else folder / "checkpoint.safetensors"
@@ -170,7 +179,7 @@ def _member(run: Run, folder: Path, site: str) -> tuple[Plan, Member]:
     kept: Checkpoint = states.load(file)
     request = method.evaluation_request(kept.state).for_site(site)
     params = method.site_model(request, kept.memory.get(site, {}))
-    return plan, Member(folder.name, task, params, _sha256(file))
+    return plan, Member(folder.name, task, params, _sha256(file), statistics_file(folder, site))
 
 
 def _of_bundle(origin: Path) -> TrainedModel:

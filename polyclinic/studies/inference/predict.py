@@ -1,4 +1,4 @@
-"""Application of a trained model to new images: one file of masks for each, or one table row.
+"""Application of a trained model to new images or rows of a table: a file of masks, or a row of predictions, for each.
 
 The output folder contains ``predictions.csv``; ``prediction.json``, which says by which model and how;
 ``labels.json``, the names of the labels of masks; and ``cases.jsonl``, a line for each finished image, from which an
@@ -22,6 +22,7 @@ from polyclinic.errors import ConfigError, PolyclinicError
 from polyclinic.studies.inference.image_files import write_map, write_mask
 from polyclinic.studies.inference.predictor import Prediction, Predictor
 from polyclinic.studies.inference.reading import Case, cases_at, pictures
+from polyclinic.studies.inference.table_reading import TableReading
 
 ABOUT, LINES, TABLE, LABELS = "prediction.json", "cases.jsonl", "predictions.csv", "labels.json"
 
@@ -63,7 +64,7 @@ class Work:
 
     Args:
         predictor: The model and how it is applied.
-        place: A file, a ``.npz`` archive or a folder of images.
+        place: A file, a ``.npz`` archive or a folder of images; or a table.
         out: The output folder. It may contain an earlier prediction by the same model in the same way.
         outputs: What is written.
         fresh: Whether to repeat what an earlier prediction in ``out`` has done.
@@ -83,7 +84,8 @@ class Work:
                 f"--probabilities and --uncertainty write maps of masks; the table has them for {predictor.kind} anyway"
             )
         _require_apart(place, out)
-        self.cases = cases_at(place, predictor.model.reading)
+        reading = predictor.model.reading
+        self.cases = reading.cases(place) if isinstance(reading, TableReading) else cases_at(place, reading)
         self.about = self._about()
         self.done = self._earlier(fresh)
 
@@ -106,7 +108,10 @@ class Work:
                     yield kept
                 else:
                     waiting.append(case)
-            for case, picture in pictures(waiting, self.predictor.model.reading):
+            reading = self.predictor.model.reading
+            for case, picture in (
+                reading.rows(waiting) if isinstance(reading, TableReading) else pictures(waiting, reading)
+            ):
                 result = self._one(case, picture)
                 if not result.problem:
                     line = {"id": case.id, "content": case.content, "row": dict(result.row), "files": result.files}

@@ -5,10 +5,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.engines.site_runtime import repeatable
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.model_tree import cached_model
@@ -100,9 +102,21 @@ class Predictor:
                     scores = self._sized(task, copy).predict(model, copy).float().cpu()
                     yield (scores.flip(axes) if axes else scores)[0]
                 else:
+                    if member.statistics is not None:
+                        copy = self._scaled(member.statistics, copy)
                     self._require_size(copy)
                     empty = torch.zeros(1, dtype=torch.long, device=self.device)
                     yield self._logits(task.outputs(model, (copy, empty))["score"].float().cpu()[0])
+
+    def _scaled(self, file: Path, x: Tensor) -> Tensor:
+        """Return rows of a table [1, F], filled and scaled as for the member's training."""
+        if file not in self._statistics:
+            self._statistics[file] = Statistics.read(file)
+        return torch.from_numpy(self._statistics[file](x.cpu().numpy())).float().to(self.device)
+
+    @cached_property
+    def _statistics(self) -> dict[Path, Statistics]:
+        return {}
 
     @cached_property
     def _tasks(self) -> tuple[Task, ...]:

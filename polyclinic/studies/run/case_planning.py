@@ -1,10 +1,11 @@
 """nnU-Net's plan of a study, from the federated statistics of its cases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from polyclinic.core import serialization
+from polyclinic.core import atomic, serialization
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
@@ -30,6 +31,7 @@ from polyclinic.methods.statistics.case_statistics import (
     planned_spacing,
     spacing,
 )
+from polyclinic.studies.config import study_config
 
 FEWEST = 10
 """Smallest number of training patients of a site whose sums are used."""
@@ -183,6 +185,31 @@ def plan(
     spacing_mm = spacing(sums, 0.5)[-axes:]
     text = nnunet_plan.text_of(found, facts, spacing_mm, chosen, about, width, tuple(notes))
     return Made(text, found, chosen, tuple(notes))
+
+
+def plan_beside(study: Path, changes: Mapping[str, Any]) -> tuple[Path, bool]:
+    """Return the file of the plan of a study with ``plan = "nnunet"``, which is written if there is none.
+
+    Args:
+        study: The study's file.
+        changes: Changes of the study by dotted key.
+
+    Returns:
+        ``NAME.plan.toml`` next to the study, and whether it was written. An edited file is used as it is.
+
+    Raises:
+        BadStudy: If the study is invalid.
+        DataError: If the data cannot be read or planned, with every problem.
+    """
+    to = study.with_name(f"{study.stem}.plan.toml")
+    if to.exists():
+        return to, False
+    config = study_config.read(study, {**changes, "data.plan": None})
+    width = config.task.options.get("width", 32)
+    preset = "resenc-l" if config.task.network == "resenc" else "default"
+    made = plan(config.data, config.name, config.seeds[0], preset=preset, width=width if type(width) is int else 32)
+    atomic.write(to, made.text)
+    return to, True
 
 
 def channels_of(source: Source, count: int) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ from polyclinic.studies.run import round_progress, run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.resolved_study import ResolvedMethod
 from polyclinic.studies.run.round_progress import WatchedFederation
-from polyclinic.studies.run.run_directory import MethodRunFolder, write_tensors
+from polyclinic.studies.run.run_directory import MethodRunFolder, write_statistics, write_tensors
 
 ENDS_EARLY = ("local", "pooled")
 """Baselines that a study's ``patience`` ends: training at one place, where early stopping is usual."""
@@ -248,6 +248,7 @@ class MethodRun:
                 write_tensors(self.path / f"{name}.safetensors", leaves)
         meta = {"study": self.study.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
         write_tensors(self.path / "model.safetensors", self.method.shared_model(best.state), meta)
+        write_statistics(self.path, self.data.statistics)
         self._record("sealed", opened=opened)
         self._save("checkpoint", replace(end, records=self.folder.settle()))
         return self._event("tested", end.round, scores)

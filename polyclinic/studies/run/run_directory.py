@@ -8,6 +8,7 @@ runs/<name>-<hash8>/
                        checkpoint.safetensors   server state and site states after the last round
                        best.safetensors         the same, after the best round on validation data
                        model.safetensors        the tested model;  predictions.safetensors   its predictions
+                       inputs.toml              how it scales rows of a table; inputs-<site>.toml if sites differ
                        search.jsonl             trials of a search;  chosen.toml   the chosen values, editable
                        records.jsonl            records of the method run, until the run ends and joins them
                        now.json                 progress within the current round
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from polyclinic.core import atomic
 from polyclinic.core.audit_log import Journal, verify
+from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import IntegrityError, PolyclinicError, RunError
 from polyclinic.studies.run.run_lock import LOCK, STOP, holder
@@ -285,3 +287,18 @@ def read_plan(file: Path) -> Plan:
     if "plan" not in meta:
         raise IntegrityError(f"{file}: carries no plan, so its network is unknown")
     return Plan.from_json(meta["plan"])
+
+
+def write_statistics(folder: Path, statistics: Mapping[str, Statistics]) -> None:
+    """Write how the rows of a table are filled and scaled: one file, or one for each site if sites differ."""
+    texts = {site: fit.text() for site, fit in statistics.items()}
+    if len(set(texts.values())) == 1:
+        texts = {"": next(iter(texts.values()))}
+    for site, text in texts.items():
+        atomic.write(folder / (f"inputs-{site}.toml" if site else "inputs.toml"), text)
+
+
+def statistics_file(folder: Path, site: str = "") -> Path | None:
+    """Return the file with which rows are filled and scaled, of all sites or of ``site``; None if there is none."""
+    files = [folder / "inputs.toml", *([folder / f"inputs-{site}.toml"] if site else [])]
+    return next((file for file in files if file.is_file()), None)

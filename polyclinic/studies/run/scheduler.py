@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from polyclinic.studies.run.run_lock import STOP
 
 def run(
     study: Study, text: str, path: Path, resume: bool = False, fresh: bool = False, folder: Folder | None = None
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Resolve ``study`` and run it in the folder at ``path``, which is locked for this process until the end.
 
     Args:

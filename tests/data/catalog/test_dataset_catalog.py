@@ -255,7 +255,7 @@ def decathlon(channels: int = 1, labels: int = 3) -> Any:
 
 def medmnist(root: Path) -> None:
     """An archive of MedMNIST."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, n in (("train", 40), ("val", 10), ("test", 20)):
         arrays[f"{split}_images"] = DICE.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         arrays[f"{split}_labels"] = np.arange(n)[:, None] % 2

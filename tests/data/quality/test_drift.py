@@ -10,7 +10,7 @@ import torch
 from polyclinic.data.examples import DataError
 from polyclinic.data.fingerprint import preprocessing_planner
 from polyclinic.data.fingerprint.dataset_fingerprint import Measured
-from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
+from polyclinic.data.fingerprint.preprocessing_plan import DataPlan, Reference
 from polyclinic.data.quality.drift import as_json, drift, lines
 from polyclinic.learning.tasks.data_sums import Summary, count_up, middle, spread_out
 
@@ -26,7 +26,7 @@ def rows(n: int, seed: int, age: float = 60.0, gone: float = 0.1, ill: float = 0
     return Measured(NAMES, table, torch.tensor((rng.random(n) < ill).astype(np.int64)), tuple(map(str, range(n))))
 
 
-def reference(data: Measured) -> preprocessing_planner.Reference:
+def reference(data: Measured) -> Reference:
     """What the fingerprint finds, without a federation."""
     sums = count_up(data, len(CLASSES))
     found = Summary(sums, torch.empty(0))

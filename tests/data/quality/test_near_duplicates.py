@@ -3,6 +3,7 @@ copies.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
 
 
-def hospitals(root: Path, copies: bool) -> dict[str, object]:
+def hospitals(root: Path, copies: bool) -> dict[str, Any]:
     """Thirty smooth pictures at each of two hospitals; with ``copies``, four of the first are at the second,
     brighter.
     """

@@ -1,6 +1,7 @@
 """fastMRI's files: slices by scanner and patient; hostile files are refused in one line and nothing else is opened."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def examination(
         )
 
 
-def folder(root: Path) -> dict[str, object]:
+def folder(root: Path) -> dict[str, Any]:
     """Twelve patients at each of two scanners; the first has two examinations."""
     for i in range(24):
         examination(root / f"file{i:03d}.h5", f"p{i}", ("Skyra", "Prisma_fit")[i % 2])
@@ -108,7 +109,7 @@ def test_hostile_files_are_one_line_each_and_the_rest_is_read(tmp_path: Path, ki
     examination(tmp_path / "file000.h5", "p0")
     (tmp_path / "secret.bin").write_bytes(bytes(512))
     hostile(kind, tmp_path / "evil.h5", tmp_path)
-    table = {"kind": "fastmri", "path": str(tmp_path), "slices": 2}
+    table: dict[str, Any] = {"kind": "fastmri", "path": str(tmp_path), "slices": 2}
     with pytest.raises(DataError, match=says) as error:
         DataSpec(**table).source().table()
     assert len(error.value.problems) == 1

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -141,7 +142,7 @@ def test_a_study_names_them_by_kind(tmp_path: Path) -> None:
     assert sorted(federate(spec).sites) == ["north", "south"]
     (tmp_path / "labels.csv").write_text("\n".join(tree(tmp_path / "d", 12)))
     table = str(tmp_path / "labels.csv")
-    own = {"labels": table, "site": "hospital", "slices": 2}
+    own: dict[str, Any] = {"labels": table, "site": "hospital", "slices": 2}
     spec = DataSpec(path=str(tmp_path / "d"), kind="dicom", min_patients=2, split=(0.4, 0.2, 0.4), **own)
     federated = federate(spec)
     assert [sum(r.patients for r in row.roles.values()) for row in federated.rows] == [2, 10]

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.data.examples import DataError
+from polyclinic.data.formats.polygons import area_and_center, inside
 from polyclinic.data.sources.lidc_contours import Outline, group, read_outlines
 from polyclinic.data.sources.lung_nodules import Nodules, draw, protocol, render
-from polyclinic.data.sources.polygons import area_and_center, inside
 
 
 def circle(x: float, y: float, radius: float, corners: int = 180) -> np.ndarray:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def home(made: Path, tmp_path: Path) -> SiteFolder:
 
 
 def study(
-    run: str, arm: int = 0, rounds: int = 3, seeds: tuple[int, ...] = (0,), name: str = "spots", **changes
+    run: str, arm: int = 0, rounds: int = 3, seeds: tuple[int, ...] = (0,), name: str = "spots", **changes: Any
 ) -> RunRequest:
     """One run of a study of FedAvg and FedProx; ``changes`` of the run's plan go in ``plan``."""
     base = {k: v for k, v in order(rounds=rounds).plan.items() if k not in SHAPE}
@@ -61,13 +62,13 @@ def study(
     return RunRequest.from_json(json.dumps({"run": run, "plan": plan, **fields}))
 
 
-def survey(run: str = "spots-survey", **how) -> RunRequest:
+def survey(run: str = "spots-survey", **how: Any) -> RunRequest:
     one = study("x", **how)
     plan = orders.survey_plan(one.plan["sites"])
     return RunRequest.from_json(json.dumps({"run": run, "plan": plan, "mode": "survey", "study": one.study}))
 
 
-def surveyed(home: SiteFolder, said: dict = SHAPE) -> Reviews:
+def surveyed(home: SiteFolder, said: dict[str, Any] = SHAPE) -> Reviews:
     """A site whose person has approved the study, and which has answered its survey."""
     reviews = Reviews(home.reviews)
     reviews.offer(survey(), ())
@@ -93,7 +94,7 @@ def test_nothing_is_approved_that_was_not_shown(home: SiteFolder) -> None:
 @pytest.mark.parametrize(
     "change", [{"rounds": 3000}, {"test": "predict/test"}, {"data": {"split": [0.5, 0.1, 0.4]}}, {"plan": {"seed": 9}}]
 )
-def test_what_changed_after_it_was_read_is_not_approved(home: SiteFolder, change: dict) -> None:
+def test_what_changed_after_it_was_read_is_not_approved(home: SiteFolder, change: dict[str, Any]) -> None:
     """The server offers the same run again, with other content, between reading and approving."""
     reviews = Reviews(home.reviews)
     reviews.offer(order(), ())
@@ -209,7 +210,7 @@ def test_an_offer_waits_while_a_person_decides(home: SiteFolder, monkeypatch: py
     reviews.remember(reviews.subject("run-1"))
     whole = Reviews._check_shown
 
-    def slowly(self: Reviews, *given) -> str:
+    def slowly(self: Reviews, *given: Any) -> str:
         found = whole(self, *given)
         checked.set()
         time.sleep(0.3)
@@ -286,7 +287,9 @@ def test_a_runs_name_belongs_to_one_order(home: SiteFolder) -> None:
         ({**SHAPE, "outputs": 3}, {}, "outputs = 2; the data here have 3 classes"),
     ],
 )
-def test_what_the_data_are_is_what_this_site_said(home: SiteFolder, said: dict, plan: dict, note: str) -> None:
+def test_what_the_data_are_is_what_this_site_said(
+    home: SiteFolder, said: dict[str, Any], plan: dict[str, Any], note: str
+) -> None:
     reviews = surveyed(home, said)
     filled = reviews.offer(study("spots-1", plan=plan), ())
     assert filled.state == WAITING
@@ -343,7 +346,7 @@ def test_a_study_that_says_what_the_data_are_needs_no_survey(home: SiteFolder) -
         {"plan": {"method": "fedsgd"}},
     ],
 )
-def test_an_approval_covers_nothing_else(home: SiteFolder, change: dict) -> None:
+def test_an_approval_covers_nothing_else(home: SiteFolder, change: dict[str, Any]) -> None:
     reviews = surveyed(home)
     assert reviews.offer(study("other", **change), ()).state == WAITING
 
@@ -351,7 +354,7 @@ def test_an_approval_covers_nothing_else(home: SiteFolder, change: dict) -> None
 @pytest.mark.parametrize(
     "change", [{"plan": {"sites": ["site-0"]}}, {"external": ("osaka",)}, {"label": "x"}, {"plan": {"rounds": 2}}]
 )
-def test_a_survey_is_the_one_of_its_study(home: SiteFolder, change: dict) -> None:
+def test_a_survey_is_the_one_of_its_study(home: SiteFolder, change: dict[str, Any]) -> None:
     plan = {**survey().plan, **change.pop("plan", {})} if "plan" in change else survey().plan
     assert survey().of_study
     assert not replace(survey(), **{**change, "plan": plan}).of_study
@@ -861,7 +864,7 @@ class Server:
     def hello(self) -> str:
         return self._call("hello", None)[0]
 
-    def ask(self, job: str = "describe", trees: dict | None = None) -> tuple[str, Path | None]:
+    def ask(self, job: str = "describe", trees: dict[str, Any] | None = None) -> tuple[str, Path | None]:
         return self._call("do", Request(0, trees or {}, job))
 
     def _call(self, kind: str, request: Request | None) -> tuple[str, Path | None]:
@@ -893,7 +896,7 @@ class Server:
         return answer.lost, file
 
 
-def events(home: SiteFolder) -> list[dict]:
+def events(home: SiteFolder) -> list[dict[str, Any]]:
     return list(verify(home.journal))
 
 

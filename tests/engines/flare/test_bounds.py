@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -35,14 +36,16 @@ class House:
         self.fetched: list[int] = []
         self.number = 0
 
-        def fetch(cell, beside, sender, path, limit, stopped=None, moved=None):
+        def fetch(
+            cell: Any, beside: Any, sender: Any, path: Any, limit: Any, stopped: Any = None, moved: Any = None
+        ) -> Any:
             self.fetched.append(limit)
             path.write_bytes(b"0" * limit)
             return limit, hashlib.sha256(b"0" * limit).hexdigest()
 
         monkeypatch.setattr(file_transfer, "fetch", fetch)
 
-    def call(self, size: int, **changes) -> str:
+    def call(self, size: int, **changes: Any) -> str:
         """What the site answers to a call that announces ``size`` bytes: why there is no reply."""
         self.number += 1
         sha256 = hashlib.sha256(b"0" * size).hexdigest() if size else ""
@@ -71,7 +74,7 @@ class House:
         return Answer.from_json(said["answer"]).lost if said["answer"] else said["reason"]
 
     @property
-    def refusals(self) -> list[dict]:
+    def refusals(self) -> list[dict[str, Any]]:
         return [e for e in verify(self.homes["site-0"].journal) if e["event"] in ("no reply", "message refused")]
 
 
@@ -169,7 +172,9 @@ class Server:
         carrier.fetching = SimpleNamespace(submit=lambda do, *arguments: do(*arguments))
         self.fetched: list[int] = []
 
-        def fetch(cell, beside, sender, path, limit, stopped=None, moved=None):
+        def fetch(
+            cell: Any, beside: Any, sender: Any, path: Any, limit: Any, stopped: Any = None, moved: Any = None
+        ) -> Any:
             self.fetched.append(limit)
             path.write_bytes(b"0" * limit)
             return limit, "0" * 64

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from polyclinic.core import serialization as states
+from polyclinic.core.site import Site
 from polyclinic.data.config import DataSpec
-from polyclinic.data.federation import rows_by_site
+from polyclinic.data.federation import federate, rows_by_site
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.paths import SiteFolder
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy import site_policy as policies
 from polyclinic.learning.tasks.case_sums import sums_of
@@ -65,6 +68,61 @@ def test_hospitals_send_sums_of_images_of_unequal_size(tmp_path: Path, monkeypat
     assert made.configuration == "3d_fullres"
     assert "transpose" not in made.text
     assert "case0" not in made.text
+
+
+RECIPE = """
+name = "spots"
+rounds = 2
+[data]
+use = "elsewhere"
+plan = "PLAN"
+split = [0.75, 0.0, 0.25]
+[task]
+kind = "segmentation"
+network = "nnunet"
+[training]
+recipe = "nnunet"
+steps = 2
+batch_size = 2
+[[methods]]
+name = "fedavg"
+"""
+
+
+@pytest.mark.slow
+def test_a_study_with_the_recipe_of_nnunet_runs_from_the_plan_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three hospitals send sums, the plan is made from them, and the study that uses it has the bits of one process."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    homes = houses(tmp_path)
+    first = order("case-statistics", run="sums", rounds=1, plan=PLAN)
+    for home in homes.values():
+        approve(home, first)
+    assert coordinator(tmp_path, first, LocalCarrier(homes, first)).run() == "finished"
+    sums = case_planning.read_statistics(tmp_path / "server" / "sums" / "checkpoint.safetensors")
+    data = {"kind": "pairs", "path": str(tmp_path), "split": [0.75, 0.0, 0.25]}
+    made = case_planning.plan(DataSpec.model_validate(data), "spots", channels=["CT"], sums=sums, width=4)
+    (tmp_path / "spots.plan.toml").write_text(made.text)
+    text = RECIPE.replace('use = "elsewhere"', f'kind = "pairs"\npath = "{tmp_path}"')
+    read = study_config.parse(text.replace("PLAN", str(tmp_path / "spots.plan.toml")))
+    patch = read.data.options["patch"]
+    (arm,), _ = deployment.method_runs(read, list(homes), {"inputs": [1, *patch], "outputs": 2})
+    shared = {key: value for key, value in deployment.how(read).items() if value is not None}
+    an = RunRequest("spots", arm["plan"], patience=5.0, **shared)
+    for home in homes.values():
+        approve(home, an)
+    assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
+    sites = {}
+    for name in homes:
+        folder = tmp_path / name / "files"
+        spec = read.data.model_dump(exclude_unset=True) | {"path": str(folder / "set")}
+        spec |= {"sites": {"partition": "iid", "count": 1}}
+        (roles,) = federate(DataSpec.model_validate(spec), an.plan["seed"]).sites.values()
+        sites[name] = Site(name, dict(roles))
+    state, _ = reference(an, sites)
+    assert equal(state, states.load(tmp_path / "server" / "spots" / "checkpoint.safetensors").state)
+    assert {tuple(roles["train"].shape) for roles in (site.data for site in sites.values())} == {(1, *patch)}
 
 
 def test_a_small_hospital_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

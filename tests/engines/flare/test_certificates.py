@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -104,7 +105,7 @@ def at(days: float) -> type[datetime]:
 
     class Off(datetime):
         @classmethod
-        def now(cls, tz=None):
+        def now(cls, tz: Any = None) -> Any:
             return datetime.now(tz) + timedelta(days=days)
 
     return Off
@@ -182,7 +183,7 @@ def test_who_is_shut_out_is_out_and_may_be_let_in_again(two: Hospitals) -> None:
     two.together()
 
 
-def write(two: Hospitals, an) -> Path:
+def write(two: Hospitals, an: Any) -> Path:
     path = two.root / f"{an.run}.json"
     path.write_text(an.to_json())
     return path

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,8 +40,8 @@ class Moments:
             os._exit(DEATH)
         self.count += 1
 
-    def around(self, real: Callable) -> Callable:
-        def doing(*arguments, **more):
+    def around(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def doing(*arguments: Any, **more: Any) -> Any:
             self.pass_by()
             done = real(*arguments, **more)
             self.pass_by()
@@ -49,7 +50,7 @@ class Moments:
         return doing
 
 
-def attempt(root: Path, an, homes: dict[str, SiteFolder], die_at: int | None = None) -> tuple[int, int]:
+def attempt(root: Path, an: Any, homes: dict[str, SiteFolder], die_at: int | None = None) -> tuple[int, int]:
     """One attempt in a process of its own: how it ended, and how many moments it passed."""
     seen = root / "moments"
     pid = os.fork()
@@ -72,7 +73,7 @@ def attempt(root: Path, an, homes: dict[str, SiteFolder], die_at: int | None = N
 class Town:
     """Hospitals that can be made again and again."""
 
-    def __init__(self, root: Path, case: str, policy: str = EVERYTHING, **how) -> None:
+    def __init__(self, root: Path, case: str, policy: str = EVERYTHING, **how: Any) -> None:
         self.root = root
         homes = hospital(root / "template", policy=policy)
         how = {"method": case, "rounds": 2, **CASES.get(case, {}), **how}

@@ -6,6 +6,7 @@ import shutil
 import socket
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_a_certificate_that_ends_soon_has_ended_or_is_for_other_keys(
 
         class Off(datetime):
             @classmethod
-            def now(cls, tz=None, when=when):
+            def now(cls, tz: Any = None, when: Any = when) -> Any:
                 return when
 
         with monkeypatch.context() as patch:

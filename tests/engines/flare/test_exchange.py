@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ min_patients = 2
 """
 
 
-def reference(an, sites=None):
+def reference(an: Any, sites: Any = None) -> Any:
     """The state and the sites' memory after the same run in this process."""
     plan = an.build_plan()
     method = plan.build_method()
@@ -54,7 +55,7 @@ def reference(an, sites=None):
     return state, engine.memory
 
 
-def run(root: Path, an, homes, **how):
+def run(root: Path, an: Any, homes: Any, **how: Any) -> Any:
     """One attempt: how it ended, and its carrier."""
     carrier = LocalCarrier(homes, an, **how)
     try:
@@ -63,7 +64,7 @@ def run(root: Path, an, homes, **how):
         carrier.close()
 
 
-def state_of(root: Path, an):
+def state_of(root: Path, an: Any) -> Any:
     return states.load(root / "server" / an.run / "checkpoint.safetensors").state
 
 
@@ -86,7 +87,7 @@ CODECS = [{"name": "int8"}, {"name": "zstd"}]
     ],
     ids=[*METHODS, "small messages both ways"],
 )
-def test_same_bits_as_in_process(method: str, plan: dict, tmp_path: Path) -> None:
+def test_same_bits_as_in_process(method: str, plan: dict[str, Any], tmp_path: Path) -> None:
     homes, an = hospital(tmp_path, policy=EVERYTHING), order(method, score_every=2, plan=plan)
     for home in homes.values():
         approve(home, an)
@@ -311,7 +312,7 @@ def test_a_site_that_lost_its_disk_begins_anew_and_the_journal_says_so(tmp_path:
 class Hostile:
     """A server that asks one site whatever it likes."""
 
-    def __init__(self, root: Path, policy: str, an=None, approved: bool = True) -> None:
+    def __init__(self, root: Path, policy: str, an: Any = None, approved: bool = True) -> None:
         self.an = an or order()
         self.homes = hospital(root, policy=policy)
         if approved:
@@ -321,7 +322,7 @@ class Hostile:
         self.agent = self.carrier.agent("site-0")
         self.number = 0
 
-    def call(self, request: Request | None = None, **changes) -> Answer:
+    def call(self, request: Request | None = None, **changes: Any) -> Answer:
         self.number += 1
         body, size, sha256 = None, 0, ""
         if request is not None:
@@ -348,7 +349,7 @@ class Hostile:
         )
         return self.agent.answer(replace(call, **changes), body)[0]
 
-    def ask(self, **changes) -> Request:
+    def ask(self, **changes: Any) -> Request:
         plan = self.an.build_plan()
         method = plan.build_method()
         request = method.request(method.init(plan.build_task().first(0)))
@@ -402,7 +403,7 @@ def test_a_policy_counts_from_the_next_message_on(tmp_path: Path) -> None:
         ({"secure": True}, ""),
     ],
 )
-def test_what_the_server_asks_is_checked_against_what_was_approved(changes, why: str, tmp_path: Path) -> None:
+def test_what_the_server_asks_is_checked_against_what_was_approved(changes: Any, why: str, tmp_path: Path) -> None:
     server = Hostile(tmp_path, LITTLE)
     answer = server.call(server.ask(**changes))
     assert why in answer.lost
@@ -464,11 +465,11 @@ def test_what_an_exception_says_stays_at_the_site(tmp_path: Path) -> None:
 class Liar(LocalCarrier):
     """A carrier whose site-1 answers whatever ``twist`` makes of its answer and its file."""
 
-    def __init__(self, *arguments, twist, **how) -> None:
+    def __init__(self, *arguments: Any, twist: Any, **how: Any) -> None:
         super().__init__(*arguments, **how)
         self.twist = twist
 
-    def arrived(self, seconds):
+    def arrived(self, seconds: Any) -> Any:
         delivery = super().arrived(seconds)
         if (
             delivery is None
@@ -480,19 +481,19 @@ class Liar(LocalCarrier):
         return signed_again(self.twist(delivery), self.homes["site-1"])
 
 
-def _file(value):
-    def take(path: Path, limit: int):
+def _file(value: Any) -> Any:
+    def take(path: Path, limit: int) -> Any:
         return tensor_file.write(path, value)
 
     return take
 
 
-def _with(delivery, **fields):
+def _with(delivery: Any, **fields: Any) -> Any:
     answer = json.loads(delivery.text)
     return delivery._replace(text=json.dumps({**answer, **fields}))
 
 
-def _sized(delivery, value):
+def _sized(delivery: Any, value: Any) -> Any:
     import hashlib
 
     data = states.encode(value)
@@ -524,7 +525,7 @@ def _sized(delivery, value):
         (lambda d: _sized(d, Reply({"update": "text"})), "is not an aggregatable value"),
     ],
 )
-def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist, why: str, tmp_path: Path) -> None:
+def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist: Any, why: str, tmp_path: Path) -> None:
     homes, an = hospital(tmp_path), order(rounds=1, min_replies=2)
     for home in homes.values():
         approve(home, an)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def house(broken: Hospitals, way: Proxy) -> Iterator[Hospitals]:
     broken.journals_hold()
 
 
-def bits_are_the_same(house: Hospitals, run: str, an) -> None:
+def bits_are_the_same(house: Hospitals, run: str, an: Any) -> None:
     """Server and site state are those of the undisturbed run, and no site was lost."""
     state, memory = reference(an)
     assert house.lost(run) == []
@@ -69,7 +70,7 @@ def trained(house: Hospitals, run: str, site: str) -> int:
     return house.events(house.homes[site].journal, run).count("asked")
 
 
-def begin(house: Hospitals, run: str, at: int = 1, rounds: int = 3, who: tuple[str, ...] = WHO, **how):
+def begin(house: Hospitals, run: str, at: int = 1, rounds: int = 3, who: tuple[str, ...] = WHO, **how: Any) -> Any:
     """A run that is in the middle of a round, with the sites ``who`` at work."""
     an = house.order(study(run, rounds=rounds, **how))
     house.hold(at, *who)

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,13 +47,13 @@ def home(tmp_path: Path) -> SiteFolder:
     return home
 
 
-def survey(run: str, table: dict) -> RunRequest:
+def survey(run: str, table: dict[str, Any]) -> RunRequest:
     return RunRequest.from_json(
         json.dumps({"run": run, "mode": "survey", "plan": survey_plan(["site-0"]), "data": table, "patience": 5.0})
     )
 
 
-def attempt(home: SiteFolder, table: dict) -> tuple[str, dict | None]:
+def attempt(home: SiteFolder, table: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
     """A server that asks for a survey of data as ``table`` says, and a person who approves whatever can be approved."""
     server = Server({"site-0": home}, survey("s", table))
     told = server.hello()
@@ -84,7 +85,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("table", ATTACKS, ids=lambda table: next(iter(table)))
-def test_the_server_chooses_no_file_column_or_patient(home: SiteFolder, table: dict) -> None:
+def test_the_server_chooses_no_file_column_or_patient(home: SiteFolder, table: dict[str, Any]) -> None:
     asked = {
         key: str(home.path.parent / "payroll.csv") if value == "PAYROLL" else value for key, value in table.items()
     }

@@ -5,6 +5,7 @@ import random
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -40,7 +41,7 @@ def site(place: Path, server: ServerFolder) -> SiteFolder:
 
 
 @pytest.fixture(scope="module")
-def table(server: ServerFolder, site: SiteFolder) -> dict:
+def table(server: ServerFolder, site: SiteFolder) -> dict[str, Any]:
     return server_setup.admit(server, site.path / "site-1.request")[1]
 
 
@@ -49,7 +50,7 @@ def write(path: Path, value: object) -> Path:
     return path
 
 
-def test_a_site_joins_and_its_keys_never_leave(site: SiteFolder, table: dict, tmp_path: Path) -> None:
+def test_a_site_joins_and_its_keys_never_leave(site: SiteFolder, table: dict[str, Any], tmp_path: Path) -> None:
     join = write(tmp_path / "join", table)
     found, fingerprint = site_setup.read_join(site, join)
     (tmp_path / "data").mkdir()
@@ -64,7 +65,7 @@ def test_a_site_joins_and_its_keys_never_leave(site: SiteFolder, table: dict, tm
         assert path.stat().st_mode & 0o077 == 0
 
 
-def test_an_order_without_a_deadline_gets_the_servers(server: ServerFolder, table: dict) -> None:
+def test_an_order_without_a_deadline_gets_the_servers(server: ServerFolder, table: dict[str, Any]) -> None:
     """A site that never answers would hold up a run for ever."""
     assert table["site"] == "site-1"
     queued = server_setup.order(server, order(run="no-deadline", sites=["site-1"]))
@@ -115,13 +116,13 @@ def test_nobody_may_bring_code_run_commands_or_read_logs(site: SiteFolder, serve
     ],
 )
 def test_a_changed_join_file_is_refused(
-    field: str, value, why: str, site: SiteFolder, table: dict, tmp_path: Path
+    field: str, value: Any, why: str, site: SiteFolder, table: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(BadFile, match=why):
         site_setup.read_join(site, write(tmp_path / "join", {**table, field: value}))
 
 
-def test_a_join_file_of_another_authority_is_refused(site: SiteFolder, table: dict, tmp_path: Path) -> None:
+def test_a_join_file_of_another_authority_is_refused(site: SiteFolder, table: dict[str, Any], tmp_path: Path) -> None:
     other = Authority.make(tmp_path / "ca", "demo")
     request = json.loads((site.path / "site-1.request").read_text())
     settings = {"project": "demo", "host": "localhost", "port": 8002, "scheme": "grpc"}
@@ -135,7 +136,7 @@ def test_a_join_file_of_another_authority_is_refused(site: SiteFolder, table: di
         site_setup.read_join(site, write(tmp_path / "mixed", mixed))
 
 
-def test_a_join_file_for_other_keys_is_refused(server: ServerFolder, table: dict, tmp_path: Path) -> None:
+def test_a_join_file_for_other_keys_is_refused(server: ServerFolder, table: dict[str, Any], tmp_path: Path) -> None:
     other = SiteFolder(tmp_path / "other")
     site_setup.init(other, "site-1", "hospital")
     with pytest.raises(BadFile, match="not for this site's key"):
@@ -169,7 +170,9 @@ def test_certificates_begin_end_and_say_so(server: ServerFolder) -> None:
         ({"organization": "a b"}, "an organization"),
     ],
 )
-def test_a_bad_request_is_refused(changes, why: str, server: ServerFolder, site: SiteFolder, tmp_path: Path) -> None:
+def test_a_bad_request_is_refused(
+    changes: Any, why: str, server: ServerFolder, site: SiteFolder, tmp_path: Path
+) -> None:
     request = json.loads((site.path / "site-1.request").read_text())
     with pytest.raises(BadFile, match=why):
         server_setup.admit(server, write(tmp_path / "request", {**request, **changes}))
@@ -244,7 +247,7 @@ def test_names_cannot_be_paths_lines_or_markup(bad: str) -> None:
 
 
 def test_mutated_files_are_refused_in_words(
-    server: ServerFolder, site: SiteFolder, table: dict, tmp_path: Path
+    server: ServerFolder, site: SiteFolder, table: dict[str, Any], tmp_path: Path
 ) -> None:
     """Two seconds each of damaged requests and join files."""
     rng = random.Random(3)

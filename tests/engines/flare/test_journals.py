@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -30,7 +31,7 @@ def houses(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return home.journal, root / "server" / an.run / "journal.jsonl", root / "site-0.crt"
 
 
-def rewritten(journal: Path, to: Path, change) -> Path:
+def rewritten(journal: Path, to: Path, change: Any) -> Path:
     """The journal as its owner could write it anew: whole in itself, with other content from some line on."""
     to.mkdir(parents=True)
     for beside in ("site.toml",):
@@ -57,7 +58,7 @@ def test_both_ends_agree_and_signatures_hold(houses: tuple[Path, Path, Path]) ->
 def test_a_site_that_rewrites_its_journal_is_noticed(houses: tuple[Path, Path, Path], tmp_path: Path) -> None:
     site, server, _ = houses
 
-    def forget(event: str, details: dict) -> dict | None:
+    def forget(event: str, details: dict[str, Any]) -> dict[str, Any] | None:
         return None if event == "answered" and details["round"] == 0 and details["job"] == "train" else details
 
     with pytest.raises(Broken, match="one was rewritten"):
@@ -67,14 +68,14 @@ def test_a_site_that_rewrites_its_journal_is_noticed(houses: tuple[Path, Path, P
 def test_a_server_that_rewrites_its_journal_is_noticed(houses: tuple[Path, Path, Path], tmp_path: Path) -> None:
     site, server, certificate = houses
 
-    def less(event: str, details: dict) -> dict:
+    def less(event: str, details: dict[str, Any]) -> dict[str, Any]:
         return {**details, "bytes": 0} if event == "answered" else details
 
     changed = rewritten(server, tmp_path / server.parent.name, less)
     with pytest.raises(Broken, match="one was rewritten"):
         check_heads(changed, site)
 
-    def other(event: str, details: dict) -> dict:
+    def other(event: str, details: dict[str, Any]) -> dict[str, Any]:
         return {**details, "reply": "0" * 64} if event == "answered" else details
 
     forged = rewritten(server, tmp_path / "x" / server.parent.name, other)
@@ -84,7 +85,7 @@ def test_a_server_that_rewrites_its_journal_is_noticed(houses: tuple[Path, Path,
 
 @pytest.mark.parametrize("how", ["changed", "removed", "swapped", "cut in the middle", "not JSON"])
 def test_the_first_bad_line_is_named(
-    how: str, houses: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    how: str, houses: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = houses[0].read_text().splitlines()
     if how == "changed":

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -399,7 +400,7 @@ class Server(RuleBasedStateMachine):
 
     @precondition(lambda self: self.number > self.disk[0])
     @rule(data=st.data())
-    def crash(self, data) -> None:
+    def crash(self, data: Any) -> None:
         self.number, self.counts = self.disk[0], list(self.disk[1])
 
     @invariant()

@@ -5,6 +5,7 @@ import random
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ ANSWER = Answer(VERSION, "run-1", 7, "site-1", "a" * 64, 10, "b" * 64, "", False
 
 
 @pytest.mark.parametrize("message", [CALL, ANSWER])
-def test_a_message_survives_the_way(message) -> None:
+def test_a_message_survives_the_way(message: Any) -> None:
     assert type(message).from_json(message.to_json()) == message
 
 
@@ -63,7 +64,7 @@ def test_a_message_survives_the_way(message) -> None:
         {"extra": 1},
     ],
 )
-def test_a_wrong_call_is_refused(changes) -> None:
+def test_a_wrong_call_is_refused(changes: Any) -> None:
     with pytest.raises(BadMessage):
         Call.from_json(json.dumps({**asdict(CALL), **changes}))
 
@@ -89,7 +90,7 @@ def test_a_call_without_a_field_is_refused(field: str) -> None:
 @pytest.mark.parametrize(
     "text", [None, 3, "", "[]", "null", "{", "x" * (2**20 + 1), "[" * 10_000, '{"version": 1e999}']
 )
-def test_what_is_no_message_is_refused(text) -> None:
+def test_what_is_no_message_is_refused(text: Any) -> None:
     for kind in (Call, Answer):
         with pytest.raises(BadMessage):
             kind.from_json(text)
@@ -103,7 +104,7 @@ def test_what_is_no_message_is_refused(text) -> None:
         max_leaves=10,
     )
 )
-def test_any_json_is_refused_in_words(value) -> None:
+def test_any_json_is_refused_in_words(value: Any) -> None:
     for kind, error in ((Call, BadMessage), (Answer, BadMessage), (RunRequest, InvalidRunRequest)):
         with pytest.raises(error):
             kind.from_json(json.dumps(value))
@@ -223,7 +224,7 @@ def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path: Path) -> Non
         ({"score_every": -1}, "'score_every'"),
     ],
 )
-def test_a_wrong_order_is_told_by_field(changes, why: str) -> None:
+def test_a_wrong_order_is_told_by_field(changes: Any, why: str) -> None:
     table = {**json.loads(order().to_json()), **changes}
     with pytest.raises(InvalidRunRequest, match=why):
         RunRequest.from_json(json.dumps(table))

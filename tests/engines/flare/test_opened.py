@@ -5,6 +5,7 @@ import multiprocessing
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def summed(content: str = "x", run: str = "run-1", round: int = 0, job: str = "t
     return Summed(run, round, job, content, static)
 
 
-def refused(opened: Opened, what: Summed, roster, min_sites: int = 3) -> str:
+def refused(opened: Opened, what: Summed, roster: Any, min_sites: int = 3) -> str:
     said = opened.problem(what, roster, min_sites) or ""
     try:
         opened.record(what, roster, min_sites)
@@ -83,7 +84,7 @@ def test_other_values_of_another_round_are_opened_over_whoever_is_there(opened: 
     ],
 )
 def test_a_second_roster_differs_in_as_many_sites_as_the_policy_asks_for(
-    second, min_sites: int, fits: bool, opened: Opened
+    second: Any, min_sites: int, fits: bool, opened: Opened
 ) -> None:
     assert refused(opened, summed(), FIVE, min_sites) == ""
     assert bool(refused(opened, summed(), second, min_sites)) == (not fits)
@@ -167,7 +168,7 @@ def test_a_disk_that_is_full_notes_nothing_and_opens_nothing(opened: Opened, mon
     assert opened.problem(summed("y", round=1), FOUR, 3) is None
 
 
-def _race(path: str, barrier, roster, said) -> None:
+def _race(path: str, barrier: Any, roster: Any, said: Any) -> None:
     opened = Opened(Path(path))
     barrier.wait()
     try:

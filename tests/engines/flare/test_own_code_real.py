@@ -1,8 +1,9 @@
-"""Real processes, NVIDIA FLARE: a network and a loss of a package, and weights that were really pretrained.
+"""Real processes, NVIDIA FLARE: the parts of a package, and weights that were really pretrained.
 
 The sites install the packages and add the weights themselves. The results have the bits of one process.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -28,7 +29,7 @@ from polyclinic.testing import equal
 from tests.conftest import Rows, little_sites
 from tests.learning.weights.test_real_files import EFFICIENT, taken
 from tests.support.flare_deployment import POLICY, Hospitals, reference, study
-from tests.support.local_deployment import write_data
+from tests.support.local_deployment import TRAINING, write_data
 from tests.support.plugin_package import installed, with_metadata
 
 pytestmark = [pytest.mark.deploy, pytest.mark.slow]
@@ -86,10 +87,20 @@ def compared(clinics: Hospitals, an: RunRequest, sites: dict[str, Site]) -> Any:
     return state
 
 
-def test_a_network_and_a_loss_of_a_package_give_the_bits_of_one_process(clinics: Hospitals) -> None:
-    plan = {"network": "acme-net", "network_options": {"width": 8}, "task": {"loss": "acme-focal"}}
-    state = compared(clinics, study("acme", "fedper", rounds=2, plan=plan), little_sites())
+def test_the_parts_of_a_package_give_the_bits_of_one_process(clinics: Hospitals) -> None:
+    """A network, a loss, a metric and an augmentation."""
+    plan = {
+        "network": "acme-net",
+        "network_options": {"width": 8},
+        "task": {"loss": "acme-focal", "metrics": ["acme-kappa"]},
+        "training": {**TRAINING, "augmentation": {"own": ["acme-speckle"]}},
+    }
+    state = compared(clinics, study("acme", "fedper", rounds=2, score_every=1, plan=plan), little_sites())
     assert "body.0.weight" in state.params
+    lines = (clinics.server.run("acme") / "records.jsonl").read_text().splitlines()
+    scores = [record["metrics"] for record in map(json.loads, lines) if record["kind"] == "scores"]
+    assert len(scores) == 2 * 3
+    assert all(-1 <= found["acme-kappa"] <= 1 for found in scores)
 
 
 def images(root: Path, names: list[str]) -> dict[str, Site]:

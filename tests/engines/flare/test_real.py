@@ -1,5 +1,7 @@
 """Real processes, mutual TLS, NVIDIA FLARE: what runs between hospitals gives the bits of what runs in one process."""
 
+from typing import Any
+
 import pytest
 
 from polyclinic.testing import equal
@@ -28,7 +30,7 @@ GOLDEN = {
 }
 
 
-def run_and_compare(hospitals: Hospitals, run: str, **how) -> None:
+def run_and_compare(hospitals: Hospitals, run: str, **how: Any) -> None:
     """Runs a run request, and compares the server's state and what every site keeps, to the bit."""
     an = hospitals.order(study(run, **how))
     hospitals.finished(run)

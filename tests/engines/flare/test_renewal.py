@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,9 @@ def called(pid: int) -> set[int]:
 
 @pytest.mark.parametrize(("method", "plan"), [("scaffold", {}), ("fedavg", SUM)], ids=["memory", "secure sum"])
 @pytest.mark.parametrize("new", [False, True], ids=["same keys", "new keys"])
-def test_a_certificate_is_renewed_while_a_run_goes_on(method: str, plan: dict, new: bool, house: Hospitals) -> None:
+def test_a_certificate_is_renewed_while_a_run_goes_on(
+    method: str, plan: dict[str, Any], new: bool, house: Hospitals
+) -> None:
     """In the middle of a round; the site stops for it, and the run ends with the bits of the undisturbed one."""
     run, home = f"renewed-{method}-{'new' if new else 'same'}", house.homes["site-0"]
     an = house.order(study(run, method, rounds=4, min_replies=3, plan=plan))

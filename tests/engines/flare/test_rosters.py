@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ class Liar:
         count: int = 5,
         min_sites: int = 3,
         run: str = "run-1",
-        homes=None,
-        **how,
+        homes: Any = None,
+        **how: Any,
     ) -> None:
         policy = f"[limits]\nmin_patients = 2\n[require]\nsecure = true\nmin_sites = {min_sites}\n"
         self.homes = homes or hospital(root, count, policy)
@@ -48,7 +49,7 @@ class Liar:
         built = self.an.build_plan().build_method()
         self.honest = built.request(built.init(self.an.build_plan().build_task().first(3)))
 
-    def call(self, site: str, value, kind: str, stage: str = "", job: str = "train", round: int = 0):
+    def call(self, site: str, value: Any, kind: str, stage: str = "", job: str = "train", round: int = 0) -> Any:
         """What a site sends; raises with the reason where it sends nothing."""
         agent = self.carrier.agent(site)
         received = agent.memory.folder / "received"
@@ -77,7 +78,7 @@ class Liar:
             raise ProtocolError(answer.lost)
         return tensor_file.read(file)
 
-    def train(self, sites, job: str = "", round: int = 0, by: float = 0.0):
+    def train(self, sites: Any, job: str = "", round: int = 0, by: float = 0.0) -> Any:
         self.number += 1
         job = job or self.honest.job
         trees = {
@@ -89,15 +90,15 @@ class Liar:
 
     def sum(
         self,
-        sites=ALL,
+        sites: Any = ALL,
         threshold: int = 0,
         until: str = "",
         job: str = "",
         round: int = 0,
         by: float = 0.0,
         id: str = "",
-        leave_out=(),
-    ):
+        leave_out: Any = (),
+    ) -> Any:
         """The sum over ``sites``, after asking them to train; the masked vectors where it goes ``until`` "mask"."""
         layouts = self.train(sites, job, round, by)
         self.id = id or os.urandom(16).hex()
@@ -107,10 +108,10 @@ class Liar:
         )
         return self.protocol(session, sites, until, leave_out)
 
-    def protocol(self, session: Session, sites, until: str = "", leave_out=()):
+    def protocol(self, session: Session, sites: Any, until: str = "", leave_out: Any = ()) -> Any:
         server = SecureServer(session)
 
-        def stage(name, bodies):
+        def stage(name: Any, bodies: Any) -> Any:
             return [self.call(site, body, "secure", name, *self.asked) for site, body in bodies.items()]
 
         adverts = server.adverts(stage("advertise", dict.fromkeys(sites, session)))

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,15 +23,15 @@ from tests.engines.flare.test_exchange import EVERYTHING, events, reference, run
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 POLICY = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
-LAX = POLICY.replace('never = ["predict/*"]', "never = []").replace('["score", "describe"]', '["*"]')
+LAX = POLICY.replace('never = ["predict/*", "show/*"]', "never = []").replace('["score", "describe"]', '["*"]')
 PLAIN = {"network_options": {"width": 8, "norm": "group"}}
-SCORED = {"score_every": 1, "test": "score/test", "best": {"metric": "auc", "higher": True}}
+SCORED: dict[str, Any] = {"score_every": 1, "test": "score/test", "best": {"metric": "auc", "higher": True}}
 
 
 class Server:
     """A server that says what it likes to one site."""
 
-    def __init__(self, root: Path, policy: str = POLICY, **how) -> None:
+    def __init__(self, root: Path, policy: str = POLICY, **how: Any) -> None:
         self.homes = hospital(root, policy=policy)
         self.an = order(how.pop("method", "fedavg"), plan={**PLAIN, **how.pop("plan", {})}, **how)
         for home in self.homes.values():
@@ -51,7 +52,7 @@ class Server:
         method = self.an.build_plan().build_method()
         return replace(method.request(method.init(self.params(by))), round=round, job=job)
 
-    def call(self, request: Request, **changes):
+    def call(self, request: Request, **changes: Any) -> Any:
         """The answer, and the file that left; messages go on from the last one that was answered."""
         self.number += 1
         folder = self.agent.memory.folder
@@ -80,12 +81,12 @@ class Server:
             self.after = answer.number
         return answer, file
 
-    def said(self, round: int, job: str = "train", by: float = 0.0, **changes) -> str:
+    def said(self, round: int, job: str = "train", by: float = 0.0, **changes: Any) -> str:
         """Return why there is no reply; empty if there is one."""
         return self.call(self.ask(round, job, by), **changes)[0].lost
 
 
-def refused(homes) -> list[str]:
+def refused(homes: Any) -> list[str]:
     return [
         e["reason"]
         for home in homes.values()
@@ -276,7 +277,7 @@ def test_what_was_answered_is_on_the_disk_before_the_reply_leaves(
     server = Server(tmp_path)
     lines = []
 
-    def look(*arguments):
+    def look(*arguments: Any) -> Any:
         lines.append((server.home.memory("run-1") / "usage.jsonl").read_text())
         return type(server.agent)._sent(server.agent, *arguments)
 
@@ -370,7 +371,7 @@ def test_a_refusal_does_not_tell_how_few_patients_there_are(tmp_path: Path) -> N
 # An honest server ---------------------------------------------------------------------------------------------------
 
 
-def honest(root: Path, method: str, homes=None, **how):
+def honest(root: Path, method: str, homes: Any = None, **how: Any) -> Any:
     homes = homes or hospital(root, policy=LAX)
     an = order(method, **how)
     for home in homes.values():

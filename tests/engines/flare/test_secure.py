@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,9 @@ SUM = {"name": "secure-sum", "limit": 8.0, "bits": 20}
 GROUP = {"width": 8, "norm": "group"}
 
 
-def setting(root: Path, count: int = 5, policy: str = "[limits]\nmin_patients = 2\n", approved: bool = True, **changes):
+def setting(
+    root: Path, count: int = 5, policy: str = "[limits]\nmin_patients = 2\n", approved: bool = True, **changes: Any
+) -> Any:
     homes = hospital(root, count, policy)
     plan = {"options": {"uniform": True}, "uplink": [SUM], "network_options": GROUP, **changes.pop("plan", {})}
     an = order("fedavg", sites=tuple(homes), plan=plan, identities=identities(homes), **changes)
@@ -28,7 +31,7 @@ def setting(root: Path, count: int = 5, policy: str = "[limits]\nmin_patients = 
     return homes, an
 
 
-def run(root: Path, an, homes, **how) -> tuple[str, dict]:
+def run(root: Path, an: Any, homes: Any, **how: Any) -> tuple[str, dict[str, Any]]:
     carrier = LocalCarrier(homes, an, **how)
     outcome = coordinator(root, an, carrier).run()
     carrier.close()
@@ -57,7 +60,7 @@ def test_no_number_leaves_but_under_masks(tmp_path: Path) -> None:
     received, carrier = [], LocalCarrier(homes, an)
     arrived = carrier.arrived
 
-    def listen(seconds):
+    def listen(seconds: Any) -> Any:
         delivery = arrived(seconds)
         if delivery is not None and json.loads(delivery.text)["size"]:
             path = tmp_path / f"heard-{len(received)}"
@@ -132,7 +135,7 @@ def test_a_second_sum_over_other_sites_is_refused(tmp_path: Path) -> None:
     assert "was opened already" in why or "agreements" in why
 
 
-def _session_of(tmp_path: Path, change):
+def _session_of(tmp_path: Path, change: Any) -> Any:
     """What the sites answer to a server that changes calls."""
     homes, an = setting(tmp_path, count=3, rounds=1, deadline=100.0)
     outcome, _ = run(tmp_path, an, homes, tamper=change)

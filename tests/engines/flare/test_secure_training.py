@@ -43,7 +43,7 @@ class Federation:
             tensor_file.write(root / name / "vector", Reply({"update": WeightedMean({"w": values(k)}, 1.0)}))
             self.sites[name] = SecureTraining(name, self.identities, root / name, demands)
 
-    def session(self, names: Sequence[str] = NAMES, threshold: int = 4, **changes) -> Session:
+    def session(self, names: Sequence[str] = NAMES, threshold: int = 4, **changes: Any) -> Session:
         known = {name: self.identities[name] for name in names}
         return replace(Session(os.urandom(16).hex(), ROUND, 4, threshold, known), **changes)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -25,18 +26,20 @@ _foreign = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 class Changed(LocalCarrier):
     """A carrier that changes the answers of some sites to one kind of call."""
 
-    def __init__(self, homes, an, change: Callable[[Answer], Answer], sites=("site-1",), kinds=("do",)) -> None:
+    def __init__(
+        self, homes: Any, an: Any, change: Callable[[Answer], Answer], sites: Any = ("site-1",), kinds: Any = ("do",)
+    ) -> None:
         super().__init__(homes, an)
         self.change, self.sites, self.kinds = change, sites, kinds
 
-    def arrived(self, seconds: float):
+    def arrived(self, seconds: float) -> Any:
         delivery = super().arrived(seconds)
         if delivery is None or delivery.site not in self.sites or self.calls[-1].kind not in self.kinds:
             return delivery
         return delivery._replace(text=self.change(Answer.from_json(delivery.text)).to_json())
 
 
-def house(root: Path, count: int = 3, **how):
+def house(root: Path, count: int = 3, **how: Any) -> Any:
     homes, an = (
         hospital(root, count=count, policy=POLICY),
         order(rounds=1, sites=[f"site-{i}" for i in range(count)], **how),
@@ -46,7 +49,7 @@ def house(root: Path, count: int = 3, **how):
     return homes, an
 
 
-def lost(root: Path, an) -> dict[str, str]:
+def lost(root: Path, an: Any) -> dict[str, str]:
     lines = [json.loads(line) for line in (root / "server" / an.run / "records.jsonl").read_text().splitlines()]
     return next(line for line in lines if line["kind"] == "round")["lost"]
 
@@ -66,7 +69,7 @@ def foreign(answer: Answer) -> Answer:
         (lambda a: replace(a, sha256="0" * 64), "not signed by a key of site-1"),
     ],
 )
-def test_an_answer_without_its_sites_signature_loses_the_site_by_name(change, why: str, tmp_path: Path) -> None:
+def test_an_answer_without_its_sites_signature_loses_the_site_by_name(change: Any, why: str, tmp_path: Path) -> None:
     homes, an = house(tmp_path, min_replies=2)
     assert coordinator(tmp_path, an, Changed(homes, an, change)).run() == "finished"
     assert list(lost(tmp_path, an)) == ["site-1"]
@@ -92,7 +95,7 @@ def test_who_is_shut_out_not_admitted_or_whose_certificate_has_ended_does_not_co
     known.check(answer)
     entries = json.loads(file.read_text())
 
-    def put(**changes) -> None:
+    def put(**changes: Any) -> None:
         file.write_text(json.dumps({**entries, "site-1": {**entries["site-1"], **changes}}))
 
     put(revoked="2026-10-02T10:00:00+00:00")
@@ -126,11 +129,11 @@ def test_an_earlier_key_holds_for_a_week() -> None:
 class Heavy(LocalCarrier):
     """A carrier whose site-1 claims another weight for what it learned, and signs it."""
 
-    def __init__(self, homes, an, weight: float) -> None:
+    def __init__(self, homes: Any, an: Any, weight: float) -> None:
         super().__init__(homes, an)
         self.weight = weight
 
-    def arrived(self, seconds: float):
+    def arrived(self, seconds: float) -> Any:
         delivery = super().arrived(seconds)
         if delivery is None or delivery.site != "site-1" or self.calls[-1].kind != "do":
             return delivery

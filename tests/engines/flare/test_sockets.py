@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ class Heard:
     def __init__(self) -> None:
         self.states: list[str] = []
 
-    def state_change(self, connection) -> None:
+    def state_change(self, connection: Any) -> None:
         self.states.append(connection.state.name)
 
 
@@ -117,6 +118,7 @@ def test_the_houses_settings_are_found_before_those_of_a_job(tmp_path: Path) -> 
 
 
 @pytest.mark.deploy
+@pytest.mark.slow
 def test_no_process_of_a_house_listens_but_the_server_on_its_port(hospitals: Hospitals) -> None:
     """Nothing on loopback, while a job runs; another account is not let in; and the job ends well."""
     hospitals.hold(0, "site-0")

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,7 +101,7 @@ def test_a_site_that_is_well_says_so(site: SiteFolder, capsys: pytest.CaptureFix
     ],
 )
 def test_what_is_wrong_is_told_and_counts(
-    make, says: str, site: SiteFolder, capsys: pytest.CaptureFixture[str]
+    make: Any, says: str, site: SiteFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(site)
     assert says in said(site, capsys)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ class Clinics:
                 homes = {name: self.homes[name] for name in entry.what.everyone}
                 carrier = LocalCarrier(homes, entry.what)
                 folder, signers = self.server.run(run), admitted(self.server.path.parent, homes)
-                how: dict = {"poll": 0.0, "signers": signers}
+                how: dict[str, Any] = {"poll": 0.0, "signers": signers}
                 outcomes[run] = RunCoordinator(entry.what, carrier, folder, tuple(homes), **how).run()
                 carrier.close()
                 queue.change(run, state=outcomes[run])
@@ -116,7 +117,7 @@ class Clinics:
             agent.close()
 
 
-def predictions(folder: Path) -> dict:
+def predictions(folder: Path) -> dict[str, Any]:
     """Test predictions by method and site."""
     return {(label, site): p for (label, _), sites in read_run(folder).arms.items() for site, p in sites.items()}
 

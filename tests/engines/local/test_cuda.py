@@ -4,6 +4,7 @@ Skipped without a GPU. Messages and states are on the processor whatever the dev
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,11 @@ def zeros(size: int) -> bytes:
     return bytes(size)
 
 
-def on(sites, device: str):
+def on(sites: Any, device: str) -> Any:
     return {name: replace(site, device=device, entropy=zeros) for name, site in sites.items()}
 
 
-def run(method, task, sites, rounds: int = 2, engine=InProcess):
+def run(method: Any, task: Any, sites: Any, rounds: int = 2, engine: Any = InProcess) -> Any:
     state, here = method.init(task.first(0)), engine(method, sites, server_data=held_by_server(sites))
     try:
         for step in train(method, here, state, rounds=rounds):

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ SLOW = {"site-0": Machine(1.0), "site-1": Machine(0.5), "site-2": Machine(5.0)}
     "make", [FedAvg, lambda task, local: fedbn(task, local), lambda task, local: Scaffold(task, 3, local)]
 )
 @pytest.mark.parametrize("machines", [{}, SLOW])
-def test_slow_machines_change_no_bit(task: Classification, make, machines) -> None:
+def test_slow_machines_change_no_bit(task: Classification, make: Any, machines: Any) -> None:
     check_engine(lambda m, sites: Unequal(m, sites, machines), make(task, LOCAL), task.first(0), little_sites())
 
 
@@ -72,7 +73,7 @@ def test_nothing_sleeps(task: Classification) -> None:
     assert time.perf_counter() - begun < 60
 
 
-def run(task, machines, rounds, seed=0, state=None, memory=None):
+def run(task: Any, machines: Any, rounds: Any, seed: Any = 0, state: Any = None, memory: Any = None) -> Any:
     method = fedbn(task, LocalTraining(steps=1, batch_size=4))
     engine = Unequal(method, little_sites(), machines, memory, seed=seed)
     lost = []
@@ -179,7 +180,7 @@ def test_only_those_named_are_asked_when_nobody_waits(task: Classification) -> N
         ({"down": float("nan")}, "down is nan"),
     ],
 )
-def test_impossible_machines_are_refused_with_every_reason(given, says: str) -> None:
+def test_impossible_machines_are_refused_with_every_reason(given: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Machine(**given)
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ from polyclinic.testing import equal
 from tests.conftest import little_sites
 
 
-def run(method, engine, params, rounds: int = 4, **how):
+def run(method: Any, engine: Any, params: Any, rounds: int = 4, **how: Any) -> Any:
     state = method.init(params)
     steps = []
     for step in train(method, engine, state, rounds=rounds, **how):
@@ -145,18 +146,18 @@ def test_a_late_site_in_process_is_lost_too(task: Classification, local: LocalTr
 class NoSecondRound:
     """A policy that has had enough after one round."""
 
-    def admit(self, method, request, site) -> None:
+    def admit(self, method: Any, request: Any, site: Any) -> None:
         if request.round:
             raise Refused("one round was agreed; ask the hospital for more")
 
-    def release(self, method, request, reply, site) -> None:
+    def release(self, method: Any, request: Any, reply: Any, site: Any) -> None:
         if reply.nbytes > 10**6:
             raise Refused("too much")
 
 
 @pytest.mark.parametrize("engine", [InProcess, Workers])
 def test_a_policy_refuses_in_words_and_loses_only_its_own_site(
-    engine, task: Classification, local: LocalTraining
+    engine: Any, task: Classification, local: LocalTraining
 ) -> None:
     method = FedAvg(task, local)
     here = engine(method, little_sites(), policies={"site-2": NoSecondRound()})
@@ -170,7 +171,7 @@ def test_a_policy_refuses_in_words_and_loses_only_its_own_site(
 
 @pytest.mark.parametrize("engine", [InProcess, Workers])
 def test_a_failing_site_is_lost_with_its_reason_and_keeps_its_memory(
-    engine, task: Classification, local: LocalTraining
+    engine: Any, task: Classification, local: LocalTraining
 ) -> None:
     sites = little_sites()
     sites["site-0"] = Site("site-0", {"train": sites["site-0"].data["train"]}, device="abacus")

@@ -30,7 +30,7 @@ from polyclinic.methods.plugins import packages_in
 from tests.conftest import blobs
 
 
-def plan(**changes) -> Plan:
+def plan(**changes: Any) -> Plan:
     fields = {
         "kind": "classification",
         "network": "cnn",
@@ -98,7 +98,7 @@ def test_patients_are_counted_not_images() -> None:
         ({"rounds": 11}, "rounds = 10", "11 rounds"),
     ],
 )
-def test_more_than_the_limits_is_refused_and_less_is_not(changes, line: str, why: str) -> None:
+def test_more_than_the_limits_is_refused_and_less_is_not(changes: Any, line: str, why: str) -> None:
     policy = parse(f"[limits]\n{line}\n".encode())
     assert [why in problem for problem in policy.refusals(plan(**changes))] == [True]
     assert policy.refusals(plan()) == []
@@ -128,7 +128,7 @@ def test_required_transforms_are_required_with_their_numbers() -> None:
         ),
     ],
 )
-def test_what_would_leave_is_read_and_not_what_it_is_called(reply, why: str) -> None:
+def test_what_would_leave_is_read_and_not_what_it_is_called(reply: Any, why: str) -> None:
     policy = parse(b'[allow]\nstats = ["WeightedMean"]\n[limits]\nmegabytes_per_round = 1.0\n')
     rules = Enforced(policy, plan())
     if why:
@@ -182,7 +182,7 @@ def test_a_promise_of_secrecy_is_kept_by_the_site() -> None:
         ("a = " + "[" * 500, "policy.toml"),
     ],
 )
-def test_a_bad_policy_is_told_by_key(text, why: str) -> None:
+def test_a_bad_policy_is_told_by_key(text: Any, why: str) -> None:
     with pytest.raises(BadPolicy, match=why.replace("?", r"\?").replace("'", ".")):
         parse(text.encode())
 
@@ -219,7 +219,7 @@ def test_a_mutated_policy_is_one_or_not_and_never_hangs() -> None:
         parse(b"#" * 2**20)
 
 
-@pytest.mark.parametrize("verb", ["score", "predict", "explain"])
+@pytest.mark.parametrize("verb", ["score", "predict", "explain", "show"])
 @pytest.mark.parametrize("role", ["train", "unlabeled", "public", "", "val/x", "Val"])
 def test_no_model_is_scored_but_on_validation_and_test_data_whatever_the_policy_allows(verb: str, role: str) -> None:
     lax = parse(
@@ -338,7 +338,7 @@ def test_the_default_policy_is_the_documented_one() -> None:
     assert policy.approve.automatically == ()
     assert policy.allow.model_dump() == {
         "jobs": ("*",),
-        "never": ("predict/*",),
+        "never": ("predict/*", "show/*"),
         "stats": ("WeightedMean", "ElementwiseMean"),
         "gather": ("score", "describe"),
         "packages": (),
@@ -428,7 +428,7 @@ def test_every_wrong_transform_is_told_with_its_place() -> None:
         ({"rounds": 10}, "rounds = 10"),
     ],
 )
-def test_as_much_as_the_limit_is_allowed(changes, line: str) -> None:
+def test_as_much_as_the_limit_is_allowed(changes: Any, line: str) -> None:
     assert parse(f"[limits]\n{line}\n".encode()).refusals(plan(**changes)) == []
 
 
@@ -464,7 +464,7 @@ DP_SGD = {"steps": 1, "private": {"noise": 1.0, "bound": 1.0, "unit": "patient"}
         ),
     ],
 )
-def test_with_a_budget_only_noise_that_it_can_pay_for_may_leave(changes, why) -> None:
+def test_with_a_budget_only_noise_that_it_can_pay_for_may_leave(changes: Any, why: Any) -> None:
     found = parse(BUDGET).refusals(plan(**changes))
     assert len(found) == len(why)
     assert all(told in problem and "(privacy)" in problem for told, problem in zip(why, found, strict=True))

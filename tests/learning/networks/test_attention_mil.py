@@ -1,5 +1,7 @@
 """Gated attention by its equation in numpy; bags have no order, and padding counts for nothing."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
 
-def bags(n, instances=6, features=5, key="x"):
+def bags(n: Any, instances: Any = 6, features: Any = 5, key: Any = "x") -> Any:
     return torch.randn(n, instances, features, generator=Site("s").rng(key))
 
 

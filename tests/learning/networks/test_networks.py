@@ -14,9 +14,9 @@ from torch import nn
 
 from polyclinic.core.site import Site
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks import latent
+from polyclinic.learning.networks import latent, model_tree
 from polyclinic.learning.networks.architectures import ARCHITECTURES
-from polyclinic.learning.networks.model_tree import initial, inspect
+from polyclinic.learning.networks.model_tree import initial, inspect, params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.networks.network_parts import find_parts
 from polyclinic.learning.tasks.classification import Classification
@@ -258,7 +258,7 @@ def test_a_module_that_does_not_fit_is_refused_at_once() -> None:
 
 PERSONAL = [entry.name for entry in FAMILIES["Client end: domain-specific learning"]]
 FEATURES = ["fedmoco", "fedharmony", "fed-align", "private-heads", "fmtl"]
-SAMPLE = {("resnet18", "fedrep"), ("nnunet", "fedper"), ("attention-unet", "lc-fed"), ("unetr", "moon")}
+SAMPLE = {("nnunet", "fedper")}
 KNOWN = {"iop-fl": {"iterations": 1}, "lc-fed": {"head_steps": 2}}
 
 
@@ -333,3 +333,33 @@ def test_listing_imports_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     listed = json.loads(done.stdout)
     assert listed["unet"]["sizes"]["2"]["training_bytes"] > 16 * listed["unet"]["sizes"]["2"]["parameters"] > 0
+
+
+def test_leaves_are_those_of_state_dict_also_where_a_module_defines_its_own() -> None:
+    class Own(nn.Linear):
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[f"{prefix}doubled"] = 2 * self.weight.detach()
+
+    shared = nn.Linear(3, 3)
+    plain = nn.Sequential(nn.BatchNorm1d(3), shared, nn.Sequential(shared, nn.Linear(3, 2, bias=False)))
+    plain.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def without_bias(module: Any, state: Any, prefix: str, meta: Any) -> None:
+        del state["0.bias"]
+
+    hooked = nn.Sequential(nn.Linear(3, 2))
+    hooked.register_state_dict_post_hook(without_bias)
+    for model in (plain, nn.Sequential(Own(3, 2), nn.Linear(2, 2)), hooked):
+        names = [name for name, _ in model_tree._leaves(model)]
+        assert names == list(model.state_dict())
+    assert len(names) == 1
+    assert list(params_of(plain)) == [
+        "0.weight",
+        "0.bias",
+        "0.running_mean",
+        "0.running_var",
+        "1.weight",
+        "1.bias",
+        "2.1.weight",
+    ]

@@ -1,5 +1,7 @@
 """FedIRM's relation matrix, masks and matching loss, written again in numpy from the paper's equations."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,11 @@ from polyclinic.learning.tasks.classification import Classification
 from tests.conftest import Rows
 
 
-def normal(*shape, key="a"):
+def normal(*shape: Any, key: Any = "a") -> Any:
     return torch.randn(*shape, generator=Site("s").rng(key))
 
 
-def numpy_matrix(logits, labels, classes, T):
+def numpy_matrix(logits: Any, labels: Any, classes: Any, T: Any) -> Any:
     """Equation 3: M_c = softmax(v_c / τ), v_c the mean of the class's features before the softmax."""
     rows = []
     for c in range(classes):

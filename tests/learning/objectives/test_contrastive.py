@@ -1,5 +1,7 @@
 """Contrastive losses in numpy, representations of every kind of network, and Gaussians that are what they describe."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -24,11 +26,11 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from tests.conftest import Rows
 
 
-def normal(*shape, key="a"):
+def normal(*shape: Any, key: Any = "a") -> Any:
     return torch.randn(*shape, generator=Site("s").rng(key))
 
 
-def unit(*shape, key="a"):
+def unit(*shape: Any, key: Any = "a") -> Any:
     return torch.nn.functional.normalize(normal(*shape, key=key), dim=1)
 
 

@@ -1,5 +1,7 @@
 """Divergences against numpy and scipy; two models that teach one another, one step by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
 
-def normal(*shape, key="a"):
+def normal(*shape: Any, key: Any = "a") -> Any:
     return torch.randn(*shape, generator=Site("s").rng(key))
 
 

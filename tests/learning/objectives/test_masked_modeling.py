@@ -1,5 +1,7 @@
 """Masked image modeling: what is hidden stays hidden, patches are the transformer's own, and it can be learned."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ TASKS = {
 }
 
 
-def examples(task, n=32):
+def examples(task: Any, n: Any = 32) -> Any:
     """Images with structure: a plane wave each."""
     shape, rng = task.network.inputs, Site("s").rng("waves")
     if len(shape) == 1:
@@ -35,14 +37,14 @@ def examples(task, n=32):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_it_learns_without_a_target(kind) -> None:
+def test_it_learns_without_a_target(kind: Any) -> None:
     task = TASKS[kind]
     masked = Masked(task, share=0.5, grid=4, width=8)
     data = Rows(examples(task), torch.full((32,), -1))
     site, start = Site("s", {"train": data}), extended(masked, task.first(1))
     end = LocalTraining(epochs=12, batch_size=8, lr=3e-3, optimizer="adam").fit(masked, start, site, 0)
 
-    def loss(params):
+    def loss(params: Any) -> Any:
         torch.manual_seed(0)
         with torch.no_grad():
             return masked.loss(cached_model(masked, params), (data.x, data.y)).item()

@@ -1,5 +1,7 @@
 """Pools: no target of an unlabeled example gets out, and nothing is lost or repeated."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,12 +13,12 @@ from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
 
-def rows(n, begin=0):
+def rows(n: Any, begin: Any = 0) -> Any:
     return Rows(torch.arange(begin, begin + n).float()[:, None], torch.zeros(n, dtype=torch.long))
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(0, 99))
-def test_a_chain_is_its_parts_in_order(sizes, seed) -> None:
+def test_a_chain_is_its_parts_in_order(sizes: Any, seed: int) -> None:
     parts, begin = [], 0
     for n in sizes:
         parts.append(rows(n, begin))

@@ -1,5 +1,7 @@
 """The vision transformer is a classifier like the others."""
 
+from typing import Any
+
 import torch
 
 from polyclinic.core.site import Site
@@ -22,7 +24,7 @@ def test_it_predicts_and_trains(sites: dict[str, Site]) -> None:
     start, batch = task.first(0), sites["site-2"].data["train"][torch.arange(22)]
     end = LocalTraining(epochs=10, batch_size=8, lr=0.1).fit(task, start, sites["site-2"], 0)
 
-    def loss(params):
+    def loss(params: Any) -> Any:
         return task.loss(cached_model(task, params).eval(), batch).item()
 
     assert loss(end) < loss(start)

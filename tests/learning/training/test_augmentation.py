@@ -1,5 +1,7 @@
 """Augmentation: laws that hold whatever is drawn, and maps that are known."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,19 +14,19 @@ from polyclinic.learning.training.local import LocalTraining
 SHAPES = [(3, 2, 9, 12), (3, 1, 6, 7, 8), (5, 11)]
 
 
-def dice(key="x"):
+def dice(key: Any = "x") -> Any:
     return Site("a").rng(key)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_still_changes_nothing(shape) -> None:
+def test_still_changes_nothing(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=dice())
     assert torch.allclose(STILL.view(x, dice()), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("augment", [WEAK, STRONG])
-def test_same_dice_same_view_and_other_dice_another(shape, augment) -> None:
+def test_same_dice_same_view_and_other_dice_another(shape: tuple[int, ...], augment: Any) -> None:
     x = torch.randn(shape, generator=dice())
     before = x.clone()
     first, again, other = (augment.view(x, dice(key)) for key in ("a", "a", "b"))

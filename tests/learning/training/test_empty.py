@@ -1,6 +1,7 @@
 """A site without labels takes no step and sends its model unmoved, however many steps are asked for."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.support.few_labels import near, only_labels, run
 
 
 @pytest.mark.parametrize("steps", [None, 5])
-def test_no_data_no_step(task: Classification, steps) -> None:
+def test_no_data_no_step(task: Classification, steps: Any) -> None:
     local, start = LocalTraining(steps=steps, batch_size=8), task.first(0)
     nothing = Rows(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))
     site = replace(little_sites()["site-0"], data={"train": nothing})

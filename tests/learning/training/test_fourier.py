@@ -1,5 +1,7 @@
 """Spectra: laws of the transform, and the window against numpy's fftshift."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,18 +21,18 @@ from polyclinic.learning.training.fourier import (
 SHAPES = [(8, 8), (7, 9), (6, 11), (4, 5, 6)]
 
 
-def images(shape, seed=0, n=3):
+def images(shape: Any, seed: Any = 0, n: Any = 3) -> Any:
     return torch.randn(n, 2, *shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_compose_undoes_spectrum(shape) -> None:
+def test_compose_undoes_spectrum(shape: tuple[int, ...]) -> None:
     x = images(shape)
     torch.testing.assert_close(compose(*spectrum(x)), x, rtol=1e-4, atol=1e-5)
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=3), st.floats(0, 1))
-def test_the_window_is_centered_and_holds_more_than_the_mean(shape, fraction) -> None:
+def test_the_window_is_centered_and_holds_more_than_the_mean(shape: tuple[int, ...], fraction: Any) -> None:
     for n, found in zip(shape, low_frequencies(tuple(shape), fraction), strict=True):
         signed = {int(k) if k <= n // 2 else int(k) - n for k in found}
         assert 0 in signed
@@ -60,7 +62,7 @@ def test_the_window_is_numpys_center(shape: tuple[int, ...], half: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_restyling_stays_real_and_keeps_phases(shape, fraction: float) -> None:
+def test_restyling_stays_real_and_keeps_phases(shape: tuple[int, ...], fraction: float) -> None:
     x, other = images(shape), crop(spectrum(images(shape, 1))[0], fraction)
     mixed = torch.fft.ifftn(
         torch.polar(paste(spectrum(x)[0], other, fraction), spectrum(x)[1]), dim=(2, 3, 4)[: len(shape)]

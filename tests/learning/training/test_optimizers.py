@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[3]
         ("adamw", torch.optim.AdamW, {"weight_decay": 0.01}),
     ],
 )
-def test_the_bits_are_those_of_the_classes(name: str, theirs, options) -> None:
+def test_the_bits_are_those_of_the_classes(name: str, theirs: Any, options: Any) -> None:
     """Step by step, with a parameter that has no gradient now and then, and one that never has."""
     shapes, rng = ((3, 4), (5,), (2,)), torch.Generator().manual_seed(0)
     ours = [torch.randn(shape, generator=rng, requires_grad=True) for shape in shapes]
@@ -36,6 +37,7 @@ def test_the_bits_are_those_of_the_classes(name: str, theirs, options) -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, copies, strict=True))
 
 
+@pytest.mark.slow
 def test_training_imports_no_compiler() -> None:
     """It takes two seconds and 70 MB in each process, and nothing uses it."""
     script = (

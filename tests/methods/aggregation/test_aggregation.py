@@ -1,6 +1,7 @@
 """The other ways to aggregate: each against a computation by hand, and in the limit in which it is FedAvg."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,15 +31,15 @@ from tests.methods.aggregation.test_weighting import run, updates
 from tests.methods.robust.rules.test_rules import draw, flat, trees
 
 
-def moved(state, task) -> np.ndarray:
+def moved(state: Any, task: Any) -> np.ndarray:
     return tree.flatten(tree.sub(state.params, task.first(0))).double().numpy()
 
 
-def sizes(sites) -> np.ndarray:
+def sizes(sites: Any) -> np.ndarray:
     return np.array([float(len(sites[name].data["train"])) for name in sorted(sites)])
 
 
-def changes(task, local, sites) -> np.ndarray:
+def changes(task: Any, local: Any, sites: Any) -> np.ndarray:
     return np.stack([tree.flatten(u).double().numpy() for u, _, _ in updates(task, local, sites).values()])
 
 
@@ -68,7 +69,7 @@ def test_fedgma_without_a_threshold_is_fedavg(
         ("hinge", [1, 1, 1, 1 / (0.5 * 6 + 1)]),
     ],
 )
-def test_what_old_answers_count(task: Classification, staleness: str, values) -> None:
+def test_what_old_answers_count(task: Classification, staleness: str, values: Any) -> None:
     method = FedBuff(task, staleness=staleness)
     assert [method.discount(age) for age in (0, 1, 3, 10)] == pytest.approx(values)
 
@@ -245,7 +246,7 @@ def test_auto_fedavg_without_steps_is_fedavg_and_with_them_validates_better(
     learned = run(AutoFedAvg(task, local, rate=20.0, steps=5), task, sites, 1)
     before = run(AutoFedAvg(task, local, steps=0), task, sites, 1)
 
-    def validation(params) -> float:
+    def validation(params: Any) -> float:
         return sum(risk(task, params, site, 0, "val") for site in sites.values())
 
     assert validation(learned.params) < validation(before.params)

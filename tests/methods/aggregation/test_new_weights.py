@@ -1,5 +1,7 @@
 """FedCostWAvg, FedPIDAvg, FedAWA and FedLWS against their published steps, written again in numpy and PyTorch."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,14 +24,14 @@ from tests.support.agreement import KINDS, agree, place
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.1)
 
 
-def ran(method, params, sites, rounds):
+def ran(method: Any, params: Any, sites: Any, rounds: Any) -> Any:
     engine, state, steps = InProcess(method, sites), method.init(params), []
     for step in train(method, engine, state, rounds=rounds):
         steps.append(step)
     return steps[-1].state, steps
 
 
-def weighted(task, sites, rounds, weights):
+def weighted(task: Any, sites: Any, rounds: Any, weights: Any) -> Any:
     """FedAvg with weights by ``weights(sizes, losses)``, where losses [rounds, sites] are those so far."""
     w, sizes, losses = task.first(), np.array([len(s.data["train"]) for s in sites.values()], float), []
     for round in range(rounds):
@@ -50,7 +52,7 @@ def test_fedcostwavg_is_the_published_weighting(kind: str) -> None:
     task, sites = place(kind)
     method = build("fedcostwavg", Setting(task, LOCAL, tuple(sites), 3))
 
-    def weights(s, c):
+    def weights(s: Any, c: Any) -> Any:
         p = 0.5 * s / s.sum()
         if len(c) > 1:
             k = c[-2] / c[-1]
@@ -68,7 +70,7 @@ def test_fedpidavg_is_the_published_weighting(kind: str) -> None:
     task, sites = place(kind)
     method = build("fedpidavg", Setting(task, LOCAL, tuple(sites), 8))
 
-    def weights(s, c):
+    def weights(s: Any, c: Any) -> Any:
         m = c[-6:].sum(0)
         p = 0.45 * s / s.sum() + 0.1 * m / m.sum()
         k = np.clip(c[-2] - c[-1], 0, None) if len(c) > 1 else np.zeros_like(m)

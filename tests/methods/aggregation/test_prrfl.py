@@ -1,6 +1,7 @@
 """PFA against numpy's Fourier transform; DET's three stages."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +21,11 @@ from polyclinic.testing import close
 DICE = np.random.default_rng(0)
 
 
-def weights(shape, count=3):
+def weights(shape: Any, count: Any = 3) -> Any:
     return {f"s{k}": {"w": torch.from_numpy(DICE.normal(size=shape).astype(np.float32))} for k in range(count)}
 
 
-def by_hand(models, share):
+def by_hand(models: Any, share: Any) -> Any:
     """Section 2.1, in numpy, for weights [N, C, D1, D2] or [N, C]."""
     kernels = [m["w"].double().numpy() for m in models.values()]
     as_matrix = [k.transpose(1, 2, 3, 0).reshape(k.shape[1] * k.shape[2], -1) if k.ndim == 4 else k for k in kernels]
@@ -84,7 +85,7 @@ def test_macro_f1() -> None:
     assert macro_f1(truth, truth) == 1
 
 
-def run(method, task, sites, rounds=2):
+def run(method: Any, task: Any, sites: Any, rounds: Any = 2) -> Any:
     engine, state = InProcess(method, sites), method.init(task.first(0))
     for step in train(method, engine, state, rounds=rounds):
         state = step.state

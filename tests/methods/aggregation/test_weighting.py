@@ -1,6 +1,7 @@
 """Weights from losses and distances: their limits, and one step each by hand."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,14 +29,14 @@ from polyclinic.testing import close
 from tests.methods.robust.rules.test_rules import draw, flat, trees
 
 
-def run(method, task, sites, rounds=2):
+def run(method: Any, task: Any, sites: Any, rounds: Any = 2) -> Any:
     state = method.init(task.first(0))
     for step in train(method, InProcess(method, sites), state, rounds=rounds):
         state = step.state
     return state
 
 
-def updates(task, local, sites):
+def updates(task: Any, local: Any, sites: Any) -> Any:
     """What each site's training changes, and its losses before and after, apart from any method."""
     first, found = task.first(0), {}
     for name in sorted(sites):
@@ -67,7 +68,7 @@ def test_full_gradient_is_that_of_the_mean_loss(task: Classification, sites: dic
 
 @pytest.mark.parametrize(("form", "weigh"), [("exp", lambda loss: math.exp(-loss)), ("inverse", lambda loss: 1 / loss)])
 def test_loss_weighting_by_hand(
-    form: str, weigh, task: Classification, local: LocalTraining, sites: dict[str, Site]
+    form: str, weigh: Any, task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
     found = updates(task, local, sites)
     w = np.array([weigh(after) for _, _, after in found.values()])
@@ -168,7 +169,7 @@ def project(v: np.ndarray) -> np.ndarray:
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=8))
-def test_on_simplex(values) -> None:
+def test_on_simplex(values: Any) -> None:
     found = on_simplex(torch.tensor(values, dtype=torch.float64)).numpy()
     np.testing.assert_allclose(found, project(np.array(values)), atol=1e-9)
     assert found.sum() == pytest.approx(1)

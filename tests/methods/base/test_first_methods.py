@@ -143,7 +143,7 @@ def test_fedbn_without_normalization_is_fedavg(local: LocalTraining) -> None:
 
 
 @pytest.mark.parametrize("make", [fedbn, silobn, fedper, lg_fedavg])
-def test_what_is_kept_never_leaves(make, task: Classification, local: LocalTraining) -> None:
+def test_what_is_kept_never_leaves(make: Any, task: Classification, local: LocalTraining) -> None:
     method = make(task, local)
     engine = InProcess(method, little_sites())
     for step in train(method, engine, method.init(task.first(0)), rounds=2):

@@ -1,6 +1,7 @@
 """Balanced softmax, FedLC, FedRoD, CCVR, FedNTD and FedDecorr against their steps, written again."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.class_imbalance.ccvr import Calibrated, ccvr, virtual_features
 from polyclinic.methods.class_imbalance.feddecorr import FedDecorr, correlation
+from polyclinic.methods.class_imbalance.fedetf import FrameHead, fedetf
 from polyclinic.methods.class_imbalance.fedntd import FedNTD, not_true
 from polyclinic.methods.class_imbalance.fedrod import FedRoD
 from polyclinic.methods.class_imbalance.logit_adjustment import LogitAdjusted
@@ -29,7 +31,7 @@ from tests.support.agreement import KINDS, agree, change, minibatches, place, re
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 
 
-def update(method, site, params, memory=None):
+def update(method: Any, site: Any, params: Any, memory: Any = None) -> Any:
     return method.site_update(method.request(method.init(params)), memory or {}, site)
 
 
@@ -255,3 +257,36 @@ def test_correlations_of_one_example_are_0_and_private_training_is_refused(task:
     assert float(correlation(torch.cat([x, x], 1))) == pytest.approx(99**2 / 100, rel=1e-4)
     with pytest.raises(ConfigError, match="between the examples of a minibatch"):
         FedDecorr(task, DPSGD(batch_size=8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fedetf_is_the_published_step(kind: str) -> None:
+    """Of three classes: projection, length 1, constant prototypes, trained scale, balanced softmax."""
+    task, sites = place(kind, classes=3)
+    method, site = fedetf(task, LOCAL), skewed(sites["site-2"], 3, 1)
+    params = method.init(task.first()).params
+    found = update(method, site, task.first())[0].mean("update").value
+    counts = torch.from_numpy(np.bincount(site.data["train"].y.numpy(), minlength=3)).double().clamp_min(1e-8)
+    model = ready(method.prediction_task, params)
+    at = next(name.removesuffix("prototypes") for name in params if name.endswith("prototypes"))
+    m, head = params[f"{at}prototypes"], model.get_submodule(at.rstrip("."))
+    gram = m.T @ m
+    torch.testing.assert_close(gram, torch.eye(3) * 1.5 - 0.5, atol=1e-5, rtol=0)  # cosines of -1 / (C - 1)
+    entering = []
+    head.register_forward_pre_hook(lambda _, given: entering.append(given[0]))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for x, y in minibatches(LOCAL, site):
+        model(x)
+        f = F.normalize(head.project(pooled(entering.pop())), dim=1)
+        loss = F.cross_entropy(head.beta * (f @ m) + counts.log().float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    agree(found, change(model, params), 2e-5)
+    assert not found[f"{at}prototypes"].any()
+
+
+def test_fedetf_has_room_for_more_classes_than_features() -> None:
+    head = FrameHead(2, 5)
+    torch.testing.assert_close(head.prototypes.T @ head.prototypes, torch.eye(5) * 1.25 - 0.25, atol=1e-5, rtol=0)
+    assert head(torch.randn(4, 2)).shape == (4, 5)

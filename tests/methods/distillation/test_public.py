@@ -1,6 +1,7 @@
 """Distillation on public images: FedDF, FedMD, FedAD; and learning from a teacher."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +29,16 @@ LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
 STEP = LocalTraining(steps=1, batch_size=1000, lr=0.5)
 
 
-def training(kind, **given):
+def training(kind: Any, **given: Any) -> Any:
     """A subclass of the method ``kind`` whose training on public images is the given one."""
     return type(kind.__name__, (kind,), given)
 
 
-def server_data(sites):
+def server_data(sites: Any) -> Any:
     return {"public": sites["site-0"].data["public"]}
 
 
-def hidden_targets(sites):
+def hidden_targets(sites: Any) -> Any:
     """The same sites, whose public images have other targets."""
     return {
         k: replace(s, data={r: Rows(d.x, 1 - d.y) if r == "public" else d for r, d in s.data.items()})
@@ -46,7 +47,7 @@ def hidden_targets(sites):
 
 
 @pytest.mark.parametrize("make", [FedDF, FedMD, lambda task, local: FedAD(task, 2, local)])
-def test_targets_of_public_images_are_never_used(task: Classification, make) -> None:
+def test_targets_of_public_images_are_never_used(task: Classification, make: Any) -> None:
     sites, others = little_sites(), hidden_targets(little_sites())
     one, two = (run(make(task, LOCAL), s, task.first(0), server_data=server_data(s))[0].state for s in (sites, others))
     assert same(one.params, two.params)
@@ -55,7 +56,7 @@ def test_targets_of_public_images_are_never_used(task: Classification, make) -> 
 @pytest.mark.parametrize(
     ("make", "who"), [(FedDF, "the server"), (FedMD, "site-1"), (lambda task, local: FedAD(task, 2, local), "site-1")]
 )
-def test_without_public_images_it_says_so(task: Classification, make, who: str) -> None:
+def test_without_public_images_it_says_so(task: Classification, make: Any, who: str) -> None:
     sites = little_sites()
     method = make(task, LOCAL)
     bare = replace(sites["site-1"], data={"train": sites["site-1"].data["train"]})
@@ -178,7 +179,7 @@ def test_fedads_noise_is_added_to_probabilities(task: Classification) -> None:
     assert 0.03 < float((p - q).std()) < 0.2
 
 
-def test_training_on_public_images_follows_the_options(task):
+def test_training_on_public_images_follows_the_options(task: Any) -> None:
     assert FedDF(task, LOCAL, distil_epochs=7, distil_lr=0.2, distil_batch=3).distil == LocalTraining(
         epochs=7, batch_size=3, optimizer="adam", lr=0.2
     )

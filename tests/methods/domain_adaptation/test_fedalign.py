@@ -1,5 +1,7 @@
 """Fed-Align: before it starts it is FedAvg; after, encoders pass for others'. Its losses in numpy."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import equal
 
 
-def run(method, params, sites, rounds):
+def run(method: Any, params: Any, sites: Any, rounds: Any) -> Any:
     state = method.init(params)
     for step in train(method, InProcess(method, sites), state, rounds=rounds):
         state = step.state
@@ -44,7 +46,7 @@ def test_what_it_sends_is_features_with_a_little_noise(
 def test_the_losses() -> None:
     real, fake = np.random.default_rng(0).normal(size=(2, 9))
 
-    def sigmoid(x):
+    def sigmoid(x: Any) -> Any:
         return 1 / (1 + np.exp(-x))
 
     expected = -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean()

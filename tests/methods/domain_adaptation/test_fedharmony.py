@@ -1,5 +1,7 @@
 """FedHarmony's Gaussians and losses in numpy, its first round, and that it unlearns the scanner."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -80,14 +82,14 @@ def test_the_distance_has_a_slope_of_zero_where_it_is_zero(
     assert all(leaf.isfinite().all() for leaf in reply.mean("update").total.values())
 
 
-def told_apart(task, features: list[torch.Tensor]) -> float:
+def told_apart(task: Any, features: list[torch.Tensor]) -> float:
     """How often a linear classifier fitted to sites' features names the site."""
     x, y = torch.cat(features), torch.arange(len(features)).repeat_interleave(len(features[0]))
     x = torch.cat([(x - x.mean(0)) / (x.std(0) + 1e-6), torch.ones(len(x), 1)], 1)
     w = torch.zeros(x.shape[1], len(features), requires_grad=True)
     solver = torch.optim.LBFGS([w], max_iter=50)
 
-    def loss():
+    def loss() -> Any:
         solver.zero_grad()
         value = F.cross_entropy(x @ w, y) + 0.01 * w.square().sum()
         value.backward()

@@ -1,5 +1,7 @@
 """Fed-MoE's mixture by hand, and what stays at a site."""
 
+from typing import Any
+
 import torch
 
 from polyclinic.core import tree
@@ -38,7 +40,7 @@ def test_a_site_never_seen_predicts_with_the_federated_expert(task: Classificati
     torch.testing.assert_close(model(x), cached_model(task, task.first()).eval()(x))
 
 
-def test_the_private_expert_and_the_gate_stay(task, local, sites) -> None:
+def test_the_private_expert_and_the_gate_stay(task: Any, local: Any, sites: dict[str, Site]) -> None:
     method = FedMoE(task, local)
     reply, memory = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
     assert reply.mean("update").total.keys() == task.first().keys()

@@ -1,5 +1,7 @@
 """FL-MRCM: without alignment it is FedAvg over the sources; with it, features come nearer to the target's."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,14 +23,14 @@ from tests.support.agreement import agree
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def run(method, params, sites, rounds=2):
+def run(method: Any, params: Any, sites: Any, rounds: Any = 2) -> Any:
     state = method.init(params)
     for step in train(method, InProcess(method, sites), state, rounds=rounds):
         state = step.state
     return state
 
 
-def test_without_alignment_it_is_fedavg_over_the_sources(task, local, sites) -> None:
+def test_without_alignment_it_is_fedavg_over_the_sources(task: Any, local: Any, sites: dict[str, Site]) -> None:
     ours = run(MRCM(task, NAMES, local, adversarial=0.0), task.first(), sites)
     sources = {name: sites[name] for name in NAMES[:2]}
     assert close(ours.params, run(FedAvg(task, local, uniform=True), task.first(), sources).params)

@@ -1,5 +1,7 @@
 """FedDG-GA: three rounds against the published order of training, scoring, averaging and adjusting."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.1)
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def ran(method, params, sites, rounds):
+def ran(method: Any, params: Any, sites: Any, rounds: Any) -> Any:
     state = method.init(params)
     for step in train(method, InProcess(method, sites), state, rounds=rounds):
         state = step.state

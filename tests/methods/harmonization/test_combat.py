@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from polyclinic.methods.harmonization.combat import combat
 from tests.conftest import Rows, little_sites
 
 
-def pooled_combat(Y, batch, C, shrink=True):
+def pooled_combat(Y: Any, batch: Any, C: Any, shrink: Any = True) -> Any:
     """Johnson et al. 2007 on pooled Y [n, F], with the covariates C [n, c]: numpy, straight from the paper's steps."""
     names, n = np.unique(batch), len(Y)
     D = np.c_[(batch[:, None] == names).astype(float), C]
@@ -48,7 +49,7 @@ def pooled_combat(Y, batch, C, shrink=True):
     return out
 
 
-def scanners(F=7, sizes=(20, 35, 11), seed=0):
+def scanners(F: Any = 7, sizes: Any = (20, 35, 11), seed: Any = 0) -> Any:
     """Tables whose last two columns are covariates, seen through scanners with offsets and scales of their own."""
     rng = np.random.default_rng(seed)
     batch = np.repeat(np.arange(len(sizes)), sizes)
@@ -58,7 +59,7 @@ def scanners(F=7, sizes=(20, 35, 11), seed=0):
     return Y.astype("float32"), batch, C.astype("float32")
 
 
-def harmonized(method, x, batch, task, rounds=1):
+def harmonized(method: Any, x: Any, batch: Any, task: Any, rounds: Any = 1) -> Any:
     names = [f"s{k}" for k in np.unique(batch)]
     sites = {
         n: Site(n, {"train": Rows(torch.from_numpy(x[batch == k]), torch.arange((batch == k).sum()) % 2)})
@@ -99,7 +100,7 @@ def test_sites_come_to_agree_and_covariates_stay() -> None:
     task = Classification(Network("mlp", (32,), 2))
     found = harmonized(combat(task, LocalTraining(), ("s0", "s1", "s2"), covariates=(30, 31)), x, batch, task)
 
-    def between(values):  # the share of variance that lies between sites, the covariates' effect taken out
+    def between(values: Any) -> Any:  # the share of variance that lies between sites, the covariates' effect taken out
         D = np.c_[np.ones(len(C)), C]
         rest = values - D @ np.linalg.lstsq(D, values, rcond=None)[0]
         means = np.array([rest[batch == k].mean(0) for k in range(3)])

@@ -1,6 +1,7 @@
 """MixStyle and FedFA: the places in every convolutional network, and a step written again for a small one."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def parts(model: nn.Module, network: Network) -> list[nn.Sequential]:
     return [model.encoder[a:b] for a, b in itertools.pairwise(cuts)]
 
 
-def moments(x):
+def moments(x: Any) -> Any:
     axes = tuple(range(2, x.ndim))
     return x.mean(axes, keepdim=True), (x.var(axes, keepdim=True) + 1e-6).sqrt()
 

@@ -1,5 +1,7 @@
 """FedRDN: the statistics in numpy, its steps, and the statistics with which each kind of site predicts."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from tests.support.agreement import KINDS, agree, change, place, ready
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 
 
-def began(task, sites, local=LOCAL):
+def began(task: Any, sites: Any, local: Any = LOCAL) -> Any:
     """The method after its statistics, and the sites' memories."""
     method = FedRDN(task, local)
     engine = InProcess(method, sites)
@@ -92,7 +94,7 @@ def test_a_studys_own_augmentation_comes_first_and_tables_are_refused(sites: dic
     seen: list[int] = []
 
     class Counting(Augment):
-        def __call__(self, batch, rng):
+        def __call__(self, batch: Any, rng: Any) -> Any:
             seen.append(len(batch[0]))
             return super().__call__(batch, rng)
 

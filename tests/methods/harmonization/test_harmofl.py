@@ -1,5 +1,7 @@
 """HarmoFL's two equations in numpy, and the limit in which it is FedAvg on harmonized images."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +65,7 @@ def test_the_perturbed_step_is_equation_6() -> None:
     X = np.c_[x.reshape(6, 2).double().numpy(), np.ones(6)]
     theta = np.r_[params["head.weight"].double().numpy()[0], params["head.bias"].double().numpy()]
 
-    def gradient(t):
+    def gradient(t: Any) -> Any:
         assert np.abs(X @ t).max() < 1  # where smooth L1 is error² / 2
         return X.T @ (X @ t) / 6
 
@@ -73,7 +75,7 @@ def test_the_perturbed_step_is_equation_6() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_without_perturbation_it_is_fedavg_on_harmonized_images(task, local, sites) -> None:
+def test_without_perturbation_it_is_fedavg_on_harmonized_images(task: Any, local: Any, sites: dict[str, Site]) -> None:
     method = HarmoFL(task, local, alpha=0.0)
     tiny = HarmoFL(task, local, alpha=1e-12)
     state = method.init(task.first())

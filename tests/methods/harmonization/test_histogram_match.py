@@ -1,5 +1,7 @@
 """Histogram matching: numpy's interpolation, pooled quantiles, and scanners that bend the scale."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from polyclinic.methods.harmonization.monotone_front import MonotoneMap
 from tests.conftest import Rows
 
 
-def matched(method, sites, params):
+def matched(method: Any, sites: Any, params: Any) -> Any:
     federation, state = InProcess(method, sites), method.init(params)
     for step in train(method, federation, state, rounds=1):
         assert not step.lost

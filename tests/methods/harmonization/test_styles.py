@@ -1,5 +1,7 @@
 """VAFL and stain normalization: who is the target, what leaves, what stays, and that styles come together."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from polyclinic.methods.harmonization.vafl import vafl
 from tests.conftest import Rows, blobs
 
 
-def scanners():
+def scanners() -> Any:
     """Three sites that see the same kind of image through different scanners; at the second it varies least."""
     rng, sites = torch.Generator().manual_seed(0), {}
     grid = torch.linspace(-1, 1, 8)
@@ -33,7 +35,7 @@ TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2)))
 LOCAL = LocalTraining(batch_size=12, optimizer="adam", lr=0.01)
 
 
-def run(method, sites, rounds, watch=None):
+def run(method: Any, sites: Any, rounds: Any, watch: Any = None) -> Any:
     federation, state = InProcess(method, sites), method.init(TASK.first())
     for step in train(method, federation, state, rounds=rounds):
         assert not step.lost
@@ -86,7 +88,7 @@ def test_stain_normalization_gives_one_style() -> None:
 
 
 @pytest.mark.parametrize("make", [vafl, stain_norm])
-def test_evaluation_translates_too_and_serves_unseen_sites(make) -> None:
+def test_evaluation_translates_too_and_serves_unseen_sites(make: Any) -> None:
     sites, method = scanners(), Evaluated(make(TASK, LOCAL, epochs=2, width=4), TASK)
     state, _ = run(method, sites, 1)
     everyone = {**sites, "elsewhere": Site("elsewhere", {"val": blobs(3, 8, (1, 8, 8))})}

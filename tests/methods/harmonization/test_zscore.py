@@ -1,5 +1,7 @@
 """The z-score over all sites is that of pooled data; within each, no site's offset is left."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from polyclinic.testing import close
 from tests.conftest import Rows, blobs
 
 
-def run(method, params, sites, rounds):
+def run(method: Any, params: Any, sites: Any, rounds: Any) -> Any:
     federation, state = InProcess(method, sites), method.init(params)
     for step in train(method, federation, state, rounds=rounds):
         state = step.state

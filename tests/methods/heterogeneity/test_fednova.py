@@ -1,6 +1,7 @@
 """FedNova against the paper's equations in numpy; semi-synchronous and partial work by their definitions."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +24,14 @@ from tests.conftest import little_sites
 LINEAR = Classification(Network("mlp", (5,), 3, (("depth", 0),)))
 
 
-def after(method, sites, params, rounds=1):
+def after(method: Any, sites: Any, params: Any, rounds: Any = 1) -> Any:
     for step in train(method, InProcess(method, sites), method.init(params), rounds=rounds):
         assert not step.lost
     return step.state
 
 
 @given(st.integers(1, 40), st.floats(0, 0.95))
-def test_accumulation_is_what_sgd_adds_up_of_a_constant_gradient(steps, momentum) -> None:
+def test_accumulation_is_what_sgd_adds_up_of_a_constant_gradient(steps: Any, momentum: Any) -> None:
     velocity = moved = 0.0
     for _ in range(steps):
         velocity = momentum * velocity + 1
@@ -39,14 +40,14 @@ def test_accumulation_is_what_sgd_adds_up_of_a_constant_gradient(steps, momentum
 
 
 @given(st.integers(1, 40), st.floats(1e-4, 0.5))
-def test_accumulation_under_a_proximal_pull(steps, shrink) -> None:
+def test_accumulation_under_a_proximal_pull(steps: Any, shrink: Any) -> None:
     moved = 0.0
     for _ in range(steps):
         moved = moved + 1 - shrink * moved
     assert accumulation(steps, 0, shrink) == pytest.approx(moved)
 
 
-def numpy_descent(w, b, x, y, lr, steps):
+def numpy_descent(w: Any, b: Any, x: Any, y: Any, lr: Any, steps: Any) -> Any:
     """Softmax regression on the whole batch."""
     for _ in range(steps):
         z = x @ w.T + b
@@ -101,15 +102,15 @@ def test_adam_is_refused(task: Classification) -> None:
         FedNova(task, LocalTraining(momentum=0.9), mu=0.1)
 
 
-def steps_taken(method, request, site):
+def steps_taken(method: Any, request: Any, site: Any) -> Any:
     """How many minibatches a site reads."""
     reads = []
 
     class Counted:
-        def __len__(self):
+        def __len__(self) -> Any:
             return len(site.data["train"])
 
-        def __getitem__(self, index):
+        def __getitem__(self, index: Any) -> Any:
             reads.append(len(index))
             return site.data["train"][index]
 

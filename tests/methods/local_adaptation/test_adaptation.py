@@ -1,6 +1,7 @@
 """Fine-tuning, FedBABU, Per-FedAvg, FedALA and FedSoup against their steps, written again with PyTorch's optimizers."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -32,14 +33,14 @@ LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def ran(method, params, sites, rounds=2):
+def ran(method: Any, params: Any, sites: Any, rounds: Any = 2) -> Any:
     engine, state = InProcess(method, sites), method.init(params)
     for step in train(method, engine, state, rounds=rounds):
         state = step.state
     return state, engine
 
 
-def sgd(task, params, batches, lr=0.05, names=None):
+def sgd(task: Any, params: Any, batches: Any, lr: Any = 0.05, names: Any = None) -> Any:
     """Plain training on ``batches``, of all parameters or of those with a name among ``names``."""
     model = ready(task, params)
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if names is None or n in names], lr)

@@ -1,5 +1,7 @@
 """Gated experts and the supervised contrast by their equations, what stays private, and sites with fewer classes."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ LINEAR = Classification(Network("mlp", (5,), 3, (("depth", 0),)))
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
 
 
-def normal(*shape):
+def normal(*shape: Any) -> Any:
     return torch.randn(*shape, generator=Site("s").rng("x"))
 
 

@@ -1,6 +1,7 @@
 """Data vectors: one message, any order, late sites, exact removal."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from polyclinic.testing import equal
 from tests.conftest import blobs, little_sites
 
 
-def run(method, sites, params, server_data=None, rounds=3):
+def run(method: Any, sites: Any, params: Any, server_data: Any = None, rounds: Any = 3) -> Any:
     state = method.init(params)
     for step in train(method, InProcess(method, sites, server_data=server_data), state, rounds=rounds):
         state = step.state
@@ -59,7 +60,9 @@ def test_one_message_at_any_time_and_in_any_order(
 
 
 @pytest.mark.parametrize("merging", [{}, {"ties": 0.3}, {"by_layer": True}, {"tune": 1}])
-def test_removal_is_the_merge_without_the_site_to_the_bit(task, local, sites, merging):
+def test_removal_is_the_merge_without_the_site_to_the_bit(
+    task: Any, local: Any, sites: dict[str, Site], merging: Any
+) -> None:
     held = {"val": blobs(77, 24, (1, 8, 8)), "public": blobs(78, 24, (1, 8, 8))}
     method = DataVectors(task, local, tuple(sites), **merging)
     server = Site("server", held)
@@ -78,7 +81,7 @@ def test_the_last_site_removed_leaves_the_base(task: Classification, local: Loca
     assert equal(state.params, task.first())
 
 
-def test_running_statistics_are_not_part_of_a_vector(task, local, sites):
+def test_running_statistics_are_not_part_of_a_vector(task: Any, local: Any, sites: dict[str, Site]) -> None:
     method = DataVectors(task, local, tuple(sites))
     state = run(method, sites, task.first())
     running = inspect(task.model()).running
@@ -144,7 +147,7 @@ def test_vectors_that_learned_beat_random_ones_of_the_same_lengths(
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(-4, 4), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 6))
-def test_ties_entry_by_entry(rows, kept) -> None:
+def test_ties_entry_by_entry(rows: Any, kept: Any) -> None:
     """Against the three steps written out in plain Python."""
     rows = [[x + 0.1 * i for i, x in enumerate(row)] for row in rows]  # no two entries tie
     found = tree.flatten(elected([{"w": torch.tensor(row, dtype=torch.float64)} for row in rows], kept / 6))
@@ -174,6 +177,6 @@ def test_lengths_by_layer_are_the_sites_average() -> None:
 
 
 @pytest.mark.parametrize(("wrong", "says"), [({"ties": 1.5}, "from 0 to 1"), ({"scale": float("nan")}, "finite")])
-def test_wrong_settings_are_refused(wrong, says: str) -> None:
+def test_wrong_settings_are_refused(wrong: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Merging(**wrong)

@@ -1,6 +1,7 @@
 """FedDyn and Mime against numpy on a linear model with squared loss, where every gradient can be written down."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ class Line(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.zeros(1, F))
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return x @ self.w.T
 
 
@@ -38,13 +39,13 @@ class Line(nn.Module):
 class Squares(Regression):
     """Half the mean squared error, of a line."""
 
-    def model(self):
+    def model(self) -> Any:
         return Line()
 
-    def first(self, seed=0):
+    def first(self, seed: Any = 0) -> Any:
         return {"w": torch.randn(1, F, generator=torch.Generator().manual_seed(seed))}
 
-    def loss(self, model, batch):
+    def loss(self, model: Any, batch: Any) -> Any:
         return (model(batch[0]) - batch[1]).square().mean() / 2
 
 
@@ -52,7 +53,7 @@ TASK = Squares(Line)  # type: ignore[arg-type]
 LOCAL = LocalTraining(epochs=STEPS, batch_size=1000, lr=ETA)  # one step an epoch, on everything
 
 
-def lines(count=3):
+def lines(count: Any = 3) -> Any:
     """Sites whose lines differ."""
     rng, sites = torch.Generator().manual_seed(5), {}
     for k in range(count):
@@ -62,13 +63,13 @@ def lines(count=3):
     return sites
 
 
-def gradient(w, site):
+def gradient(w: Any, site: Any) -> Any:
     data = site.data["train"]
     x, y = data.x.double().numpy(), data.y.double().numpy()
     return (x @ w - y[:, 0]) @ x / len(x)
 
 
-def run(method, sites, rounds=3):
+def run(method: Any, sites: Any, rounds: Any = 3) -> Any:
     state = method.init(TASK.first(0))
     for step in train(method, InProcess(method, sites), state, rounds=rounds):
         state = step.state
@@ -159,7 +160,7 @@ def test_mime_corrects_with_the_same_minibatch_and_dropout(
 def test_without_momentum_mime_lite_is_fedavg(
     task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
-    def end(method):
+    def end(method: Any) -> Any:
         state = method.init(task.first(0))
         for step in train(method, InProcess(method, sites), state, rounds=2):
             state = step.state

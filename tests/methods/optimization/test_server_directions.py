@@ -1,5 +1,7 @@
 """FedCM and FedExP: two rounds against their published steps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from tests.support.agreement import KINDS, agree, minibatches, place, ready
 LOCAL = LocalTraining(steps=3, batch_size=8, lr=0.05)
 
 
-def ran(method, params, sites, rounds=2):
+def ran(method: Any, params: Any, sites: Any, rounds: Any = 2) -> Any:
     state = method.init(params)
     for step in train(method, InProcess(method, sites), state, rounds=rounds):
         state = step.state

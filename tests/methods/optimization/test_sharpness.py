@@ -1,5 +1,7 @@
 """FedSAM, FedLESAM and FedSpeed against their published steps, written again with PyTorch's optimizers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,7 @@ LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def climb(model, x, y, rho, adaptive=False):
+def climb(model: Any, x: Any, y: Any, rho: Any, adaptive: Any = False) -> Any:
     """Move the weights uphill as published, and return by how much; running statistics stay."""
     kept = statistics(model)
     model.zero_grad()

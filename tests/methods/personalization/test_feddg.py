@@ -1,5 +1,7 @@
 """FedDG: the interpolation and one episode in numpy, the boundary contrast by loops, and unseen scanners."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -99,7 +101,7 @@ def test_the_contrast_by_loops() -> None:
     rim, ring = (part.numpy() for part in edges(masks))
     H = h.double().numpy()
 
-    def unit(i, part):
+    def unit(i: Any, part: Any) -> Any:
         v = H[i][:, part[i]].mean(1)
         return v / np.linalg.norm(v)
 

@@ -1,5 +1,7 @@
 """FedMRI's contrast by hand, what stays at a site, and reconstruction end to end."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ from tests.support.agreement import agree
 TASK = Reconstruction(Network("unet", (1, 16, 16), 1, (("width", 2), ("norm", "batch"))))
 
 
-def accelerated():
+def accelerated() -> Any:
     sites = segmentation_sites(2)
     for k, site in enumerate(sites.values()):
         measured = columns(16, 2 + k, 0.2, torch.Generator().manual_seed(k))
@@ -87,7 +89,7 @@ def test_with_others_the_contrast_covers_every_site_and_its_own(
     request = method.request(State(1, task.first(), encoders))
     found = method.site_update(request, {}, sites["site-1"])[0].mean("update").value
 
-    def loss(model, batch):
+    def loss(model: Any, batch: Any) -> Any:
         shared = [(n, p) for n, p in model.named_parameters() if InEncoder(task)(n)]
         near = sum((p - task.first()[n]).abs().sum() for n, p in shared)
         far = sum((p - old[n]).abs().sum() for old in encoders.values() for n, p in shared)

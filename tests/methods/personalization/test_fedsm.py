@@ -1,5 +1,8 @@
 """FedSM's soft pull by hand and its limits; its selector finds the scanner; unseen sites get the global model."""
 
+from copy import deepcopy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +23,7 @@ from tests.conftest import blobs
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def run(method, params, sites, rounds):
+def run(method: Any, params: Any, sites: Any, rounds: Any) -> Any:
     federation, state = InProcess(method, sites), method.init(params)
     for step in train(method, federation, state, rounds=rounds):
         state = step.state
@@ -63,6 +66,34 @@ def test_the_threshold_decides_between_the_personal_and_the_global(
     x = torch.randn(4, 1, 8, 8)
     found = cached_model(method.prediction_task, method.site_model(request, {})).eval()(x)
     torch.testing.assert_close(found, cached_model(task, task.first(2 if mine else 0)).eval()(x))
+
+
+def test_the_selector_is_trained_by_the_sites_adams_whose_moments_are_averaged(
+    task: Classification, sites: dict[str, Site]
+) -> None:
+    """Against PyTorch's Adam at each site, started from the averaged model, moments and number of steps."""
+    method = FedSM(task, NAMES, LocalTraining(epochs=2, batch_size=64), selector_lr=0.02)
+    state, _ = run(method, task.first(), sites, 3)
+    params, moments = method.selecting.first(), []
+    for _ in range(3):
+        ends, states = [], []
+        for k, site in enumerate(sites.values()):
+            model = cached_model(method.selecting, params, slot="reference").train()
+            adam = torch.optim.Adam(model.parameters(), lr=0.02)
+            if moments:
+                adam.state.update(zip(model.parameters(), deepcopy(moments), strict=True))
+            x = site.data["train"].x
+            for _ in range(2):
+                adam.zero_grad()
+                torch.nn.functional.cross_entropy(model(x), torch.full((len(x),), k)).backward()
+                adam.step()
+            ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
+            states.append([adam.state[p] for p in model.parameters()])
+        params = {name: torch.stack([end[name] for end in ends]).mean(0) for name in ends[0]}
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        moments = [{key: torch.stack([s[i][key] for s in states]).mean(0) for key in keys} for i in range(len(params))]
+    for name, leaf in params.items():
+        torch.testing.assert_close(state.selector.params[name], leaf, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """IFCA finds planted clusters, and with one cluster it is FedAvg."""
 
+from typing import Any
+
 import torch
 
 from polyclinic.core.rounds import train
@@ -14,7 +16,7 @@ from polyclinic.testing import close
 from tests.conftest import Rows
 
 
-def run(method, params, sites, rounds):
+def run(method: Any, params: Any, sites: Any, rounds: Any) -> Any:
     federation, state = InProcess(method, sites), method.init(params)
     for step in train(method, federation, state, rounds=rounds):
         state = step.state

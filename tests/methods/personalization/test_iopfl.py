@@ -1,6 +1,7 @@
 """IOP-FL's running average and adaptation by hand; inside it is that average, outside a mixture that adapts."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.conftest import blobs, segmentation_sites
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def run(method, params, sites, rounds):
+def run(method: Any, params: Any, sites: Any, rounds: Any) -> Any:
     federation, state = InProcess(method, sites), method.init(params)
     for step in train(method, federation, state, rounds=rounds):
         state = step.state

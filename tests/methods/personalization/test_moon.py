@@ -1,5 +1,7 @@
 """MOON's contrast in numpy, and the limits in which it is FedAvg."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ def test_the_contrast_is_equation_3() -> None:
     rng = np.random.default_rng(0)
     z, near, far = rng.normal(size=(3, 5, 7))
 
-    def cos(a, b):
+    def cos(a: Any, b: Any) -> Any:
         return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
     up, down = np.exp(cos(z, near) / 0.5), np.exp(cos(z, far) / 0.5)

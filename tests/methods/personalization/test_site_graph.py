@@ -1,5 +1,7 @@
 """The graph over labels: co-morbidity by hand, its laws, and what stays at a site."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_labels_without_edges_do_not_speak_to_each_other() -> None:
     assert torch.equal(graph(h)[:, 2], graph(other)[:, 2])
 
 
-def sites():
+def sites() -> Any:
     rng, found = torch.Generator().manual_seed(0), {}
     for k in range(2):
         x = torch.randn(40, 1, 8, 8, generator=rng)

@@ -1,6 +1,7 @@
 """Robust, around any method: what it covers, whom it refuses, what it tells people."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class SumsOnly(Transform):
     """Stands for secure summation."""
 
     @property
-    def secure(self) -> bool:
+    def secure(self) -> bool:  # type: ignore[override]  # a constant
         return True
 
 
@@ -45,7 +46,7 @@ class Saying(FedAvg):
     who: str = ""
     what: float = float("nan")
 
-    def site_update(self, request, memory, site):
+    def site_update(self, request: Any, memory: Any, site: Any) -> Any:
         reply, memory = super().site_update(request, memory, site)
         if site.name == self.who:
             stat = reply.mean("update")
@@ -56,7 +57,7 @@ class Saying(FedAvg):
         return reply, memory
 
 
-def run(method, task, sites, rounds=2, **options):
+def run(method: Any, task: Any, sites: Any, rounds: Any = 2, **options: Any) -> Any:
     state, steps = method.init(task.first(0)), []
     for step in train(method, InProcess(method, sites), state, rounds=rounds, **options):
         state = step.state
@@ -92,7 +93,7 @@ RULES = (Average(), Krum(), MultiKrum(), Median(), TrimmedMean(), CentredClippin
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_number_that_is_not_finite_changes_no_bit_for_the_others(value, task: Classification) -> None:
+def test_a_number_that_is_not_finite_changes_no_bit_for_the_others(value: Any, task: Classification) -> None:
     for rule in RULES:
         sites = little_sites(count=5)
         with_it, steps = run(Robust(Saying(task, LITTLE, who="site-2", what=value), rule), task, sites, 2)
@@ -104,7 +105,7 @@ def test_a_number_that_is_not_finite_changes_no_bit_for_the_others(value, task: 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nor_without_any_rule(value, task: Classification) -> None:
+def test_nor_without_any_rule(value: Any, task: Classification) -> None:
     sites = little_sites(count=4)
     with_it, steps = run(Saying(task, LITTLE, who="site-3", what=value), task, sites)
     assert all("site-3" in step.lost for step in steps)
@@ -121,7 +122,7 @@ def test_what_reaches_the_rule_unchecked_is_refused_there_and_named(
         name: method.site_update(method.request(first), {}, site)[0].gather(PART)[name] for name, site in sites.items()
     }
 
-    def after(**changed) -> object:
+    def after(**changed: Any) -> object:
         merged = Reply({PART: PerSite({**sent, **{k.replace("_", "-"): v for k, v in changed.items()}})})
         return method.server_update(first, merged, Site("server"))
 
@@ -246,7 +247,7 @@ def test_secure_summation_is_refused_in_a_sentence(
         Robust(send_through(FedAvg(task, local, uniform=True), SumsOnly()), Median())
 
     class Secret(FedAvg):
-        def request(self, state):
+        def request(self, state: Any) -> Any:
             return replace(super().request(state), secure=True)
 
     method = Robust(Secret(task, local), Median())

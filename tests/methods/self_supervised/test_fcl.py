@@ -1,6 +1,7 @@
 """FCL: which slices count as alike, the loss in numpy, and what other sites' features do."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.support.few_labels import half_labeled, near, run, same, with_other_t
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
 
-def with_positions(sites):
+def with_positions(sites: Any) -> Any:
     """The same sites, whose images know where in the body they lie: brighter above."""
     found = {}
     for name, site in sites.items():
@@ -108,7 +109,7 @@ def test_slices_of_one_part_become_alike(task: Classification) -> None:
     data = sites["site-1"].data["train"]
     place = partitions((data,), 3)
 
-    def gap(whole):
+    def gap(whole: Any) -> Any:
         k = contrast.keys(whole, data)
         near, far = alike(place, place).bool(), ~alike(place, place).bool()
         return float((k @ k.T)[near].mean() - (k @ k.T)[far].mean())

@@ -1,5 +1,7 @@
 """FedCy: cycles that close and cycles that do not, clips in order, its limits, and hidden labels."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from tests.support.few_labels import half_labeled, near, only_labels, run, same,
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
 
-def normal(*shape, key="x"):
+def normal(*shape: Any, key: Any = "x") -> Any:
     return torch.randn(*shape, generator=Site("s").rng(key))
 
 
@@ -40,7 +42,7 @@ def test_the_same_video_closes_every_cycle_and_a_still_one_closes_none() -> None
     assert float(cycle_back(torch.zeros(8, 1), u, 0.01)) == pytest.approx(np.log(8), rel=1e-4)
 
 
-def videos(n=30):
+def videos(n: Any = 30) -> Any:
     data = Rows(torch.arange(n).float().view(-1, 1).repeat(1, 2), torch.arange(n) % 2)
     data.videos = torch.arange(n) // 10
     return data
@@ -84,7 +86,7 @@ def test_unlabeled_videos_move_the_encoder_alone_and_their_targets_nothing(task:
 def test_moments_become_findable(task: Classification) -> None:
     """Videos that brighten over time: after training on their order alone, cycles close more often."""
 
-    def video(key, n=24):
+    def video(key: Any, n: Any = 24) -> Any:
         return normal(n, 1, 8, 8, key=key) * 0.3 + torch.linspace(-2, 2, n).view(-1, 1, 1, 1)
 
     data = Rows(torch.cat([video("a"), video("b")]), torch.zeros(48, dtype=torch.long))
@@ -94,7 +96,7 @@ def test_moments_become_findable(task: Classification) -> None:
     start = task.first(0)
     end, _ = run(method, {"s": site}, start, 2)
 
-    def loss(params):
+    def loss(params: Any) -> Any:
         model = cached_model(task, params).eval()
         with torch.no_grad():
             h = torch.nn.functional.normalize(encoded(task.network, model, data.x), dim=1)

@@ -1,6 +1,7 @@
 """FedMix: which masks may be learned, its weights in numpy, its limits, and images that help."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,17 +25,17 @@ TASK = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 4), ("norm", "bat
 LOCAL = LocalTraining(epochs=1, batch_size=5, lr=0.05)
 
 
-def logits(mask, classes=2):
+def logits(mask: Any, classes: Any = 2) -> Any:
     return torch.nn.functional.one_hot(mask, classes).movedim(-1, 1).float() * 5
 
 
-def square(a, b, side=12):
+def square(a: Any, b: Any, side: Any = 12) -> Any:
     mask = torch.zeros(side, side, dtype=torch.long)
     mask[a:b, a:b] = 1
     return mask
 
 
-def dice(a, b):
+def dice(a: Any, b: Any) -> Any:
     a, b = a.numpy() > 0, b.numpy() > 0
     return 2 * (a & b).sum() / max((a.sum() + b.sum()), 1)
 
@@ -107,7 +108,7 @@ def test_with_masks_everywhere_and_no_weight_by_loss_the_first_network_is_fedavg
     assert not near(tree.under("second", step.state.twins), plain.state.params, 1e-2)
 
 
-def boxes(data):
+def boxes(data: Any) -> Any:
     """Masks of the boxes around the masks."""
     found = torch.zeros_like(data.y)
     for mask, box in zip(data.y, found, strict=True):
@@ -117,7 +118,7 @@ def boxes(data):
     return Rows(data.x, found)
 
 
-def mixed_sites():
+def mixed_sites() -> Any:
     """One site with masks, one with boxes, one with images alone."""
     a, b, c = segmentation_sites().values()
     return {
@@ -141,7 +142,7 @@ def test_masks_are_those_of_the_received_networks_in_evaluation_mode(monkeypatch
     assert torch.equal(found.masks, torch.stack([one, two], 1)[wanted])
     seen, loss = [], Segmentation.loss
 
-    def record(task, model, batch):
+    def record(task: Any, model: Any, batch: Any) -> Any:
         seen.append(batch[1].clone())
         return loss(task, model, batch)
 

@@ -1,5 +1,7 @@
 """FedPerl's descriptors, similarities and anonymous peers, written again in numpy; its limits; who sees what."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -17,11 +19,11 @@ from tests.support.few_labels import half_labeled, near, only_labels, run, same,
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
 
-def models(task, count=5):
+def models(task: Any, count: Any = 5) -> Any:
     return {f"site-{i}": task.first(i) for i in range(count)}
 
 
-def numpy_similarities(found):
+def numpy_similarities(found: Any) -> Any:
     """The published steps: (μ, σ) of every tensor, each column scaled to 0...1 over the sites, then the cosine."""
     d = np.array([[f(leaf.double().numpy()) for leaf in model.values() for f in (np.mean, np.std)] for model in found])
     for column in d.T:

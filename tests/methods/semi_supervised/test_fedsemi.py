@@ -1,5 +1,7 @@
 """Pseudo-labels: the loss by its definition, views that show the same places, and FedSemi's limits."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_it_helps_segmentation_where_two_of_three_sites_have_no_masks() -> None:
     sites = half_labeled(labeled=1, sites=segmentation_sites())
     local = LocalTraining(epochs=6, batch_size=5, lr=0.01, optimizer="adam")
 
-    def dice(warmup):
+    def dice(warmup: Any) -> Any:
         method = Evaluated(FedSemi(task, local, rounds=6, warmup=warmup, threshold=0.6), task)
         step, engine = run(method, sites, task.first(0), 6)
         return np.mean([float(s["dice"]) for s in evaluate(method, engine, step.state, engine.sites).values()])

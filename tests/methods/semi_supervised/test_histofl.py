@@ -1,5 +1,7 @@
 """HistoFL: FedAvg without noise; with it, as much as is said on weights and none on biases and statistics."""
 
+from typing import Any
+
 import torch
 
 from polyclinic.core.site import Site
@@ -50,7 +52,7 @@ def test_batch_statistics_go_as_they_are(task: Classification, local: LocalTrain
 def test_slides_of_three_hospitals() -> None:
     """Bags in which one bright instance makes a slide positive."""
 
-    def slides(key, n):
+    def slides(key: Any, n: Any) -> Any:
         rng = Site(key).rng("slides")
         x, y = torch.randn(n, 8, 4, generator=rng), torch.arange(n) % 2
         x[torch.arange(n), torch.randint(8, (n,), generator=rng)] += 4.0 * y[:, None]

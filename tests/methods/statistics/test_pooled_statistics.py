@@ -1,6 +1,7 @@
 """The federated fingerprint is that of the pooled data: to rounding for sums, within a bin for quantiles."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from polyclinic.testing import check_engine, check_method
 from tests.conftest import Rows, little_sites, segmentation_sites
 
 
-def found(method, sites):
+def found(method: Any, sites: Any) -> Any:
     state = method.init({})
     for step in train(method, InProcess(method, sites), state, rounds=1):
         state = step.state
@@ -37,7 +38,7 @@ def found(method, sites):
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(-1e4, 1e4), st.floats(1e-3, 1e3), st.integers(0, 99)
 )
-def test_sums_are_those_of_pooled_data(counts, center, spread, seed) -> None:
+def test_sums_are_those_of_pooled_data(counts: Any, center: Any, spread: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tables = [center + spread * rng.normal(size=(n, 3)) for n in counts]
     sites = {
@@ -99,7 +100,7 @@ def test_only_sums_are_sent_unless_sites_are_kept_apart() -> None:
 class Nothing(Fingerprint):
     """A fingerprint that a network's front needs nothing of, so that a method can follow it."""
 
-    def front(self, state):
+    def front(self, state: Any) -> Any:
         return {}
 
 
@@ -111,7 +112,7 @@ def test_it_keeps_every_promise_and_a_method_can_follow(task: Classification, lo
 def test_the_same_bits_on_both_engines(task: Classification) -> None:
     engines = []
 
-    def start(method, sites):
+    def start(method: Any, sites: Any) -> Any:
         engines.append(Workers(method, sites))
         return engines[0]
 

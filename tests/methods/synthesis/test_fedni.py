@@ -1,5 +1,7 @@
 """FedNI: graphs and their convolution in numpy, a generator that learns neighbors, and what each phase moves."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -18,7 +20,7 @@ TABLE = Classification(Network("mlp", (6,), 2, (("depth", 0),)))
 LOCAL = LocalTraining(epochs=3, batch_size=16, lr=0.1)
 
 
-def normal(*shape, key="x"):
+def normal(*shape: Any, key: Any = "x") -> Any:
     return torch.randn(*shape, generator=Site("s").rng(key))
 
 
@@ -47,12 +49,12 @@ def test_the_whole_forward_pass_is_its_equation_in_numpy() -> None:
     P = {k: v.detach().double().numpy() for k, v in model.named_parameters()}
     h, edges = x.double().numpy(), neighbors(x, 2).double().numpy()
 
-    def hat(a):
+    def hat(a: Any) -> Any:
         a = a + np.eye(len(a))
         d = a.sum(1) ** -0.5
         return d[:, None] * a * d
 
-    def linear(v, name):
+    def linear(v: Any, name: Any) -> Any:
         return v @ P[f"{name}.weight"].T + P[f"{name}.bias"]
 
     imagined = linear(np.maximum(linear(hat(edges) @ h, "generator.0"), 0), "generator.2")
@@ -77,7 +79,7 @@ def test_the_generator_learns_what_neighbors_are_like() -> None:
     assert losses[1] < 0.4 * losses[0]
 
 
-def tables(count=3):
+def tables(count: Any = 3) -> Any:
     found = {}
     for k in range(count):
         roles = {}

@@ -1,5 +1,7 @@
 """Virtual examples: directions that are known for linear models, sizes as said, and FedVSS's limits."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from tests.support.few_labels import run, same
 LINEAR = Classification(Network("mlp", (6,), 2, (("depth", 0),)))
 
 
-def batch(n=20):
+def batch(n: Any = 20) -> Any:
     return torch.randn(n, 6, generator=Site("s").rng("x")), torch.arange(n) % 2
 
 
@@ -49,7 +51,7 @@ def test_it_changes_the_models_mind_more_than_chance(task: Classification) -> No
 def test_the_other_kind_makes_a_model_surer_of_the_label(steps: int) -> None:
     model, (x, y) = LINEAR.model(), batch()
 
-    def loss(v):
+    def loss(v: Any) -> Any:
         return LINEAR.loss(model, (v, y))
 
     v = surer(loss, x, 0.5, steps)

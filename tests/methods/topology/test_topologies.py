@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from polyclinic.testing import close, equal
 from tests.conftest import little_sites
 
 
-def run(method, task, sites, rounds=2, engine=InProcess, **options):
+def run(method: Any, task: Any, sites: Any, rounds: Any = 2, engine: Any = InProcess, **options: Any) -> Any:
     federation, state = engine(method, sites), method.init(task.first(0))
     for step in train(method, federation, state, rounds=rounds, **options):
         state = step.state
@@ -36,7 +38,7 @@ class Deadly(InProcess):
 
     dies = staticmethod(lambda ask, site: False)
 
-    def replies(self, deadline=None):
+    def replies(self, deadline: Any = None) -> Iterator[Any]:
         while self._queue:
             request, site = self._queue[0]
             arrivals = super().replies(deadline)
@@ -63,7 +65,7 @@ def test_a_killed_merger_is_replaced_and_changes_no_bit(task: Classification) ->
     rng = torch.Generator().manual_seed(0)
 
     class Killing(Deadly):
-        def dies(self, request, site):
+        def dies(self, request: Any, site: Any) -> Any:
             return request.job == "merge" and bool(torch.rand((), generator=rng) < 0.6)
 
     for deputies in (0, 1, 4):
@@ -77,7 +79,7 @@ def test_the_elected_dies_and_the_deputy_merges_under_the_usual_settings(
     task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
     class First(Deadly):
-        def dies(self, request, site):
+        def dies(self, request: Any, site: Any) -> Any:
             return request.job == "merge" and site == request.recipients[0]
 
     state, _ = run(Swarm(task, local), task, sites, 3, First)
@@ -88,7 +90,7 @@ def test_nobody_left_to_merge_leaves_the_model_as_it_was(
     task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
     class All(Deadly):
-        def dies(self, request, site):
+        def dies(self, request: Any, site: Any) -> Any:
             return request.job == "merge"
 
     state, _ = run(Swarm(task, local), task, sites, 2, All, min_replies=0)
@@ -139,7 +141,7 @@ def test_gossip_goes_on_without_a_site(task: Classification, local: LocalTrainin
     sites = little_sites(count=5)
 
     class Lost(Deadly):
-        def dies(self, request, site):
+        def dies(self, request: Any, site: Any) -> Any:
             return site == "site-2" and request.round in (1, 2)
 
     state, _ = run(Gossip(task, local), task, sites, 4, Lost)
@@ -181,7 +183,7 @@ def test_cyclic_passes_over_a_site_that_died(
     task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
     class Lost(Deadly):
-        def dies(self, request, site):
+        def dies(self, request: Any, site: Any) -> Any:
             return site == "site-1"
 
     state, _ = run(Cyclic(task, tuple(sorted(sites)), local), task, sites, 2, Lost, min_replies=0)
@@ -193,7 +195,7 @@ MLP = Classification(Network("mlp", (6,), 2, (("width", 8), ("depth", 3))))
 CNN = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
 
 
-def joint(task, local, sites, order, rounds):
+def joint(task: Any, local: Any, sites: Any, order: Any, rounds: Any) -> Any:
     """One model in one place; plain PyTorch over the same minibatches in the same order."""
     model = load(task.model(), task.first(0)).train()
     optimizer = torch.optim.SGD(model.parameters(), local.lr, weight_decay=local.weight_decay)
@@ -253,7 +255,7 @@ def test_split_learning_with_dropout_uses_the_same_dice_both_ways() -> None:
 
 def test_a_site_lost_in_its_turn_is_passed_over(local: LocalTraining, sites: dict[str, Site]) -> None:
     class Lost(Deadly):
-        def dies(self, request, site):
+        def dies(self, request: Any, site: Any) -> Any:
             return site == "site-1" and "gradient" in request.trees
 
     state, _ = run(Split(CNN, tuple(sorted(sites)), local), CNN, sites, 2, Lost, min_replies=0)
@@ -263,7 +265,7 @@ def test_a_site_lost_in_its_turn_is_passed_over(local: LocalTraining, sites: dic
 
 def test_what_cannot_be_split_is_refused() -> None:
     class Branching(Network):
-        def __call__(self):
+        def __call__(self) -> Any:
             return torch.nn.Bilinear(2, 2, 2)
 
     names = ("a",)

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,32 +26,39 @@ CLAIM = Privacy(
 )
 
 
-def roles():
+def roles() -> Any:
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(PATIENTS, 13, generator=rng)
     names = tuple(f"p{i}" for i in range(PATIENTS))
     return {"train": Examples(x, (x[:, 0] > 0).long(), names, names)}
 
 
-def entropy(seed):
+def entropy(seed: Any) -> Any:
     """Secrets that a test can repeat."""
     drawn = [0]
 
-    def give(size):
+    def give(size: Any) -> Any:
         drawn[0] += 1
         return hashlib.shake_128(f"{seed}/{drawn[0]}".encode()).digest(size)
 
     return give
 
 
-def plan(private=PRIVATE, method="fedavg", **more):
+def plan(private: Any = PRIVATE, method: Any = "fedavg", **more: Any) -> Any:
     training = {"batch_size": BATCH, "steps": STEPS, "lr": 0.5, **({"private": private} if private else {}), **more}
     return Plan(
         "classification", "mlp", (13,), 2, method, ("a", "b"), ROUNDS, training=training, network_options={"width": 64}
     )
 
 
-def audited(seed=0, plan=plan(), claim=CLAIM, canaries=200, progress=lambda *_: None, rounds=ROUNDS):
+def audited(
+    seed: Any = 0,
+    plan: Any = plan(),
+    claim: Any = CLAIM,
+    canaries: Any = 200,
+    progress: Any = lambda *_: None,
+    rounds: Any = ROUNDS,
+) -> Any:
     return audit_training(
         plan, roles(), "a", claim, rounds=rounds, canaries=canaries, seed=seed, entropy=entropy(seed), progress=progress
     )
@@ -63,7 +71,7 @@ def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_honest_training_is_not_accused(seed) -> None:
+def test_honest_training_is_not_accused(seed: int) -> None:
     found = audited(seed)
     assert found.at_least < EPSILON < found.control
     assert found.holds is True
@@ -71,7 +79,7 @@ def test_honest_training_is_not_accused(seed) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_training_without_noise_is_caught(seed, without_noise) -> None:
+def test_training_without_noise_is_caught(seed: int, without_noise: Any) -> None:
     found = audited(seed)
     assert found.at_least > EPSILON
     assert found.holds is False
@@ -92,7 +100,7 @@ def test_training_that_does_not_clip_is_caught(monkeypatch: pytest.MonkeyPatch) 
     """A canary asks for ten times the bound."""
     whole = dp_sgd.per_example_gradients
 
-    def unclipped(*given):
+    def unclipped(*given: Any) -> Any:
         return {n: g * 1e-3 for n, g in whole(*given).items()}  # below the bound, so never clipped
 
     monkeypatch.setattr(dp_sgd, "per_example_gradients", unclipped)
@@ -105,7 +113,7 @@ def test_training_that_does_not_clip_is_caught(monkeypatch: pytest.MonkeyPatch) 
 class Beside(FedAvg):
     """FedAvg that sends an exact gradient with the private update, as methods with a server's momentum do."""
 
-    def site_update(self, request, memory, site):
+    def site_update(self, request: Any, memory: Any, site: Any) -> Any:
         reply, memory = super().site_update(request, memory, site)
         data = site.data["train"]
         plain = LocalTraining(steps=1, batch_size=len(data), lr=1.0)
@@ -126,7 +134,7 @@ def test_the_trainings_are_at_the_runs_settings(monkeypatch: pytest.MonkeyPatch)
     seen, told = [], []
     fit = dp_sgd.DPSGD.fit
 
-    def spied(self, task, start, site, *args, **more):
+    def spied(self: Any, task: Any, start: Any, site: Any, *args: Any, **more: Any) -> Any:
         seen.append((self.noise, self.bound, self.spend(site.data["train"])))
         return fit(self, task, start, site, *args, **more)
 
@@ -174,10 +182,10 @@ def test_as_many_canaries_as_the_claim_needs(monkeypatch: pytest.MonkeyPatch) ->
 class _Nothing:
     canaries = type("None", (), {"inside": torch.zeros(2, dtype=torch.bool)})
 
-    def learned(self):
+    def learned(self) -> Any:
         return {}
 
-    def scores(self, weights):
+    def scores(self, weights: Any) -> Any:
         return torch.zeros(2)
 
 
@@ -187,7 +195,7 @@ def test_what_cannot_be_audited_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(NotAudited, match="c does not train under fedavg"):
         audit_training(plan(), roles(), "c", CLAIM, rounds=1)
 
-    def broken(self, *args, **more) -> None:
+    def broken(self: Any, *args: Any, **more: Any) -> None:
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(dp_sgd.DPSGD, "fit", broken)

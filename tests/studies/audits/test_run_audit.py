@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tests.studies.run.test_scheduler import go, npz, study
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory):
+def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run of one method that had time to learn by heart."""
     folder = tmp_path_factory.mktemp("run")
     npz(folder)
@@ -48,7 +49,7 @@ def not_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_an_audit_says_what_it_found_beside_its_controls(done, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_audit_says_what_it_found_beside_its_controls(done: Any, capsys: pytest.CaptureFixture[str]) -> None:
     cli.audit(done / "run", steps=3, restarts=1)
     said, written = (
         capsys.readouterr().out,
@@ -71,7 +72,7 @@ def test_an_audit_says_what_it_found_beside_its_controls(done, capsys: pytest.Ca
 
 
 def test_shadow_models_are_trained_once_and_kept(
-    done, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, not_inverted
+    done: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, not_inverted: Any
 ) -> None:
     """LiRA and RMIA, with 4 shadow models and then 6; what was trained is not trained again, and gives the same."""
     trained = []
@@ -79,7 +80,7 @@ def test_shadow_models_are_trained_once_and_kept(
     monkeypatch.setattr(LocalTraining, "fit", lambda self, *a, **k: trained.append(a[2].name) or fit(self, *a, **k))
     told = []
 
-    def go_on(count, attack):
+    def go_on(count: Any, attack: Any) -> Any:
         trained.clear()
         return audit_run(
             done / "run",
@@ -112,14 +113,14 @@ def test_shadow_models_are_trained_once_and_kept(
     assert json.loads(capsys.readouterr().out)["method"] == "fedavg"
 
 
-def test_shadows_of_one_place_that_holds_all_data(done, not_inverted) -> None:
+def test_shadows_of_one_place_that_holds_all_data(done: Any, not_inverted: Any) -> None:
     """Mix trains in one place; its shadow models do, too."""
     found = audit_run(done / "run", "pooled", attack="rmia", shadow_models=4, steps=1, restarts=1)
     assert all(one["RMIA"].members > 1 for one in found.membership.sites.values())
 
 
 def test_a_private_run_is_trained_once_more_with_canaries(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], not_inverted
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], not_inverted: Any
 ) -> None:
     """The claim is the run's own; the report shows it next to the bound."""
     npz(tmp_path)
@@ -158,7 +159,7 @@ def test_a_private_run_is_trained_once_more_with_canaries(
     assert "no canaries were asked for" in left.not_done[-1]
 
 
-def test_rounds_in_which_a_site_did_not_train_are_not_counted(monkeypatch: pytest.MonkeyPatch, done) -> None:
+def test_rounds_in_which_a_site_did_not_train_are_not_counted(monkeypatch: pytest.MonkeyPatch, done: Any) -> None:
     """With a cohort a site pays for its own rounds only, and its audit trains as many."""
     run = read_run(done / "run")
     lines = [
@@ -183,7 +184,7 @@ def test_rounds_in_which_a_site_did_not_train_are_not_counted(monkeypatch: pytes
         assert told == (None, "", "No lower bound on ε: stopped here.")
 
 
-def test_a_damaged_audit_is_named_in_the_report(done) -> None:
+def test_a_damaged_audit_is_named_in_the_report(done: Any) -> None:
     file = done / "run" / "arms" / "local-seed0" / "audit.json"
     for text, why in (
         ("{", "a damaged audit"),
@@ -200,13 +201,13 @@ def test_a_damaged_audit_is_named_in_the_report(done) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_audit_finds_the_same(done) -> None:
+def test_the_same_audit_finds_the_same(done: Any) -> None:
     first, again = (audit_run(done / "run", limit=10, steps=1, restarts=1).to_json() for _ in range(2))
     assert first == again
     assert all(one["loss"]["members"] == 10 for one in first["membership"]["sites"].values())
 
 
-def test_what_cannot_be_audited_is_refused(done, tmp_path: Path) -> None:
+def test_what_cannot_be_audited_is_refused(done: Any, tmp_path: Path) -> None:
     with pytest.raises(NotARun):
         audit_run(tmp_path)
     with pytest.raises(NotAudited, match=r"there is no method 'x' with seed 0\. Methods: "):

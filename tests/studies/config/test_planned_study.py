@@ -37,6 +37,7 @@ def test_keys_that_are_set_remain(plan: Path) -> None:
     assert data["task"]["options"]["width"] == 16
     assert data["task"]["options"]["strides"] == [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
     assert data["task"]["options"]["deep_supervision"] is True
+    assert data["task"]["batch_dice"] is False
     assert data["training"] == {"batch_size": 9}
     data, _ = with_plan({**tables(plan, network="nnunet"), "training": {"batch_size": 2, "steps": 5}})
     assert data["training"] == {"batch_size": 2, "steps": 5}
@@ -78,7 +79,7 @@ def test_mistakes_are_named(plan: Path) -> None:
 
     assert problem(plan="nnunet") == (
         ("data", "plan"),
-        "write the plan with `polyclinic plan STUDY`, and name its file here",
+        "`polyclinic run` plans by itself; here, write the plan with `polyclinic plan STUDY` and name its file",
     )
     assert problem(plan="/nowhere.toml")[0] == ("data", "plan")
     where, says = problem(patch=[8, 8, 8])

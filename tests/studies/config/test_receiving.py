@@ -1,6 +1,7 @@
 """``receive`` in a study file: what sites get is smaller, on both engines, after a stop, with attackers, and by policy."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -47,12 +48,12 @@ downlink = [{{ name = "int8" }}, {{ name = "zstd" }}]
 """
 
 
-def ran(folder, engine="in-process", more=""):
+def ran(folder: Any, engine: Any = "in-process", more: Any = "") -> Any:
     go(STUDY.format(path=npz(folder), engine=engine, more=more), folder / "run")
     return folder / "run"
 
 
-def model(run):
+def model(run: Any) -> Any:
     from safetensors.torch import load_file
 
     return load_file(run / "arms" / "fedavg-seed0" / "model.safetensors")

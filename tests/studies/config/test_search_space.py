@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, asked = tmp_path_factory.mktemp("search") / "run", []
     real = Evaluated.site_update
 
-    def watched(self, request, memory, site):
+    def watched(self: Any, request: Any, memory: Any, site: Any) -> Any:
         if request.job.endswith("/test"):
             asked.append(sorted(p.name for p in path.rglob("trials")))
         assert "test" not in site.data or not list(path.glob("arms/*/trials"))

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,15 +74,15 @@ name = "median"
 """
 
 
-def study(folder, rest, rounds=3, **more):
+def study(folder: Any, rest: Any, rounds: Any = 3, **more: Any) -> Any:
     return HEAD.format(path=npz(folder), rounds=rounds) + rest.format(**more)
 
 
-def done(folder, text):
+def done(folder: Any, text: Any) -> Any:
     return list(run(parse(text), text, folder))
 
 
-def rounds(folder, label):
+def rounds(folder: Any, label: Any) -> Any:
     return [line for line in read_run(folder).rounds if line.method == label and line.seed == 0]
 
 
@@ -108,7 +109,7 @@ def test_the_last_round_is_judged_though_time_ran_out_between_two_evaluations(tm
 
 
 @pytest.mark.parametrize("stop", [5, *(pytest.param(x, marks=pytest.mark.slow) for x in (2, 9))])
-def test_interrupted_it_goes_on_to_the_same_bits_and_the_same_time(tmp_path: Path, stop) -> None:
+def test_interrupted_it_goes_on_to_the_same_bits_and_the_same_time(tmp_path: Path, stop: Any) -> None:
     text = study(tmp_path, MACHINES, rounds=6, minutes=2)
     done(tmp_path / "whole", text)
     events = run(parse(text), text, tmp_path / "cut")
@@ -139,7 +140,7 @@ def test_machines_that_always_fail_end_the_run_with_the_reason(tmp_path: Path) -
 @pytest.mark.parametrize(
     "attack", ["label-flip", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sign-flip", "ipm"))]
 )
-def test_an_attack_is_carried_out_named_and_told(tmp_path: Path, attack) -> None:
+def test_an_attack_is_carried_out_named_and_told(tmp_path: Path, attack: Any) -> None:
     text = study(tmp_path, ATTACK, attack=attack)
     done(tmp_path / "run", text)
     read = read_run(tmp_path / "run")

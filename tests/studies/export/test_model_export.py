@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ LITTLE = {"ada": ("training", 40, 0.5, 0.0, 0.0), "bo": ("training", 30, 0.4, 0.
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory):
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run with a model, and that model."""
     path = write_run(tmp_path_factory.mktemp("runs") / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     torch.manual_seed(3)
@@ -32,12 +33,12 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
-def images():
+def images() -> Any:
     return torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.slow
-def test_a_bundle_gives_the_same_numbers_in_monai(made, images, tmp_path: Path) -> None:
+def test_a_bundle_gives_the_same_numbers_in_monai(made: Any, images: Any, tmp_path: Path) -> None:
     from monai.bundle import ConfigParser
 
     run, model = made
@@ -56,7 +57,7 @@ def test_a_bundle_gives_the_same_numbers_in_monai(made, images, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_monais_own_workflow_and_checks_take_the_bundle(made, images, tmp_path: Path) -> None:
+def test_monais_own_workflow_and_checks_take_the_bundle(made: Any, images: Any, tmp_path: Path) -> None:
     from monai.bundle import ConfigWorkflow, verify_net_in_out
 
     run, model = made
@@ -72,7 +73,7 @@ def test_monais_own_workflow_and_checks_take_the_bundle(made, images, tmp_path: 
 
 
 @pytest.mark.slow
-def test_torch_export_takes_any_batch(made, images, tmp_path: Path) -> None:
+def test_torch_export_takes_any_batch(made: Any, images: Any, tmp_path: Path) -> None:
     run, model = made
     loaded = torch.export.load(export(run, "pt2", tmp_path / "m.pt2")).module()
     for batch in (images, images[:3]):
@@ -80,7 +81,7 @@ def test_torch_export_takes_any_batch(made, images, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_onnx_gives_the_same_numbers(made, images, tmp_path: Path) -> None:
+def test_onnx_gives_the_same_numbers(made: Any, images: Any, tmp_path: Path) -> None:
     reference = pytest.importorskip("onnx.reference", reason="needs polyclinic[export]")
     pytest.importorskip("onnxscript", reason="needs polyclinic[export]")
     run, model = made
@@ -91,7 +92,7 @@ def test_onnx_gives_the_same_numbers(made, images, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_onnx_runs_where_it_will_be_deployed(made, images, tmp_path: Path) -> None:
+def test_onnx_runs_where_it_will_be_deployed(made: Any, images: Any, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     pytest.importorskip("onnxscript", reason="needs polyclinic[export]")
     run, model = made
@@ -102,11 +103,11 @@ def test_onnx_runs_where_it_will_be_deployed(made, images, tmp_path: Path) -> No
         np.testing.assert_allclose(said, model(batch).detach().numpy(), atol=1e-5)
 
 
-def test_safetensors_carry_their_plan(made, tmp_path: Path) -> None:
+def test_safetensors_carry_their_plan(made: Any, tmp_path: Path) -> None:
     assert read_plan(export(made[0], "safetensors", tmp_path / "m.safetensors")) == PLAN
 
 
-def test_what_cannot_be_exported_says_why(made, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_says_why(made: Any, tmp_path: Path) -> None:
     run, _ = made
     with pytest.raises(NotExported, match="no format is called 'h5'; the formats are safetensors, onnx"):
         export(run, "h5", tmp_path / "m")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,16 +49,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def base(made: Path):
+def base(made: Path) -> Any:
     return vector_exchange.read_base(made / "base.safetensors")
 
 
 @pytest.fixture
-def keys(made: Path):
+def keys(made: Path) -> Any:
     return load_keys(made / "keys.toml")
 
 
-def files(made, *sites):
+def files(made: Any, *sites: Any) -> Any:
     return [made / "v" / f"{site}.safetensors" for site in sites or SITES]
 
 
@@ -68,7 +69,9 @@ def header(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
-def changed(made, tmp_path: Path, card=None, tensors=None, signature=None, site="a") -> Path:
+def changed(
+    made: Any, tmp_path: Path, card: Any = None, tensors: Any = None, signature: Any = None, site: Any = "a"
+) -> Path:
     """A vector with another card, tensors or signature."""
     source = made / "v" / f"{site}.safetensors"
     meta = header(source)
@@ -80,7 +83,7 @@ def changed(made, tmp_path: Path, card=None, tensors=None, signature=None, site=
     return out
 
 
-def resigned(made, tmp_path: Path, key=None, **fields) -> Path:
+def resigned(made: Any, tmp_path: Path, key: Any = None, **fields: Any) -> Path:
     """A vector of site a that says something else, signed again: by a itself, or by ``key``."""
     file = made / "v" / "a.safetensors"
     card, vector = read_vector(file)
@@ -99,7 +102,7 @@ def resigned(made, tmp_path: Path, key=None, **fields) -> Path:
     return out
 
 
-def test_a_vector_says_what_it_is(made: Path, base) -> None:
+def test_a_vector_says_what_it_is(made: Path, base: Any) -> None:
     card, vector = read_vector(made / "v" / "b.safetensors")
     assert (card.site, card.base, card.architecture) == ("b", base.digest, base.architecture)
     assert card.classes == ("class 0", "class 1")
@@ -122,7 +125,7 @@ def test_a_key_is_its_owners_alone(made: Path) -> None:
     assert load_key(made / "a.key").private_bytes_raw() == load_key(made / "a.key").private_bytes_raw()
 
 
-def test_removal_gives_the_file_of_the_merge_without_the_site(made: Path, base, keys, tmp_path: Path) -> None:
+def test_removal_gives_the_file_of_the_merge_without_the_site(made: Path, base: Any, keys: Any, tmp_path: Path) -> None:
     for how, restored in ((Merging(), True), (Merging(ties=0.4, tune=1), True), (Merging(by_layer=True), False)):
         on = vector_exchange.examples_of(made / "study.toml", "c", "val") if restored else None
         all_, without, removed = (tmp_path / f"{name}.safetensors" for name in ("all", "without", "removed"))
@@ -132,7 +135,7 @@ def test_removal_gives_the_file_of_the_merge_without_the_site(made: Path, base, 
         assert removed.read_bytes() == without.read_bytes() != all_.read_bytes()
 
 
-def test_the_order_of_files_changes_nothing(made: Path, base, keys, tmp_path: Path) -> None:
+def test_the_order_of_files_changes_nothing(made: Path, base: Any, keys: Any, tmp_path: Path) -> None:
     for i, order in enumerate((SITES, SITES[::-1])):
         vector_exchange.merge(
             base, vector_exchange.accept(base, files(made, *order), keys), Merging(), tmp_path / f"{i}.safetensors"
@@ -140,7 +143,9 @@ def test_the_order_of_files_changes_nothing(made: Path, base, keys, tmp_path: Pa
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
 
 
-def test_without_restoration_it_is_the_base_and_the_mean_of_vectors(made: Path, base, keys, tmp_path: Path) -> None:
+def test_without_restoration_it_is_the_base_and_the_mean_of_vectors(
+    made: Path, base: Any, keys: Any, tmp_path: Path
+) -> None:
     found = vector_exchange.accept(base, files(made), keys)
     params = vector_exchange.merge(base, found, Merging(), tmp_path / "m.safetensors").params
     for name, leaf in params.items():
@@ -148,7 +153,7 @@ def test_without_restoration_it_is_the_base_and_the_mean_of_vectors(made: Path, 
         torch.testing.assert_close(leaf, base.params[name] + mean)
 
 
-def test_controls_stand_beside_the_merge(made: Path, base, keys, tmp_path: Path) -> None:
+def test_controls_stand_beside_the_merge(made: Path, base: Any, keys: Any, tmp_path: Path) -> None:
     on = vector_exchange.examples_of(made / "study.toml", "c", "train")
     got = vector_exchange.merge(
         base, vector_exchange.accept(base, files(made), keys), Merging(), tmp_path / "m.safetensors", on
@@ -159,7 +164,7 @@ def test_controls_stand_beside_the_merge(made: Path, base, keys, tmp_path: Path)
     assert got.controls["merged"]["loss"] < got.controls["base"]["loss"]
 
 
-def test_a_forged_or_altered_vector_is_refused(made: Path, base, keys, tmp_path: Path) -> None:
+def test_a_forged_or_altered_vector_is_refused(made: Path, base: Any, keys: Any, tmp_path: Path) -> None:
     forged = "its signature is forged, or the file was changed"
     for given, says in (
         ({"card": {"examples": 10**6}}, forged),
@@ -174,7 +179,7 @@ def test_a_forged_or_altered_vector_is_refused(made: Path, base, keys, tmp_path:
             vector_exchange.accept(base, [changed(made, tmp_path, **given)], keys)
 
 
-def test_another_sites_key_does_not_vouch(made: Path, base, keys, tmp_path: Path) -> None:
+def test_another_sites_key_does_not_vouch(made: Path, base: Any, keys: Any, tmp_path: Path) -> None:
     impostor = resigned(made, tmp_path, key=load_key(made / "b.key"))
     with pytest.raises(VectorRefused, match="signed with another key than that of a"):
         vector_exchange.accept(base, [impostor], keys)
@@ -191,19 +196,21 @@ def test_another_sites_key_does_not_vouch(made: Path, base, keys, tmp_path: Path
     ],
 )
 def test_what_was_made_from_something_else_is_refused(
-    made: Path, base, keys, tmp_path: Path, field: str, value, says: str
+    made: Path, base: Any, keys: Any, tmp_path: Path, field: str, value: Any, says: str
 ) -> None:
     with pytest.raises(VectorRefused, match=says):
         vector_exchange.accept(base, [resigned(made, tmp_path, **{field: value})], keys)
 
 
-def test_another_order_of_classes_is_refused_with_both(made: Path, base, keys, tmp_path: Path) -> None:
+def test_another_order_of_classes_is_refused_with_both(made: Path, base: Any, keys: Any, tmp_path: Path) -> None:
     other = resigned(made, tmp_path, classes=("class 1", "class 0"))
     with pytest.raises(VectorRefused, match="a: class 1, class 0; b: class 0, class 1"):
         vector_exchange.accept(base, [other, *files(made, "b")], keys)
 
 
-def test_nan_two_of_one_site_none_and_junk_are_refused_at_once(made: Path, base, keys, tmp_path: Path) -> None:
+def test_nan_two_of_one_site_none_and_junk_are_refused_at_once(
+    made: Path, base: Any, keys: Any, tmp_path: Path
+) -> None:
     _, vector = read_vector(made / "v" / "a.safetensors")
     spoiled = resigned(made, tmp_path, vector={**vector, "head.bias": torch.full((2,), float("nan"))})
     nan = {"head.bias": torch.full((2,), float("nan"))}
@@ -228,7 +235,7 @@ def test_nan_two_of_one_site_none_and_junk_are_refused_at_once(made: Path, base,
         vector_exchange.accept(base, [], keys)
 
 
-def test_a_removal_that_would_not_be_exact_is_refused(made: Path, base, keys, tmp_path: Path) -> None:
+def test_a_removal_that_would_not_be_exact_is_refused(made: Path, base: Any, keys: Any, tmp_path: Path) -> None:
     on = vector_exchange.examples_of(made / "study.toml", "c", "val")
     model = tmp_path / "m.safetensors"
     vector_exchange.merge(base, vector_exchange.accept(base, files(made), keys), Merging(), model, on)
@@ -244,13 +251,13 @@ def test_a_removal_that_would_not_be_exact_is_refused(made: Path, base, keys, tm
         vector_exchange.remove(made / "base.safetensors", "a", base, files(made), keys, model)
 
 
-def test_the_hash_is_of_numbers_and_not_of_files(base) -> None:
+def test_the_hash_is_of_numbers_and_not_of_files(base: Any) -> None:
     flipped = dict(reversed(base.params.items()))
     assert digest(flipped) == base.digest
     assert digest({**flipped, "head.bias": flipped["head.bias"] + 1e-6}) != base.digest
 
 
-def test_data_that_do_not_fit_are_refused(made: Path, base, tmp_path: Path) -> None:
+def test_data_that_do_not_fit_are_refused(made: Path, base: Any, tmp_path: Path) -> None:
     with pytest.raises(VectorRefused, match="no site is called 'x'; there are a, b, c, d"):
         vector_exchange.examples_of(made / "study.toml", "x", "train")
     with pytest.raises(VectorRefused, match="d has no train data"):
@@ -264,10 +271,10 @@ def test_data_that_do_not_fit_are_refused(made: Path, base, tmp_path: Path) -> N
 
 def test_the_commands_from_key_to_removal(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for site in SITES:
-        args = {"study": made / "study.toml", "site": site, "key": made / f"{site}.key"}
+        args: dict[str, Any] = {"study": made / "study.toml", "site": site, "key": made / f"{site}.key"}
         cli.make(made / "base.safetensors", tmp_path / f"{site}.safetensors", **args)
         assert (tmp_path / f"{site}.safetensors").read_bytes() == (made / "v" / f"{site}.safetensors").read_bytes()
-    common = {"keys": made / "keys.toml", "study": made / "study.toml", "site": "c"}
+    common: dict[str, Any] = {"keys": made / "keys.toml", "study": made / "study.toml", "site": "c"}
     model = tmp_path / "out" / "m.safetensors"
     model.parent.mkdir()
     cli.merge(made / "base.safetensors", [tmp_path], out=model, **common)
@@ -280,14 +287,14 @@ def test_the_commands_from_key_to_removal(made: Path, tmp_path: Path, capsys: py
     assert "b.safetensors deleted" in text
 
 
-def test_the_commands_print_json(made, tmp_path, capsys):
-    def document(command, *args, **options):
+def test_the_commands_print_json(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def document(command: Any, *args: Any, **options: Any) -> Any:
         capsys.readouterr()
         command(*args, **options, json_=True)
         return json.loads(capsys.readouterr().out)
 
     for site in SITES:
-        args = {"study": made / "study.toml", "site": site, "key": made / f"{site}.key"}
+        args: dict[str, Any] = {"study": made / "study.toml", "site": site, "key": made / f"{site}.key"}
         card = document(cli.make, made / "base.safetensors", tmp_path / f"{site}.safetensors", **args)
         assert card["site"] == site
     model, keys = tmp_path / "m" / "m.safetensors", made / "keys.toml"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from polyclinic.cli.run import run
 from polyclinic.core.aggregates import WeightedMean
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
@@ -23,6 +24,7 @@ from polyclinic.methods.statistics.case_statistics import CaseStatistics, median
 from polyclinic.studies.config import study_config
 from polyclinic.studies.run import case_planning
 from tests.data.fingerprint.test_nnunet_planner import EXPECTED, pooled
+from tests.studies.run.test_patches import write_volumes
 
 
 def rows_of(name: str) -> torch.Tensor:
@@ -69,6 +71,44 @@ def test_the_federated_plan_equals_the_pooled_one(name: str) -> None:
             )
 
 
+PLANNED = """
+name = "balls"
+rounds = 1
+[data]
+kind = "pairs"
+path = "{path}"
+plan = "nnunet"
+sites = {{ partition = "iid", count = 1 }}
+[task]
+kind = "segmentation"
+network = "nnunet"
+options = {{ width = 4 }}
+[[methods]]
+name = "fedavg"
+"""
+
+
+def test_a_study_may_leave_its_plan_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is made once, next to the study; one that a person has edited is used as it is."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    ran: list[Any] = []
+    monkeypatch.setattr("polyclinic.cli.run.run_all", lambda file, scenarios, *how: ran.extend(scenarios))
+    write_volumes(tmp_path / "volumes", 20)
+    study, file = tmp_path / "balls.toml", tmp_path / "balls.plan.toml"
+    study.write_text(PLANNED.format(path=tmp_path / "volumes"))
+    run(study)
+    plan = NnunetPlan.read(file)
+    assert plan is not None
+    assert plan.options["width"] == 4
+    assert ran[0].study.data.options["patch"] == list(plan.patch)
+    assert ran[0].study.task.batch_dice is plan.batch_dice is False
+    assert study_config.parse(ran[0].text).hash == ran[0].study.hash  # what the run folder keeps
+    file.write_text(file.read_text().replace("width = 4", "width = 6"))
+    run(study, set_=["training.steps=1"])
+    assert "width = 6" in file.read_text()
+    assert ran[1].study.data.options["patch"] == list(plan.patch)
+
+
 def test_sums_do_not_depend_on_how_cases_are_dealt() -> None:
     rows = rows_of("thin")
     whole, parts = (case_planning.statistics(at_sites(rows, count), False) for count in (1, 5))
@@ -96,7 +136,7 @@ def test_replies_are_sums_of_one_shape_and_requests_hold_the_spacing_only() -> N
 
 def volumes(n: int = 12, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]]:
     """CT-like volumes of unequal size with a margin of air stored as 0, and a mask."""
-    rng, found = np.random.default_rng(seed), []
+    rng, found = np.random.default_rng(seed), list[tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]]()
     for _ in range(n):
         shape = tuple(int(s) for s in rng.integers(10, 20, 3))
         image = np.round(rng.normal(40, 200, shape)).clip(-1000, 3000)

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,12 +60,12 @@ def edit(folder: Path, old: str, new: str) -> None:
     (folder / "rows.csv").write_text(text.replace(old, new))
 
 
-def identity(data: DataSpec) -> dict:
+def identity(data: DataSpec) -> dict[str, Any]:
     source = data.source()
     return dict(identify(federate(data, 0, None, source), source))
 
 
-def changes(before: dict, data: DataSpec) -> tuple[str, ...]:
+def changes(before: dict[str, Any], data: DataSpec) -> tuple[str, ...]:
     return differences(before, identity(data), data.source().info)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,9 @@ name = "fedavg"
     st.integers(0, 99),
 )
 @settings(max_examples=60)
-def test_over_the_folds_every_patient_is_tested_once_and_never_trains_then(groups: list, count: int, seed: int) -> None:
+def test_over_the_folds_every_patient_is_tested_once_and_never_trains_then(
+    groups: list[Any], count: int, seed: int
+) -> None:
     patients = {f"p{i}": group for i, group in enumerate(groups)}
     folds = [fold_patients(patients, Fold(i, count), (0.6, 0.15, 0.25), rng_for(seed, "split")) for i in range(count)]
     tested = [p for roles in folds for p, role in roles.items() if role == "test"]

@@ -1,6 +1,7 @@
 """What a model looks at: the axioms by hand, one vote a patient, nothing of few patients, policies, and the section."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.report import build_report
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.records.saliency_maps import Explanation, read_explanation, spearman
+from polyclinic.studies.run.finished_method import NotFinished
 from polyclinic.studies.run.model_explanation import NotExplained, explain
 from polyclinic.studies.run.scheduler import run as run_study
 from tests.report.test_report import FEW, LITTLE
@@ -45,7 +47,7 @@ name = "fedavg"
 """
 
 
-def linear():
+def linear() -> Any:
     """Two classes; the log odds of the second is 3 a − b, and c counts for nothing."""
     model = nn.Linear(3, 2, bias=False)
     with torch.no_grad():
@@ -53,11 +55,11 @@ def linear():
     return model
 
 
-def task_and_params():
+def task_and_params() -> Any:
     return Classification(linear), params_of(linear())
 
 
-def some(inputs, patients):
+def some(inputs: Any, patients: Any) -> Any:
     inputs = torch.tensor(inputs, dtype=torch.float32)
     return Examples(
         inputs, torch.zeros(len(inputs), dtype=torch.int64), tuple(patients), tuple(map(str, range(len(inputs))))
@@ -105,7 +107,7 @@ def test_maps_that_are_shuffled_alike_agree_and_others_do_not() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory):
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("runs")
     text = STUDY.format(path=npz(folder, site=np.array(list("aaabbbcccd"))[np.arange(160) % 10]))
     for _ in run_study(parse(text), text, folder / "looks"):
@@ -113,7 +115,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
     return folder / "looks"
 
 
-def test_every_site_is_asked_and_the_report_shows_it(trained) -> None:
+def test_every_site_is_asked_and_the_report_shows_it(trained: Any) -> None:
     opened = read_run(trained).opened
     file, refused = explain(trained)
     found = read_explanation(read_run(trained), "fedavg")
@@ -127,7 +129,7 @@ def test_every_site_is_asked_and_the_report_shows_it(trained) -> None:
     assert read_run(trained).opened == opened  # test data stay closed
 
 
-def test_a_policy_may_refuse(trained) -> None:
+def test_a_policy_may_refuse(trained: Any) -> None:
     from polyclinic.studies.run.run_directory import read_plan
 
     plan = read_plan(trained / "arms" / "fedavg-seed0" / "model.safetensors")
@@ -143,11 +145,11 @@ def test_a_policy_may_refuse(trained) -> None:
     assert sites[0] not in refused
 
 
-def test_what_cannot_be_explained_says_why(trained, tmp_path: Path) -> None:
-    with pytest.raises(NotExplained, match="the run has no method 'fedbn'"):
+def test_what_cannot_be_explained_says_why(trained: Any, tmp_path: Path) -> None:
+    with pytest.raises(NotFinished, match="the run has no method 'fedbn'"):
         explain(trained, "fedbn")
     made = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("fedavg",))
-    with pytest.raises(NotExplained, match="no model; the method run is not finished"):
+    with pytest.raises(NotFinished, match="no model; the method run is not finished"):
         explain(made)
 
 

@@ -116,6 +116,7 @@ def test_a_study_runs_with_the_parts_of_a_package(acme: Path, tmp_path: Path) ->
         ({"network": "acme-nett"}, 'Did you mean "acme-net"'),
         ({"loss": "focal"}, "no installed package provides a loss"),
         ({"metric": "acme-kapa"}, 'no metric is called "acme-kapa". Did you mean "acme-kappa"'),
+        ({"metric": 'auc"\nmetrics = ["auc"] # "'}, 'metrics lists those of packages; "auc" is computed anyway'),
         ({"augmentation": "speckle"}, 'no installed package provides an augmentation called "speckle"'),
     ],
 )

@@ -65,15 +65,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nine volumes of different shapes with a bright ball each, smaller and larger than the patch."""
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    write_volumes(tmp_path / "volumes", 9)
+    return tmp_path
+
+
+def write_volumes(folder: Path, count: int) -> None:
+    """Write volumes of different shapes with a bright ball each, and their masks."""
     rng = np.random.default_rng(0)
-    for i in range(9):
+    for i in range(count):
         size = rng.integers(12, 22, 3)
         center, grid = size / 2, np.indices(size).transpose(1, 2, 3, 0)
         mask = (((grid - center) ** 2).sum(-1) < 25).astype(np.uint8)
         values = rng.normal(100, 10, size) + 60 * mask
-        nifti(tmp_path / "volumes" / "images" / f"c{i:02}.nii.gz", values.astype(np.float32))
-        nifti(tmp_path / "volumes" / "labels" / f"c{i:02}.nii.gz", mask)
-    return tmp_path
+        nifti(folder / "images" / f"c{i:02}.nii.gz", values.astype(np.float32))
+        nifti(folder / "labels" / f"c{i:02}.nii.gz", mask)
 
 
 def of(engine: str, **changes: str) -> str:

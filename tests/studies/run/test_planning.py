@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from polyclinic.studies.run.planning import plan, sites_of
 from tests.data.catalog.test_dataset_catalog import picture, volume
 
 
-def registry(root: Path, rows: int = 120, missing: bool = True) -> dict[str, object]:
+def registry(root: Path, rows: int = 120, missing: bool = True) -> dict[str, Any]:
     """A table of three hospitals whose values differ."""
     rng = np.random.default_rng(1)
     lines = ["site,age,dose,kind,y"]
@@ -34,7 +35,7 @@ def written(found: DataPlan, root: Path) -> str:
 @pytest.mark.parametrize("external", [[], ["c"]])
 def test_a_tables_plan_does_what_pooled_statistics_do(tmp_path: Path, external: list[str]) -> None:
     """To rounding, with nothing but sums from each site; and an external site adds nothing to them."""
-    table = {**registry(tmp_path), "external": external}
+    table: dict[str, Any] = {**registry(tmp_path), "external": external}
     path = written(plan(DataSpec(**table), "s"), tmp_path)
     pooled, planned = federate(DataSpec(**table)), federate(DataSpec(**table, plan=path))
     assert planned.sites.keys() == pooled.sites.keys()
@@ -82,7 +83,7 @@ def test_volumes_of_two_spacings_become_alike_by_the_plan(tmp_path: Path) -> Non
         for folder, labels in (("imagesTr", ()), ("labelsTr", (0, 1))):
             volume(tmp_path / folder / f"c{i:02d}.nii.gz", labels, size)  # 2 x 2 x 3 mm
     _stretch(tmp_path)
-    table = {
+    table: dict[str, Any] = {
         "kind": "pairs",
         "path": str(tmp_path),
         "classes": ["rest", "organ"],
@@ -113,7 +114,7 @@ def _stretch(root: Path) -> None:
 def test_pictures_get_the_mean_and_deviation_of_all_sites(tmp_path: Path) -> None:
     for i in range(40):
         picture(tmp_path / "ab"[i % 2] / f"{i}.png", (32, 48))
-    table = {"kind": "folders", "path": str(tmp_path), "sites": {"partition": "iid", "count": 2}}
+    table: dict[str, Any] = {"kind": "folders", "path": str(tmp_path), "sites": {"partition": "iid", "count": 2}}
     made = plan(DataSpec(**table), "s")
     assert [step["step"] for step in made.steps] == ["scale"]  # all are of one size, and a good one
     data = federate(DataSpec(**table, plan=written(made, tmp_path)))

@@ -1,12 +1,11 @@
 """A run is the same to the bit whatever interrupts it, and its folder says what happened."""
 
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +81,7 @@ def study(folder: Path, engine: str = "in-process", **changes: str) -> str:
     return text
 
 
-def go(text: str, path: Path, resume: bool = False) -> list:
+def go(text: str, path: Path, resume: bool = False) -> list[Any]:
     return list(run(parse(text), text, path, resume))
 
 
@@ -95,7 +94,7 @@ def stopped_and_resumed(text: str, path: Path, stop_after: int) -> None:
     go(text, path, resume=True)
 
 
-def facts(path: Path) -> list[dict]:
+def facts(path: Path) -> list[dict[str, Any]]:
     """The records without what differs from machine to machine."""
     with open(path / "records.jsonl") as file:
         return [{k: v for k, v in json.loads(line).items() if k not in ("wall", "seconds")} for line in file]
@@ -116,7 +115,7 @@ def same(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and facts(a) == facts(b)
 
 
-def opened_once(path: Path) -> list[dict]:
+def opened_once(path: Path) -> list[dict[str, Any]]:
     """The records as if no arm had been killed while its test data were open; how often they were is checked separately."""
     return [{k: v for k, v in fact.items() if k != "opened"} for fact in facts(path)]
 
@@ -189,26 +188,21 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(done: Path, tmp_path: P
 @pytest.mark.parametrize("engine", ["in-process", pytest.param("workers", marks=pytest.mark.slow)])
 def test_a_run_killed_anywhere_goes_on_to_the_same_bits(engine: str, done: Path, tmp_path: Path) -> None:
     text, path = study(done, engine), tmp_path / "killed"
-    (tmp_path / "s.toml").write_text(text)
-    script = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\n"
-        "from polyclinic.studies.run.scheduler import run\nfrom polyclinic.studies.config.study_config import read\n"
-        "study = Path(sys.argv[1]); out = Path(sys.argv[2])\n"
-        "for event in run(read(study), study.read_text(), out, resume=(out / 'run.json').exists()): pass\n"
-    )
-    finished = 1
+    finished: int | None = 1
     for attempt in range(40):
-        child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "s.toml"), str(path)])
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: go(text, path, resume=(path / "run.json").exists())
+        )
+        child.start()
         if attempt < 3:  # let it begin, then kill it at a moment that is different every time
             deadline = time.monotonic() + 30
             seen = _length(path)
-            while child.poll() is None and _length(path) <= seen + 500 and time.monotonic() < deadline:
+            while child.is_alive() and _length(path) <= seen + 500 and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.03 * attempt)
-            child.send_signal(signal.SIGKILL)
-        finished = child.wait(timeout=120)
-        if finished == 0:
+            child.kill()
+        child.join(timeout=120)
+        if (finished := child.exitcode) == 0:
             break
     assert finished == 0
     x, y = tensors(done / "in-process"), tensors(path)
@@ -268,7 +262,7 @@ def test_a_site_that_fails_is_left_out_and_named(done: Path, tmp_path: Path, mon
 
     real = FedAvg.site_update
 
-    def failing(self, request, memory, site):
+    def failing(self: Any, request: Any, memory: Any, site: Any) -> Any:
         if site.name == "b" and request.round == 1:
             raise MemoryError("out of memory")
         return real(self, request, memory, site)

@@ -93,9 +93,9 @@ class Found:
 
 
 def header_of(path: Path, dataset: Any, limits: Limits = LIMITS) -> Header | None:
-    """Return the header of an image, or None for objects without pixels (reports, plans, waveforms)."""
+    """Return the header of an image, or None for objects that are no images (reports, plans, segmentations)."""
     with quiet(), refusing(path, "its DICOM header is damaged"):
-        if "Rows" not in dataset and "Columns" not in dataset:
+        if ("Rows" not in dataset and "Columns" not in dataset) or dataset.get("Modality") == "SEG":
             return None
         wanted = ("Modality", "SeriesInstanceUID", "PatientID", "SOPInstanceUID", *_TELL_APART)
         text = {k: str(dataset.get(k) or "") for k in wanted}
@@ -286,9 +286,8 @@ def _one_file(path: Path, fill: float | None, limits: Limits, tolerance_mm: floa
     dataset = open_dicom(path, limits=limits)
     header = header_of(path, dataset, limits)
     if header is None:
-        raise Unreadable(path, "contains no image")
-    if header.modality == "SEG":
-        raise Unreadable(path, "is a DICOM segmentation, which is not read; convert it to NIfTI")
+        segments = str(dataset.get("Modality") or "") in ("SEG", "RTSTRUCT")
+        raise Unreadable(path, "is a mask of an image, not an image" if segments else "contains no image")
     with quiet(), refusing(path, "its functional groups are damaged"):
         planes = frame_planes(path, dataset, header.shape[0], header.plane)
     values, units, notes = values_of(path, dataset, fill, limits)

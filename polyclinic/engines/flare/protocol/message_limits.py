@@ -207,7 +207,7 @@ class Limits:
         most = int(self.reply_megabytes * 2**20)
         if call.kind not in CARRIES:
             return 0
-        if call.job.partition("/")[0] in ("predict", "explain"):  # the size of the site's images is not known
+        if call.job.partition("/")[0] in ("predict", "explain", "show"):  # the size of the site's images is not known
             return most
         return min(most, REPLY_FACTOR * max(call.size, self.model) + REPLY_EXTRA)
 

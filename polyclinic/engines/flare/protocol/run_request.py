@@ -5,6 +5,7 @@ Requires no PyTorch, so that a site can hash a run request before it builds anyt
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -331,8 +332,9 @@ def code_on_disk() -> str:
     Excludes names and places of files, comments and docstrings: see ``core.syntax_hash``.
     """
     package = Path(__file__).parents[3]
-    files = [path for part in COMPUTES for path in (package / part).rglob("*.py")]
-    places = [(str(path), status.st_ctime_ns, status.st_size) for path in files for status in [path.stat()]]
+    folders = [found for part in COMPUTES for found in os.walk(package / part)]
+    files = [f"{folder}/{name}" for folder, _, names in folders for name in names if name.endswith(".py")]
+    places = [(path, status.st_ctime_ns, status.st_size) for path in files for status in [os.stat(path)]]
     if new := [place for place in places if place not in _hashes]:  # a file is reread only after a change
         _hashes.update(zip(new, hashes_of([Path(place[0]).read_bytes() for place in new]), strict=True))
     return combined(_hashes[place] for place in places)

@@ -4,6 +4,7 @@ import logging
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_every_sample_of_pydicom_is_read_like_pydicom_or_refused_in_one_line() -
 
 def test_monochrome1_is_turned_except_where_numbers_are_physical(tmp_path: Path) -> None:
     pixels = np.array([[0, 10], [4000, 4095]], dtype=np.uint16)
-    shown = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}
+    shown: dict[str, Any] = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}
     film = read_dicom(save(image(pixels, "CR", RADIOGRAPH, **shown), tmp_path / "cr.dcm"))
     np.testing.assert_array_equal(film.array[0].numpy(), 4095 - pixels.astype(float))
     assert any("inverted" in note for note in film.notes)

@@ -1,6 +1,7 @@
 """Robust rules against numpy written from the papers, and the laws that hold whatever the numbers."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,11 +40,11 @@ def trees(x: np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
     return {f"s{i:02d}": {"a.w": row[:cut].reshape(-1, 1), "b": row[cut:]} for i, row in enumerate(rows)}
 
 
-def flat(tree) -> np.ndarray:
+def flat(tree: Any) -> np.ndarray:
     return torch.cat([leaf.reshape(-1) for leaf in tree.values()]).double().numpy()
 
 
-def run(rule, x, last=None):
+def run(rule: Any, x: Any, last: Any = None) -> Any:
     return flat(rule.aggregate(Updates.of(trees(x)), {} if last is None else trees(last[None])["s00"]).aggregate)
 
 
@@ -195,7 +196,7 @@ def test_sorting_rows_is_sorting(n: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
-def test_rules_keep_what_all_agree_on_and_follow_shift_and_scale(rule) -> None:
+def test_rules_keep_what_all_agree_on_and_follow_shift_and_scale(rule: Any) -> None:
     x = draw(12)
     same = np.repeat(x[:1], 10, 0)
     np.testing.assert_allclose(run(rule, same), x[0], rtol=1e-5, atol=1e-6)
@@ -205,13 +206,13 @@ def test_rules_keep_what_all_agree_on_and_follow_shift_and_scale(rule) -> None:
 @pytest.mark.parametrize(
     "rule", [r for r in RULES if type(r) not in (FLTrust, CentredClipping, DOS)], ids=lambda r: type(r).__name__
 )
-def test_rules_that_know_no_origin_move_with_it(rule) -> None:
+def test_rules_that_know_no_origin_move_with_it(rule: Any) -> None:
     x, by = draw(13), draw(14, 1)
     np.testing.assert_allclose(run(rule, x + by), run(rule, x) + by[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
-def test_rules_do_not_depend_on_the_order_of_sites(rule) -> None:
+def test_rules_do_not_depend_on_the_order_of_sites(rule: Any) -> None:
     given = trees(draw(15))
     forth = rule.aggregate(Updates.of(given), {})
     back = rule.aggregate(Updates.of(dict(reversed(given.items()))), {})
@@ -243,7 +244,7 @@ def test_limits() -> None:
     ],
     ids=lambda r: type(r).__name__ if not isinstance(r, int | float) else "",
 )
-def test_a_minority_however_far_cannot_move_the_aggregate_far(rule, f: int, within: float) -> None:
+def test_a_minority_however_far_cannot_move_the_aggregate_far(rule: Any, f: int, within: float) -> None:
     x = np.random.default_rng(17).normal(size=(10, 40)) + 1
     center, radius = x[: 10 - f].mean(0), np.linalg.norm(x[: 10 - f] - x[: 10 - f].mean(0), axis=1).max()
     for far in (1e3, 1e6, 1e12):
@@ -287,7 +288,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         (Krum(float("nan")), 10, "at least 0"),
     ],
 )
-def test_too_few_sites_for_the_promise_are_refused(rule, n: int, says: str) -> None:
+def test_too_few_sites_for_the_promise_are_refused(rule: Any, n: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         run(rule, draw(21, n))
 

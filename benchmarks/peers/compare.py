@@ -1,0 +1,102 @@
+"""Runs the same work in each framework, in alternation, and prints one JSON line for each run and each ratio.
+
+    python benchmarks/peers/environments.py FOLDER          # once; skips nothing silently
+    python benchmarks/peers/compare.py FOLDER [--times 5] [--work many-small ...] [--peer pfl ...]
+
+A ratio is the CPU time of a framework over that of the bare loop in the same repetition: of the training loop, where it
+can be measured, and of whole processes, with imports, data and the processes that were started. Final weights are
+compared with the bare loop's; a framework that did other work is reported as such and has no ratio. Run it on a quiet
+machine, and read the spread.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+SAME = 1e-4
+"""Largest difference of a final weight from the bare loop's, from sums in another order and what training makes of it."""
+RUNNERS = {
+    "bare": "",
+    "pflib_style": "",
+    "polyclinic": "",
+    "polyclinic_workers": "",
+    "pfl": "pfl",
+    "flower": "flower",
+}
+"""Runners, and the environment that each needs; none for that of Polyclinic."""
+
+
+def run(name: str, work: str, environments: Path, folder: Path) -> dict[str, float | None]:
+    """Run one framework once, and return what it measured.
+
+    Raises:
+        RuntimeError: If it failed, with its last words.
+    """
+    place = RUNNERS[name]
+    python = environments / place / "bin" / "python" if place else Path(sys.executable)
+    script = "polyclinic" if name == "polyclinic_workers" else name
+    words = [python, HERE / f"run_{script}.py", work, folder, *(["workers"] if name == "polyclinic_workers" else [])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HOME": str(folder)}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env, timeout=1800)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"loop_cpu_s"')]
+    if not lines:
+        raise RuntimeError((done.stderr.strip() or "no result").splitlines()[-1])
+    measured: dict[str, float | None] = json.loads(lines[-1])
+    return measured
+
+
+def difference(name: str, folder: Path) -> float:
+    """Return the largest difference of a final weight from the bare loop's."""
+    ours, bare = np.load(folder / f"{name}.npz"), np.load(folder / "bare.npz")
+    return max(float(np.abs(ours[key] - bare[key]).max()) for key in bare.files)
+
+
+def compare(work: str, names: list[str], times: int, environments: Path, folder: Path) -> None:
+    """Compare the frameworks ``names`` on one work."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[str, float] = {}
+    for i in range(times):
+        order = ["bare", *(names[i % len(names) :] + names[: i % len(names)])] if names else ["bare"]
+        bare: dict[str, float | None] = {}
+        for name in order:
+            line: dict[str, object] = {"work": work, "framework": name, "repetition": i, "load": os.getloadavg()[0]}
+            try:
+                measured = run(name, work, environments, folder)
+            except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+                print(json.dumps(line | {"failed": str(error)}), flush=True)
+                continue
+            bare = measured if name == "bare" else bare
+            apart = difference(name, folder)
+            print(json.dumps(line | measured | {"apart": apart}), flush=True)
+            peaks[name] = max(peaks.get(name, 0.0), measured["peak_mb"] or 0.0)
+            for kind in ("loop_cpu_s", "process_cpu_s"):
+                mine, floor = measured[kind], bare.get(kind)
+                if apart <= SAME and mine and floor:
+                    ratios.setdefault((name, kind), []).append(mine / floor)
+    for (name, kind), found in ratios.items():
+        summary = {"median": statistics.median(found), "least": min(found), "most": max(found), "runs": len(found)}
+        rounded = {key: round(value, 3) for key, value in summary.items()}
+        print(json.dumps({"work": work, "framework": name, "ratio_of": kind, "peak_mb": round(peaks[name])} | rounded))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("environments", type=Path)
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--work", nargs="+", default=["many-small", "cnn", "large"])
+    parser.add_argument("--peer", nargs="+", default=[name for name in RUNNERS if name != "bare"])
+    given = parser.parse_args()
+    cores = os.cpu_count()
+    print(json.dumps({"machine": platform.machine(), "cores": cores, "python": platform.python_version()}), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for one in given.work:
+            compare(one, given.peer, given.times, given.environments, Path(temporary))

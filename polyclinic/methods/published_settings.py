@@ -1,0 +1,69 @@
+"""Settings with which methods were published: ``polyclinic new --method`` writes them into a study.
+
+They were chosen for other data. They are a starting point, not a recommendation; a comparison of methods should tune
+all of them with the same number of trials (``[search]``).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from polyclinic.methods.catalog import canonical
+
+
+@dataclass(frozen=True)
+class Published:
+    """The settings of one method in one experiment.
+
+    Attributes:
+        source: The paper or code that states them, and for which data.
+        rounds: Number of rounds.
+        options: Options of the method.
+        training: Keys of ``[training]``.
+    """
+
+    source: str
+    rounds: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+_ISIC = "FLamby (NeurIPS 2022), config_isic2019.json: skin lesions of six hospitals, EfficientNet"
+_DIGITS = "federated/fed_digits.py of the authors' code: digits of five data sets, a small CNN"
+
+
+def _isic(local_lr: float, **options: Any) -> Published:
+    """Return settings of FLamby's benchmark of skin lesions: 9 rounds of 100 steps of SGD."""
+    return Published(_ISIC, 9, options, {"steps": 100, "batch_size": 64, "optimizer": "sgd", "lr": local_lr})
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "fedavg": _isic(0.01),
+    "fedprox": _isic(0.01, mu=0.001),
+    "scaffold": _isic(0.01, lr=1.0, uniform=False),
+    "cyclic": _isic(0.0031622776601683),
+    "fedadagrad": _isic(0.01, lr=0.0316227766016837, beta1=0.9),
+    "fedadam": _isic(0.01, lr=0.0031622776601683, beta2=0.999),
+    "fedyogi": _isic(0.01, lr=0.0031622776601683, beta2=0.999),
+    "fedbn": Published(
+        _DIGITS, 100, {"uniform": True}, {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.01}
+    ),
+    "moon": Published(
+        "README of the authors' code: CIFAR-10 at ten sites, a small CNN",
+        100,
+        {"mu": 5.0},
+        {"epochs": 10, "optimizer": "sgd", "lr": 0.01},
+    ),
+    "cfl": Published(
+        "clustered_federated_learning.ipynb of the authors' code: EMNIST at ten sites, a small CNN",
+        80,
+        {"mean_below": 0.4, "largest_above": 1.6, "start_round": 20},
+        {"epochs": 1, "batch_size": 128, "lr_decay": 0.99},
+    ),
+}
+"""By method. Others have no entry: their settings were not found, or cannot be written as a study."""
+
+
+def published(name: str) -> Published | None:
+    """Return the published settings of the method called ``name``; None if there is no entry."""
+    return PUBLISHED.get(canonical(name))

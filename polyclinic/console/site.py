@@ -156,6 +156,8 @@ class SitePage:
         self._reachable = found[:1]
         if shake:
             self._handshake, self._shaken = found[1:], now
+        elif not self._up(self._reachable):
+            self._handshake = []  # of a server that answered before
 
     @staticmethod
     def _up(found: Iterable[diagnosis.Finding]) -> bool:

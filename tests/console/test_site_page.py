@@ -204,6 +204,31 @@ def test_a_run_is_running_until_its_journal_says_that_it_ended(browser: Browser,
         assert [one["run"] for one in browser.state()["running"]] == running
 
 
+def test_the_certificate_of_a_server_that_is_gone_is_not_shown_as_checked(
+    home: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = SitePage(home.path)
+    page.settings = {**page.settings, "project": "spots"}
+    shakes: list[bool] = []
+
+    def probe(good: bool) -> None:
+        def found(_: Any, shake: bool) -> list[tuple[str, bool, str]]:
+            shakes.append(shake)
+            return [("port", good, ""), *([("server", True, "")] if shake and good else [])]
+
+        monkeypatch.setattr("polyclinic.console.site.diagnosis.probe", found)
+        page._probed = 0.0
+        page._probe()
+
+    probe(True)
+    probe(True)
+    assert (shakes, len(page._handshake)) == ([True, False], 1)
+    probe(False)
+    assert (page._up(page._reachable), page._handshake) == (False, [])
+    probe(True)
+    assert (shakes[-1], len(page._handshake)) == (True, 1)
+
+
 def test_a_changed_line_of_the_journal_is_shown(browser: Browser, home: SiteFolder) -> None:
     journal = SharedJournal(home.journal)
     for number in range(5):

@@ -110,7 +110,7 @@ def site(root: Path, decided: int = 50, entries: int = 5000) -> list[str]:
     journal = SharedJournal(home.journal)
     for i in range(entries):
         facts = {"run": f"old-{i % decided}", "round": i // decided, "job": "train", "bytes": 1000}
-        journal.write("answered", {**facts, "parts": {"update": "WeightedMean"}})
+        journal.write("answered", {**facts, "parts": [{"part": "update", "kind": "WeightedMean"}]})
     journal.close()
     return ["site", "console", "--home", str(home.path)]
 

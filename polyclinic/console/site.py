@@ -7,6 +7,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class SitePage:
         if anew:
             self._entries, self._left, self._last = [], _Left(), {}
         for entry in entries:
-            self._left.add(entry)
+            with suppress(TypeError, ValueError):  # an entry that was changed; the page says so
+                self._left.add(entry)
             if "run" in entry:
                 self._last[str(entry["run"])] = entry
         self._entries = (self._entries + entries)[-LAST_ENTRIES:]
@@ -154,6 +156,8 @@ class SitePage:
         self._reachable = found[:1]
         if shake:
             self._handshake, self._shaken = found[1:], now
+        elif not self._up(self._reachable):
+            self._handshake = []  # of a server that answered before
 
     @staticmethod
     def _up(found: Iterable[diagnosis.Finding]) -> bool:
@@ -449,7 +453,7 @@ class _Left:
         run, size = str(entry.get("run", "")), int(entry.get("bytes") or 0)
         secure = entry["event"] == "secure sum"
         job = f"secure sum: {entry.get('stage', '')}" if secure else str(entry.get("job", ""))
-        parts = {} if secure else dict(entry.get("parts") or {})
+        parts = {} if secure else _kinds(entry.get("parts"))
         row = self._by_job.setdefault(
             (run, job), {"run": run, "job": job, "times": 0, "bytes": 0, "parts": parts, "masked": entry.get("masked")}
         )
@@ -472,6 +476,12 @@ class _Left:
             "last": self._last[::-1],
             "days": dict(sorted(self._by_day.items())[-30:]),
         }
+
+
+def _kinds(parts: Any) -> dict[str, str]:
+    """Return the kind of aggregate of each part of a reply, as a journal's entry lists them."""
+    listed = [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+    return {str(part.get("part", "")): str(part.get("kind", "")) for part in listed}
 
 
 def _short(review: Review) -> dict[str, Any]:

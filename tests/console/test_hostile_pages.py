@@ -20,13 +20,13 @@ from tests.support.console import Running, console
 pytestmark = pytest.mark.slow
 ATTACK = """
 async ([base, run, files]) => {
-  const found = {};
+  const results = {};
   const body = JSON.stringify({act: "delete", run, confirm: run});
   const attempt = async (name, path, options) => {
     try {
       const answer = await fetch(base + path, options);
-      found[name] = answer.type === "opaque" ? "opaque" : `${answer.status} ${await answer.text()}`;
-    } catch { found[name] = "refused"; }
+      results[name] = answer.type === "opaque" ? "opaque" : `${answer.status} ${await answer.text()}`;
+    } catch { results[name] = "refused"; }
   };
   await attempt("simple", "/api/act", {method: "POST", mode: "no-cors", body});
   await attempt("json", "/api/act", {method: "POST", headers: {"content-type": "application/json"}, body});
@@ -46,12 +46,12 @@ async ([base, run, files]) => {
   form.submit();
   const script = document.createElement("script");
   script.src = `${base}${files}/main.js`;
-  await new Promise((go) => { script.onload = () => { found.script = "loaded"; go(); }; script.onerror = () => { found.script = "refused"; go(); }; document.body.append(script); });
+  await new Promise((go) => { script.onload = () => { results.script = "loaded"; go(); }; script.onerror = () => { results.script = "refused"; go(); }; document.body.append(script); });
   const shown = document.createElement("iframe");
   await new Promise((go) => { shown.onload = go; shown.onerror = go; shown.src = base + "/#/"; document.body.append(shown); });
-  try { found.frame = String(shown.contentDocument?.body?.innerText); } catch { found.frame = "refused"; }
-  found.key = localStorage.getItem("polyclinic-key");
-  return found;
+  try { results.frame = String(shown.contentDocument?.body?.innerText); } catch { results.frame = "refused"; }
+  results.key = localStorage.getItem("polyclinic-key");
+  return results;
 }
 """
 
@@ -70,7 +70,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def elsewhere() -> Iterator[int]:
+def other_port() -> Iterator[int]:
     """The port of another web server on this machine, with an empty page."""
 
     class Empty(http.server.BaseHTTPRequestHandler):
@@ -78,7 +78,7 @@ def elsewhere() -> Iterator[int]:
             self.send_response(200)
             self.send_header("content-type", "text/html")
             self.end_headers()
-            self.wfile.write(b"<!doctype html><title>Elsewhere</title><body></body>")
+            self.wfile.write(b"<!doctype html><title>Another page</title><body></body>")
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -110,7 +110,7 @@ def running(run: Run) -> Iterator[Running]:
 
 @pytest.mark.parametrize("name", ["evil.test", "127.0.0.1"])
 def test_a_page_of_another_origin_changes_and_learns_nothing(
-    name: str, browser: Any, elsewhere: int, running: Running, run: Run
+    name: str, browser: Any, other_port: int, running: Running, run: Run
 ) -> None:
     """Also one of the same machine at another port, which is of the same site for the browser."""
     context = browser.new_context()
@@ -120,12 +120,12 @@ def test_a_page_of_another_origin_changes_and_learns_nothing(
     assert mine.evaluate("localStorage.getItem('polyclinic-key')")
     files = mine.evaluate("document.querySelector('script').getAttribute('src')").rpartition("/")[0]
     page = context.new_page()
-    page.goto(f"http://{name}:{elsewhere}/")
-    found = page.evaluate(ATTACK, [running.base, run.path.name, files])
-    assert found.pop("key") is None
-    assert found.pop("frame") in ("refused", "null", "undefined", "")
-    assert found.keys() == {"simple", "json", "guess", "events", "metrics", "page", "script"}
-    assert set(found.values()) == {"refused"}
+    page.goto(f"http://{name}:{other_port}/")
+    results = page.evaluate(ATTACK, [running.base, run.path.name, files])
+    assert results.pop("key") is None
+    assert results.pop("frame") in ("refused", "null", "undefined", "")
+    assert results.keys() == {"simple", "json", "guess", "events", "metrics", "page", "script"}
+    assert set(results.values()) == {"refused"}
     page.wait_for_timeout(1500)
     assert (run.path / "run.json").is_file()
     mine.reload()
@@ -142,11 +142,10 @@ def test_a_name_that_was_made_to_lead_here_is_refused(browser: Any, running: Run
 
 
 def test_markup_in_every_name_stays_text_and_the_policy_of_the_page_holds(
-    browser: Any, running: Running, elsewhere: int
+    browser: Any, running: Running, other_port: int
 ) -> None:
     page, dialogs, asked = browser.new_page(), list[str](), list[str]()
-    page.on("dialog", lambda dialog: dialog.dismiss())
-    page.on("dialog", lambda dialog: dialogs.append(dialog.message))
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{running.base}/#{running.token}")
     page.wait_for_selector("tbody tr")
@@ -161,16 +160,22 @@ def test_markup_in_every_name_stays_text_and_the_policy_of_the_page_holds(
           const attempt = async (name, what) => { try { await what(); tried[name] = "done"; } catch { tried[name] = "refused"; } };
           await attempt("markup", () => { document.querySelector("main").innerHTML = "<b>x</b>"; });
           await attempt("script", () => { const s = document.createElement("script"); s.textContent = "window.ran = 1"; document.head.append(s); });
-          await attempt("elsewhere", () => fetch(other));
+          await attempt("other host", () => fetch(other));
           const image = new Image();
           await new Promise((go) => { image.onload = go; image.onerror = go; image.src = other; });
           tried.image = String(image.naturalWidth);
           tried.ran = String(window.ran);
           return tried;
         }""",
-        f"http://127.0.0.1:{elsewhere}/",
+        f"http://127.0.0.1:{other_port}/",
     )
-    assert wrong == {"markup": "refused", "script": "refused", "elsewhere": "refused", "image": "0", "ran": "undefined"}
+    assert wrong == {
+        "markup": "refused",
+        "script": "refused",
+        "other host": "refused",
+        "image": "0",
+        "ran": "undefined",
+    }
     assert dialogs == []
-    assert [url for url in asked if not url.startswith((running.base, f"http://127.0.0.1:{elsewhere}/"))] == []
+    assert [url for url in asked if not url.startswith((running.base, f"http://127.0.0.1:{other_port}/"))] == []
     page.close()

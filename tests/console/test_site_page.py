@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("starlette", reason="the extra [console] is not installed")
 
@@ -164,18 +165,26 @@ def test_a_study_that_waits_is_listed_once_with_its_runs(browser: Browser) -> No
 
 
 def test_what_left_is_added_up_by_kind(browser: Browser, home: SiteFolder) -> None:
+    """Entries as ``site_agent`` writes them; entries that were changed hide no other."""
+    from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+    from polyclinic.engines.flare.client.training_worker import kinds_of
+
     journal = SharedJournal(home.journal)
+    for strange in ({"bytes": "x"}, {"parts": {"a": "b"}}, {"parts": [1, {}]}, {"job": []}):
+        journal.write("answered", {"run": "strange", "round": 0, "job": "train", "bytes": 0, **strange})
     for number in range(3):
-        parts = {"update": "WeightedMean"}
+        parts = kinds_of(Reply({"update": WeightedMean.of({"w": torch.ones(3)}, 2.0)}))
         journal.write("answered", {"run": "r", "round": number, "job": "train", "bytes": 100, "parts": parts})
-    journal.write("answered", {"run": "r", "round": 2, "job": "score/val", "bytes": 7, "parts": {"score": "PerSite"}})
+    scores = kinds_of(Reply({"score": PerSite({"site-0": {"n": torch.ones(1)}})}))
+    journal.write("answered", {"run": "r", "round": 2, "job": "score/val", "bytes": 7, "parts": scores})
     journal.write("secure sum", {"run": "r", "number": 5, "stage": "mask", "bytes": 11})
     left = browser.state()["left"]
     assert left["total"] == 318
     assert left["largest"] == 107
-    rows = {row["job"]: (row["times"], row["bytes"]) for row in left["rows"]}
+    mine = [row for row in left["rows"] if row["run"] == "r"]
+    rows = {row["job"]: (row["times"], row["bytes"]) for row in mine}
     assert rows == {"train": (3, 300), "score/val": (1, 7), "secure sum: mask": (1, 11)}
-    assert left["rows"][0]["parts"] == {"update": "WeightedMean"}
+    assert [row["parts"] for row in mine] == [{"update": "WeightedMean"}, {"score": "PerSite"}, {}]
 
 
 def test_a_run_is_running_until_its_journal_says_that_it_ended(browser: Browser, home: SiteFolder) -> None:
@@ -193,6 +202,31 @@ def test_a_run_is_running_until_its_journal_says_that_it_ended(browser: Browser,
         for event in events:
             journal.write(event, {"run": "spots-survey"})
         assert [one["run"] for one in browser.state()["running"]] == running
+
+
+def test_the_certificate_of_a_server_that_is_gone_is_not_shown_as_checked(
+    home: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = SitePage(home.path)
+    page.settings = {**page.settings, "project": "spots"}
+    shakes: list[bool] = []
+
+    def probe(good: bool) -> None:
+        def found(_: Any, shake: bool) -> list[tuple[str, bool, str]]:
+            shakes.append(shake)
+            return [("port", good, ""), *([("server", True, "")] if shake and good else [])]
+
+        monkeypatch.setattr("polyclinic.console.site.diagnosis.probe", found)
+        page._probed = 0.0
+        page._probe()
+
+    probe(True)
+    probe(True)
+    assert (shakes, len(page._handshake)) == ([True, False], 1)
+    probe(False)
+    assert (page._up(page._reachable), page._handshake) == (False, [])
+    probe(True)
+    assert (shakes[-1], len(page._handshake)) == (True, 1)
 
 
 def test_a_changed_line_of_the_journal_is_shown(browser: Browser, home: SiteFolder) -> None:

@@ -249,11 +249,21 @@ def _identity(entry: Mapping[str, Any]) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> None:
-    """Write a plain safetensors file. A tensor that several names share is written once for each name."""
+    """Write a plain safetensors file. A tensor that several names share is written once for each name.
+
+    Equal contents give equal bytes: the library writes the metadata in an order that changes from call to call.
+    """
     from safetensors.torch import save
 
     apart = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    atomic.write(path, save(apart, dict(meta or {})))
+    data = save(apart, dict(meta or {}))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    atomic.write(path, len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -184,7 +184,9 @@ def as_image(
 
     Without ``fill`` (None) a file with such voxels is refused.
     """
-    bounded = stored.dtype.kind in "bui" and stored.dtype.itemsize <= 2 and abs(slope) < 1e30 and abs(inter) < 1e30
+    bounded = (
+        stored.dtype.kind in ("b", "i", "u") and stored.dtype.itemsize <= 2 and abs(slope) < 1e30 and abs(inter) < 1e30
+    )
     scaled = stored
     if (slope, inter) != (1.0, 0.0):  # 32-bit integers lose digits in float32 before scaling
         wide = np.float64 if stored.dtype.itemsize > 2 else np.float32

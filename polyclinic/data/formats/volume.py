@@ -185,7 +185,7 @@ def as_image(
     Without ``fill`` (None) a file with such voxels is refused.
     """
     bounded = (
-        stored.dtype.kind in ("b", "i", "u") and stored.dtype.itemsize <= 2 and abs(slope) < 1e30 and abs(inter) < 1e30
+        stored.dtype.kind in ("b", "u", "i") and stored.dtype.itemsize <= 2 and abs(slope) < 1e30 and abs(inter) < 1e30
     )
     scaled = stored
     if (slope, inter) != (1.0, 0.0):  # 32-bit integers lose digits in float32 before scaling

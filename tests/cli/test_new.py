@@ -117,6 +117,8 @@ def test_keys_of_data_can_be_set(command: Run, tmp_path: Path) -> None:
     assert json.loads(said)["data"]["fill"] == 0
     with pytest.raises(ConfigError, match=r"give a key of \[data\], such as data.fill=0"):
         command("data", "check", root, "--set", "fill=0")
+    with pytest.raises(ConfigError, match=r"--set task\.fill: give a key of"):
+        command("data", "check", root, "--set", "task.fill=0")
     with pytest.raises(ConfigError, match="--set needs --data"):
         command("new", "x.toml", "--set", "data.fill=0")
 

@@ -171,6 +171,7 @@ STRANGE: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "between voxels": (lambda d: moved(d, 0.3), "another grid than its image: its pixels are up to 0.3 mm"),
     "another spacing": (spaced, "another grid than its image"),
     "outside": (lambda d: moved(d, 7.5), "marks pixels outside of its image"),
+    "outside, at negative indices": (lambda d: moved(d, -2.25), "marks pixels outside of its image"),
     "no position": (lambda d: without(d, "PlanePositionSequence"), "state no position"),
     "no segment": (lambda d: without(d, "SegmentIdentificationSequence"), "does not state the segment of each frame"),
     "absurd size": (lambda d: with_values(d, NumberOfFrames=10**6), "its header|claims|truncated|describes"),

@@ -23,7 +23,8 @@ from polyclinic.core.site import Site
 from polyclinic.engines.flare.protocol.paths import WEIGHTS
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.learning.networks import architectures
-from polyclinic.learning.weights import store
+from polyclinic.learning.weights import importer
+from polyclinic.learning.weights.store import Card
 from polyclinic.studies.config.new_plugin import write_plugin
 from polyclinic.testing import equal
 from tests.conftest import Rows, little_sites
@@ -72,6 +73,7 @@ def clinics(packages: list[Path], tmp_path_factory: pytest.TempPathFactory) -> I
     known = packages_of({"networks": ["acme-net", "lite0"]})
     allowed = POLICY.replace("[allow]\n", f"[allow]\npackages = {[exact_rule(package) for package in known]}\n")
     made = Hospitals(Path(tmp_path_factory.mktemp("clinics")), policy=allowed)
+    made.env[WEIGHTS] = str(made.root / "weights")  # the server's own store
     made.env["PYTHONPATH"] += "".join(f":{folder}" for folder in packages)
     with made:
         yield made
@@ -109,14 +111,14 @@ def images(root: Path, names: list[str]) -> dict[str, Site]:
     if not file.is_file():
         pytest.skip("POLYCLINIC_DATA names no folder with busi/busi_128.npz")
     archive = np.load(file)
-    x = F.interpolate(torch.from_numpy(archive["images"])[:, None].float() / 255, (64, 64), mode="area")
+    x = F.interpolate(torch.from_numpy(archive["images"])[:, None].float() / 255, (32, 32), mode="area")
     y, order = (
         torch.from_numpy(archive["labels"]).long(),
         torch.randperm(780, generator=torch.Generator().manual_seed(0)),
     )
     found = {}
     for k, name in enumerate(names):
-        parts = {"train": order[k:300:3][:32], "val": order[300 + k : 400 : 3], "test": order[400 + k : 600 : 3]}
+        parts = {"train": order[k:300:3][:16], "val": order[300 + k : 330 : 3], "test": order[400 + k : 430 : 3]}
         found[name] = Site(name, {role: Rows(x[at], y[at]) for role, at in parts.items()})
         write_data(root / "data" / name, found[name])
     return found
@@ -130,8 +132,8 @@ def test_really_pretrained_weights_over_three_sites(
     sites = images(clinics.root, list(clinics.homes))
     for home in clinics.homes.values():
         clinics.command("site", "weights", "add", str(file), "--license", "Apache-2.0", home=home.path)
-        monkeypatch.setenv(WEIGHTS, str(home.weights))
-    (item,) = store.stored()
+    monkeypatch.setenv(WEIGHTS, clinics.env[WEIGHTS])
+    item = importer.add(file, Card("efficientnet-lite0", "Apache-2.0")).stored
     start = {"weights": {"sha256": item.sha256, "stem": "sum"}}
     adapters = {**start, "train": ["adapters", "head"], "lora": {"rank": 2, "alpha": 4.0}}
     tunings = {
@@ -141,7 +143,7 @@ def test_really_pretrained_weights_over_three_sites(
     }
     sent = {}
     for name, (method, tuning) in tunings.items():
-        plan = {"network": "lite0", "network_options": {}, "inputs": [1, 64, 64], "outputs": 3, "tuning": tuning}
+        plan = {"network": "lite0", "network_options": {}, "inputs": [1, 32, 32], "outputs": 3, "tuning": tuning}
         state = compared(clinics, study(f"lite-{name}", method, rounds=2, score_every=1, plan=plan), sites)
         sent[name] = sum(leaf.numel() for leaf in state.params.values())
         if name != "full":

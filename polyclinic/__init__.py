@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from polyclinic.learning.tasks.mr_reconstruction import Reconstruction as Reconstruction
     from polyclinic.learning.tasks.regression import Regression as Regression
     from polyclinic.learning.tasks.segmentation import Segmentation as Segmentation
+    from polyclinic.learning.tasks.survival import Survival as Survival
     from polyclinic.learning.tasks.task import Task as Task
     from polyclinic.learning.training.local import LocalTraining as LocalTraining
     from polyclinic.methods.optimization.fedavg import FedAvg as FedAvg
@@ -98,6 +99,7 @@ _HOMES = {
     "Reconstruction": "learning.tasks.mr_reconstruction",
     "Regression": "learning.tasks.regression",
     "Segmentation": "learning.tasks.segmentation",
+    "Survival": "learning.tasks.survival",
     "Task": "learning.tasks.task",
     "LocalTraining": "learning.training.local",
     "FedAvg": "methods.optimization.fedavg",

@@ -24,6 +24,7 @@ from polyclinic.learning.tasks.mr_reconstruction import Reconstruction
 from polyclinic.learning.tasks.own_loss import with_loss
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.tasks.survival import Survival
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training import own_training
@@ -36,7 +37,7 @@ from polyclinic.methods.base.kept_optimizer import OWN_OPTIMIZERS, KeptOptimizer
 from polyclinic.methods.registry import Setting, build
 
 TASKS: Mapping[str, type[Task]] = {
-    task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression, Reconstruction)
+    task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression, Survival, Reconstruction)
 }
 
 
@@ -52,7 +53,7 @@ class Plan:
         tuning: Start weights, adapters and what is trained: ``weights`` (fields of ``StartWeights``), ``lora`` (fields
             of ``LowRank``) and ``train``; empty for a random start of which everything is trained.
         inputs: Shape of an example: (channels, *spatial), or (features,).
-        outputs: Number of classes, labels or values.
+        outputs: Number of classes, labels or values; for survival, of the network's outputs.
         training: Fields of ``LocalTraining``, with ``augmentation`` as a table; with ``private`` among them, ``DPSGD``
             with those fields.
         method: Name of the method.

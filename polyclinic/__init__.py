@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from polyclinic.python_studies import loss as loss
     from polyclinic.python_studies import metric as metric
     from polyclinic.python_studies import network as network
+    from polyclinic.python_studies import training as training
     from polyclinic.report.report_builder import build_report as build_report
     from polyclinic.studies.config.study_config import Study as Study
     from polyclinic.studies.config.study_config import parse as parse
@@ -107,6 +108,7 @@ _HOMES = {
     "loss": "python_studies",
     "metric": "python_studies",
     "network": "python_studies",
+    "training": "python_studies",
     "build_report": "report.report_builder",
     "Study": "studies.config.study_config",
     "parse": "studies.config.study_config",

@@ -17,7 +17,7 @@ ElementwiseMean PerSite PerSiteUniform Reply WeightedMean merge
 Method Request Site Tree Trees savable send_through train InProcess check_method
 Classification MultiLabel Reconstruction Regression Segmentation Survival Task LocalTraining FedAvg
 Study parse load_study run read_run evaluate build_report experiment network loss metric augmentation
-check_network check_metric check_augmentation
+training check_network check_metric check_augmentation
 ConfigError DataError IntegrityError MissingDependency PolicyRefusal PolyclinicError ProtocolError RunError
 """
 MODULES = sorted(

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import expit
-from scipy.stats import binom
 from torch import Tensor
 
 SHARES = (0.1, 0.3, 0.9)
@@ -51,6 +50,8 @@ class Guesses:
 
         ``p ≤ β + 2 m δ α``, ``β = P[B ≥ v]``, ``α = max_i P[v > B ≥ v − i] / i``, ``B ~ Binomial(r, e^ε / (e^ε + 1))``.
         """
+        from scipy.stats import binom  # slow to import, and not needed to show results
+
         m, r, v = self.canaries, self.guessed, self.right
         q = float(expit(epsilon))
         beta = float(binom.sf(v - 1, r, q))

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import ndtr
-from scipy.stats import beta, binom, hypergeom, mannwhitneyu, norm
+from scipy.special import betainccinv, betaincinv, ndtr, ndtri
 from torch import Tensor
 
 from polyclinic.errors import ConfigError
@@ -149,6 +148,8 @@ def found(members: Tensor, others: Tensor, level: float = 0.95) -> Found:
 
 def tail(exposed: int, allowed: int, members: int, others: int) -> float:
     """Return the probability of ``exposed`` or more members above all but ``allowed`` non-members by chance."""
+    from scipy.stats import hypergeom  # slow to import, and not needed to show results
+
     return float(hypergeom.cdf(allowed, members + others, others, exposed + allowed))
 
 
@@ -158,7 +159,7 @@ def detectable(members: int, others: int, alpha: float, power: float = 0.8) -> D
     enough = (x for x in range(1, members + 1) if tail(x, allowed, members, others) <= alpha)
     theta = np.linspace(0.5, 1.0, 1001)
     chance = math.sqrt((members + others + 1) / (12 * members * others))
-    reach = theta - 0.5 - norm.isf(alpha) * chance - norm.ppf(power) * np.sqrt(auc_variance(theta, members, others))
+    reach = theta - 0.5 + ndtri(alpha) * chance - ndtri(power) * np.sqrt(auc_variance(theta, members, others))
     possible = -math.log(math.comb(members + others, members)) <= math.log(alpha)  # at perfect separation
     seen = theta[reach >= 0] if possible else theta[:0]
     return Detectable(float(seen[0]) if len(seen) else None, next(enough, None))
@@ -178,6 +179,8 @@ def _mann_whitney(x: Array, y: Array, auc: float) -> float:
     n, m = len(x), len(y)
     counts = np.unique(np.r_[x, y], return_counts=True)[1].astype(float)
     if min(n, m) <= 8 and counts.max() == 1:
+        from scipy.stats import mannwhitneyu
+
         return float(mannwhitneyu(x, y, alternative="greater", method="exact").pvalue)
     ties = float((counts**3 - counts).sum()) / ((n + m) * (n + m - 1))
     variance = n * m / 12 * (n + m + 1 - ties)
@@ -196,8 +199,8 @@ def _rate(x: Array, y: Array, fpr: float, level: float) -> Rate:
     strict, loose = _thresholds(m, fpr, error)
     least = 0 if strict < 0 else int((x > highest[strict]).sum())
     most = n if loose >= m else int((x >= highest[loose]).sum())
-    low = 0.0 if least == 0 else float(beta.ppf(error, least, n - least + 1))
-    high = 1.0 if most == n else float(beta.isf(error, most + 1, n - most))
+    low = 0.0 if least == 0 else float(betaincinv(least, n - least + 1, error))
+    high = 1.0 if most == n else float(betainccinv(most + 1, n - most, error))
     if m * fpr < 1 - 1e-9:
         return Rate(fpr, None, low, high)
     return Rate(fpr, float((x > highest[int(m * fpr + 1e-9)]).mean()), low, high)
@@ -209,6 +212,8 @@ def _thresholds(m: int, fpr: float, error: float) -> tuple[int, int]:
 
     Each holds with probability 1 − ``error``. The first is −1, and the second m, if there is no such position.
     """
+    from scipy.stats import binom
+
     counts = np.arange(m)
     strict = int(np.searchsorted(binom.cdf(counts, m, fpr), error, side="right")) - 1
     return strict, int(np.argmax(np.r_[binom.sf(counts, m, fpr), 0.0] <= error))

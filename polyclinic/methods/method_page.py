@@ -1,13 +1,12 @@
 """A method's reference page, built from its table entry, its docstrings and its options."""
 
-import inspect
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from polyclinic.methods.catalog import Entry, family_of
-from polyclinic.methods.registry import entry, maker, options
+from polyclinic.methods.catalog import METHODS, Entry, canonical, family_of
+from polyclinic.methods.method_source import source_of
 
 USUAL = {
     "lr": "Step size of the server along the mean change; 1 for plain averaging.",
@@ -86,34 +85,29 @@ def page(name: str) -> Page:
     Raises:
         UnknownMethod: If no method has this name.
     """
-    line = entry(name)
-    make = maker(line)
-    module = inspect.getmodule(make)
-    built = _class_of(make, module)
-    doc = inspect.getdoc(make) or ""
-    known, meanings = options(line), dict[str, str]()
-    for cls in vars(module).values():  # a wrapper's options may be described by the class that it wraps
-        if inspect.isclass(cls) and cls.__module__ == make.__module__:
-            meanings |= described(inspect.cleandoc(cls.__doc__ or ""), known)
-    for cls in reversed(built.__mro__ if built else ()):  # parents describe inherited options
-        meanings |= described(inspect.cleandoc(cls.__doc__ or ""), known)
+    line = METHODS.get(canonical(name)) or _other(name)
+    source, meanings = source_of(line), dict[str, str]()
+    known = source.options
+    for doc in (*source.classes, *source.lineage):  # a wrapper's options may be described by the class that it wraps
+        meanings |= described(doc, known)  # parents describe inherited options
     about = []
-    if make is not built:
-        meanings |= described(doc, known, "Args")
-        about.append(before_attributes(doc, "Args"))
-    if built and built.__module__ == make.__module__:
-        about.append(before_attributes(inspect.getdoc(built) or ""))
-    about.append(inspect.getdoc(module) or "" if module else "")
-    given = {key: (p.default, meanings.get(key, USUAL.get(key, ""))) for key, p in known.items()}
+    if source.maker:
+        meanings |= described(source.maker, known, "Args")
+        about.append(before_attributes(source.maker, "Args"))
+    about += [before_attributes(source.method), source.module]
+    given = {key: (default, meanings.get(key, USUAL.get(key, ""))) for key, default in known.items()}
     return Page(line, family_of(name), tuple(text for text in about if text), given)
 
 
-def _class_of(make: Any, module: Any) -> type | None:
-    """Return the class that a maker is or, by its annotation, returns."""
-    if inspect.isclass(make):
-        return make
-    kind = inspect.signature(make).return_annotation
-    return kind if isinstance(kind, type) else getattr(module, str(kind), None)
+def _other(name: str) -> Entry:
+    """Return the entry of a method that another package provides.
+
+    Raises:
+        UnknownMethod: If no method has this name.
+    """
+    from polyclinic.methods.registry import entry
+
+    return entry(name)
 
 
 def before_attributes(doc: str, heading: str = "Attributes") -> str:

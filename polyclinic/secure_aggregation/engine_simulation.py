@@ -10,8 +10,6 @@ from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.rounds import Arrival
 from polyclinic.secure_aggregation import terms
-from polyclinic.secure_aggregation.in_memory import secure_merge
-from polyclinic.secure_aggregation.session_keys import ProtocolError, least_threshold
 
 
 def secured(request: Request | None, asked: Sequence[str], arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
@@ -19,6 +17,9 @@ def secured(request: Request | None, asked: Sequence[str], arrivals: Iterator[Ar
     if request is None or not request.secure:
         yield from arrivals
         return
+    from polyclinic.secure_aggregation.in_memory import secure_merge  # imports a library of cryptography
+    from polyclinic.secure_aggregation.session_keys import ProtocolError, least_threshold
+
     answered: dict[str, Arrival] = {}
     for arrival in arrivals:
         if arrival.reply is None:

@@ -197,11 +197,11 @@ def signed_ranks(differences: Sequence[float]) -> Difference:
     Raises:
         Undefined: If fewer than six pairs differ, since p could not be below 0.05.
     """
-    from scipy.stats import wilcoxon  # slow to import
-
     d = np.asarray(differences, float)
     if int((d != 0).sum()) < 6:
         raise Undefined("signed ranks need at least six pairs that differ")
+    from scipy.stats import wilcoxon  # slow to import
+
     p = float(wilcoxon(d).pvalue)
     return Difference(float(np.median(d)), None, None, p, None, len(d), "Wilcoxon signed ranks")
 
@@ -239,11 +239,11 @@ def rank_methods(methods: Sequence[str], values: Array, higher_is_better: bool =
     Raises:
         Undefined: If there are fewer than three methods or fewer than three blocks.
     """
-    from scipy.stats import friedmanchisquare, studentized_range  # slow to import
-
     n, k = values.shape
     if k < 3 or n < 3:
         raise Undefined("ranking needs at least three methods and three sites")
+    from scipy.stats import friedmanchisquare, studentized_range  # slow to import
+
     signed = -values if higher_is_better else values
     ranks = np.apply_along_axis(mid_ranks, 1, signed).mean(0)
     p = float(friedmanchisquare(*values.T).pvalue) if np.ptp(values, axis=1).any() else 1.0

@@ -51,15 +51,33 @@ ALIKE = {
     "fedadagrad",
     "fedyogi",
 }
+NOISE_ON_REPLIES = {
+    "fedavg",
+    "scaffold",
+    "fedbn",
+    "ditto",
+    "mime",
+    "ifca",
+    "krum",
+    "fedadam",
+    "feddyn",
+    "moon",
+    "swarm",
+}
 RARE = {
     ("prr-fl", "dp-sgd"),
     ("fedsoup", "dp-sgd"),
 }  # what depends on the patient here does so for few data sets: shown by itself, below
 
 
+def slow(name: str, way: Way) -> bool:
+    """By default one way for each method: noise on gradients; noise on replies, of one method of each kind."""
+    return name in TAKES_LONG | ALIKE or (way == "gaussian" and name not in NOISE_ON_REPLIES)
+
+
 def cases(declared: bool) -> list[Any]:
     return [
-        pytest.param(name, way, id=f"{name}-{way}", marks=[pytest.mark.slow] if name in TAKES_LONG | ALIKE else [])
+        pytest.param(name, way, id=f"{name}-{way}", marks=[pytest.mark.slow] if slow(name, way) else [])
         for name, line in METHODS.items()
         for way in WAYS
         if (way in line.private) == declared and (name, way) not in RARE

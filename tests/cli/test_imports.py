@@ -17,7 +17,11 @@ assert "monai" not in sys.modules, "monai was imported"
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["methods"], ["data", "list"], ["data", "show", "busi"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["methods"], ["methods", "show", "scaffold"], ["data", "list"], ["data", "show", "busi"]],
+    ids=" ".join,
+)
 def test_a_list_is_printed_without_pytorch(words: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(words=words)], capture_output=True, text=True, check=False

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.methods import method_source, registry
 from polyclinic.methods.catalog import ABSTRACT, EXACT, FAMILIES, METHODS, UNCHECKED, family_of
 from polyclinic.methods.method_page import page
 
@@ -35,6 +36,25 @@ def test_every_method_says_how_far_it_follows_its_paper_and_what_an_unseen_site_
         assert entry.fidelity in (EXACT, ABSTRACT, UNCHECKED) or entry.fidelity.startswith("departs: "), name
         if "full text was not available" in " ".join(page(name).about):
             assert entry.fidelity == ABSTRACT, name
+
+
+def test_a_page_that_is_read_is_that_of_the_imported_method() -> None:
+    """Reading the syntax tree gives the same as importing; a few methods are always imported."""
+
+    def described(source: method_source.MethodSource) -> tuple[object, ...]:
+        docs = [[doc for doc in found if "Attributes:" in doc] for found in (source.classes, source.lineage)]
+        return source.maker, source.method, source.module, docs, [*source.options.items()]
+
+    unread = []
+    for name, entry in METHODS.items():
+        try:
+            read = method_source.read(entry)
+        except method_source._NotStatic:
+            unread.append(name)
+            continue
+        assert described(read) == described(method_source.imported(entry)), name
+    assert len(unread) < 15
+    assert method_source.PROVIDED == registry.PROVIDED
 
 
 def test_notes_are_of_methods_and_families_that_exist() -> None:

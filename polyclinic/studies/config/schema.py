@@ -246,6 +246,8 @@ class TrainingSpec(Table):
     """How far classes are made equally frequent in training: 0 for as in the data, 1 for equal (classification)."""
     balance_patients: bool | None = None
     """Whether patients are equally frequent in training, whatever their number of examples."""
+    loop: str | None = None
+    """A function of an installed package that trains instead of Polyclinic's loop; other keys then have no effect."""
     private: PrivateSpec | None = None
 
     UNSET: ClassVar[frozenset[str]] = frozenset(
@@ -260,8 +262,18 @@ class TrainingSpec(Table):
             "foreground",
             "balance",
             "balance_patients",
+            "loop",
         }
     )
+
+    @model_validator(mode="after")
+    def _known_loop(self) -> "TrainingSpec":
+        from polyclinic.core import extensions
+
+        if self.loop is not None and self.loop not in (known := extensions.names("trainings")):
+            there = ", ".join(known) or "none"
+            raise ConfigError(f'no installed package provides a training called "{self.loop}"; there are {there}')
+        return self
 
 
 class MethodSpec(Table):

@@ -64,7 +64,13 @@ def method_runs(
             raise NotElsewhere(f"the study {what} ({key}), which it can on one machine only: take [{key}] out")
     if study.evaluation.patience is not None:
         raise NotElsewhere("the study ends baselines early (evaluation.patience), which it can on one machine only")
-    own = [study.task.network, study.task.loss or "", *study.evaluation.own_metrics, *study.own_augmentations]
+    own = [
+        study.task.network,
+        study.task.loss or "",
+        *study.evaluation.own_metrics,
+        *study.own_augmentations,
+        study.training.loop or "",
+    ]
     if here := [name for name in own if name.startswith(extensions.LOCAL)]:
         raise NotElsewhere(
             f"{here[0]} is known to the program that runs the study only: publish it as a package, which every site "

@@ -168,6 +168,10 @@ class Work:
         values: list[float] = prediction.probabilities.tolist()
         if self.predictor.kind == "regression":
             return {"value" if len(values) == 1 else f"value_{i}": value for i, value in enumerate(values)}
+        if self.predictor.kind == "survival":
+            cuts = self.predictor.model.plan.task["cuts"]
+            times = [f"survival_{time:g}" for time in cuts] if len(cuts) == len(values) else ["longer_survival"]
+            return dict(zip(times, values, strict=True))
         names = self.predictor.model.classes
         named: dict[str, Any] = dict(zip((f"p_{name}" for name in names), values, strict=True))
         if self.predictor.kind == "classification":

@@ -18,6 +18,9 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
 from polyclinic.studies.inference.models import TrainedModel
 
+NUMBERS = ("regression", "survival")
+"""Kinds of task whose predictions are averaged as they are: values, or probabilities of survival at each time."""
+
 
 class NotPredicted(ConfigError):
     """An image that the model cannot predict. The message gives the reason."""
@@ -80,7 +83,7 @@ class Predictor:
             assert total is not None
             mean = total / count
             probabilities = self._probabilities(mean)
-            if self.kind == "regression":
+            if self.kind in NUMBERS:
                 return Prediction(mean, probabilities)
             unsure = self._entropy(probabilities)
             disagreement = None if entropy is None else (unsure - entropy / count).clamp_min(0)
@@ -150,7 +153,7 @@ class Predictor:
     def _probabilities(self, scores: Tensor) -> Tensor:
         if self.kind == "multilabel":
             return scores.sigmoid()
-        return scores if self.kind == "regression" else scores.softmax(0)
+        return scores if self.kind in NUMBERS else scores.softmax(0)
 
     def _entropy(self, probabilities: Tensor) -> Tensor:
         """Return the entropy over the first axis in nats: of one class, or summed over labels."""
@@ -183,6 +186,6 @@ def tta_axes(model: TrainedModel) -> tuple[int, ...]:
         raise NotPredicted(
             "--tta mirrors images along the axes that training mirrored, and this study's training mirrored none"
         )
-    if model.plan.kind == "regression":
+    if model.plan.kind in NUMBERS:
         raise NotPredicted("--tta is for classes and masks, not for numbers")
     return model.mirror_axes

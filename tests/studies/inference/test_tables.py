@@ -152,3 +152,29 @@ def test_a_site_with_its_own_statistics_is_chosen(tmp_path: Path) -> None:
         values = {p.id: p.row["p_1"] for p in found}
         mine = [values[name] for name in split.sites[site]["test"].ids]
         np.testing.assert_allclose(mine, stored[f"{site}/score"][:, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hazards", "columns"),
+    [
+        ("discrete", "survival_2,survival_5"),
+        pytest.param("proportional", "longer_survival", marks=pytest.mark.slow),
+    ],
+)
+def test_survival_is_predicted_at_the_times_of_the_study(tmp_path: Path, hazards: str, columns: str) -> None:
+    """Also for rows without times and events, in the scores of the run."""
+    rng = np.random.default_rng(1)
+    people = [
+        row | {"ill": f"{rng.exponential(4) + 0.1:.2f}", "dead": str(i % 3 % 2)}
+        for i, row in enumerate(patients(60, 0))
+    ]
+    table = write(tmp_path / "table.csv", people)
+    text = STUDY.format(path=table, statistics="federation").replace('label = "ill"', 'label = "ill"\nevent = "dead"')
+    text = text.replace("[task]", f'[task]\nkind = "survival"\ncuts = [2, 5]\nhazards = "{hazards}"')
+    run = finish(text.replace("seeds = [0, 1]", "seeds = [0]"), tmp_path / "run")
+    new = write(tmp_path / "new.csv", people, without=("ill", "dead", "hospital"))
+    values = {p.id: list(p.row.values())[2:] for p in predicted(run, new, tmp_path / "out")}
+    assert (tmp_path / "out" / "predictions.csv").read_text().startswith(f"id,file,{columns}\n")
+    _, _, split = read_again(read_run(run), 0)
+    stored = load_file(run / "arms" / "fedavg-seed0" / "predictions.safetensors")["north/score"]
+    np.testing.assert_allclose([values[name] for name in split.sites["north"]["test"].ids], stored, atol=1e-6)

@@ -30,7 +30,6 @@ RUNNERS = {
     "polyclinic": "",
     "polyclinic_workers": "",
     "pfl": "pfl",
-    "flower": "flower",
 }
 """Runners, and the environment that each needs; none for that of Polyclinic."""
 

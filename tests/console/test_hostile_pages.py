@@ -145,7 +145,8 @@ def test_markup_in_every_name_stays_text_and_the_policy_of_the_page_holds(
     browser: Any, running: Running, other_port: int
 ) -> None:
     page, dialogs, asked = browser.new_page(), list[str](), list[str]()
-    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.on("dialog", lambda dialog: dialogs.append(dialog.message))
+    page.on("dialog", lambda dialog: dialog.dismiss())
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{running.base}/#{running.token}")
     page.wait_for_selector("tbody tr")

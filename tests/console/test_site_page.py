@@ -170,7 +170,8 @@ def test_what_left_is_added_up_by_kind(browser: Browser, home: SiteFolder) -> No
     from polyclinic.engines.flare.client.training_worker import kinds_of
 
     journal = SharedJournal(home.journal)
-    for strange in ({"bytes": "x"}, {"parts": {"a": "b"}}, {"parts": [1, {}]}, {"job": []}):
+    strange_fields: list[dict[str, Any]] = [{"bytes": "x"}, {"parts": {"a": "b"}}, {"parts": [1, {}]}, {"job": []}]
+    for strange in strange_fields:
         journal.write("answered", {"run": "strange", "round": 0, "job": "train", "bytes": 0, **strange})
     for number in range(3):
         parts = kinds_of(Reply({"update": WeightedMean.of({"w": torch.ones(3)}, 2.0)}))

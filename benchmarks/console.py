@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,13 +20,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 
 from polyclinic.core import atomic
 from polyclinic.core.audit_log import Journal
 from polyclinic.engines.flare.client.reviews import APPROVED, Reviews, record_decision
-from polyclinic.engines.flare.protocol.paths import ServerFolder, SiteFolder
+from polyclinic.engines.flare.pki import site_keys
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SiteFolder, private_folder
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from tests.console.test_runs_page import SITES, Run
 from tests.console.test_server_page import admitted, queue, record, server_folder, status
@@ -80,9 +86,20 @@ def server(root: Path, count: int = 200) -> list[str]:
     return ["server", "console", "--home", str(home.path)]
 
 
+def write_certificate(home: SiteFolder) -> None:
+    """Give a site the certificate that a site has after joining, by which its decisions are verified."""
+    key, now = site_keys.load(home.keys / "site.key"), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "site-0")])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(1).not_valid_before(now).not_valid_after(now + timedelta(days=700))
+    text = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    atomic.write_private(private_folder(home.certificates) / "1.crt", text)
+
+
 def site(root: Path, decided: int = 50, entries: int = 5000) -> list[str]:
     """Write a site with decided studies and a journal of what left; return the command that shows it."""
     home: SiteFolder = hospital(root, count=1)["site-0"]
+    write_certificate(home)
     reviews = Reviews(home.reviews)
     for i in range(decided):
         an = survey(seeds=(0,), rounds=3)
@@ -211,10 +228,33 @@ def measure(name: str, words: list[str], opened: str) -> dict[str, Any]:
         }
 
 
+def in_browser(name: str, words: list[str], opened: str) -> dict[str, Any]:
+    """Return the milliseconds from a reload until Chromium has laid out the rows of a page; needs polyclinic[browser]."""
+    from playwright.sync_api import sync_playwright
+
+    with console(words) as one, sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        base, times = f"http://127.0.0.1:{one.port}", dict[str, float]()
+        page.goto(base)
+        page.evaluate("key => localStorage.setItem('polyclinic-key', key)", one.key)
+        for kind, place in {"list": "/", **({"run": f"/run/{opened.partition('=')[2]}"} if opened else {})}.items():
+            page.goto(f"{base}/#{place}")
+            taken = []
+            for _ in range(OPENED):
+                page.reload()
+                page.wait_for_selector("tbody tr", state="attached")
+                taken.append(page.evaluate("document.body.offsetHeight && performance.now()"))
+            times[f"{kind} page in Chromium: ms"] = round(statistics.median(taken))
+        browser.close()
+        return {"console": name, **times}
+
+
 def main() -> None:
     """Write the folders, measure, and print one JSON document per console."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("consoles", nargs="*", default=["runs", "server", "site"])
+    parser.add_argument("--browser", action="store_true", help="measure the pages in Chromium as well")
     given = parser.parse_args()
     make: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "runs": (runs, "?run=wide-00000000"),
@@ -226,6 +266,8 @@ def main() -> None:
             build, opened = make[name]
             words = build(Path(temporary) / name)
             print(json.dumps(measure(name, words, opened), indent=1), flush=True)
+            if given.browser:
+                print(json.dumps(in_browser(name, words, opened), indent=1), flush=True)
 
 
 if __name__ == "__main__":

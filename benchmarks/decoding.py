@@ -4,13 +4,16 @@ Files are made for the purpose and thrown away. One JSON object a line: name, va
 
 * ``<format>.cold`` and ``<format>.warm``: images a second, of a source that is new, and of one that finds its images in
   the cache (content hashes included in both). No goal: machines differ.
+* ``<format>.decode.over_bare``: the CPU time of reading the files into tensors, with all checks, over that of a bare loop
+  with the format's own decoder, measured in alternation. Goal: at most 2. Slices and pictures have 512 x 512 pixels, as CT
+  has; checks take the same time for files of any size, so smaller ones have higher ratios (``--small``: 256 x 256).
 * ``<format>.cold.over_bare``: the CPU time of the cold reading, with its checks, hashing and the writing of the cache,
   over that of a bare loop with the format's own decoder, measured in alternation. No goal: it is paid once.
 * ``<format>.warm.over_read``: the wall time of the warm reading over that of reading and hashing the files and the
   cache with nothing else. No goal: paid once a study.
 * ``epoch.<kind>.over_bare``: an epoch of batches from ``Examples`` over indexing bare tensors. Goal: at most 1.1.
 
-    python benchmarks/decoding.py [--quick] [FORMAT...]
+    python benchmarks/decoding.py [--quick] [--small] [FORMAT...]
 """
 
 import hashlib
@@ -29,12 +32,14 @@ import torch
 from PIL import Image
 
 from polyclinic.data.examples import Examples
+from polyclinic.data.files import read_image
 from polyclinic.data.sources.folders import Folders
 from polyclinic.data.sources.manifest import Manifest
 from polyclinic.data.sources.npz import Npz
 
 torch.set_num_threads(1)
 QUICK = "--quick" in sys.argv
+SIDE = 256 if "--small" in sys.argv else 512
 COUNT, REPEATS = (40, 3) if QUICK else (200, 5)
 DICE = np.random.default_rng(0)
 
@@ -53,11 +58,11 @@ def smooth(*shape: int) -> Any:
 
 
 def pictures(root: Path, ending: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """256 x 256 gray pictures in class folders: our source, and Pillow in a loop."""
+    """Square gray pictures in class folders: our source, and Pillow in a loop."""
     for i in range(COUNT):
         path = root / "ab"[i % 2] / f"{i:04d}{ending}"
         path.parent.mkdir(exist_ok=True, parents=True)
-        Image.fromarray(smooth(256, 256).clip(0, 255).astype(np.uint8)).save(path)
+        Image.fromarray(smooth(SIDE, SIDE).clip(0, 255).astype(np.uint8)).save(path)
     return lambda: Folders(str(root)), lambda: [np.asarray(Image.open(p)) for p in sorted(root.rglob(f"*{ending}"))]
 
 
@@ -82,7 +87,7 @@ def nifti(root: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 
 def dicom(root: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """256 x 256 CT slices, not compressed: our source, and pydicom in a loop."""
+    """Square CT slices, not compressed: our source, and pydicom in a loop."""
     import pydicom
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -94,12 +99,12 @@ def dicom(root: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
         one = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
         one.SOPClassUID, one.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
         one.PatientID, one.SeriesInstanceUID, one.Modality = f"p{i}", generate_uid(), "CT"
-        one.Rows = one.Columns = 256
+        one.Rows = one.Columns = SIDE
         one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 1
         one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
         one.RescaleSlope, one.RescaleIntercept, one.PixelSpacing = 1, -1024, [0.7, 0.7]
         one.ImagePositionPatient, one.ImageOrientationPatient = [0, 0, i], [1, 0, 0, 0, 1, 0]
-        one.PixelData = smooth(256, 256).astype(np.int16).tobytes()
+        one.PixelData = smooth(SIDE, SIDE).astype(np.int16).tobytes()
         one.save_as(root / f"{i:04d}.dcm", enforce_file_format=True)
     return listed(root, ".dcm"), lambda: [pydicom.dcmread(p).pixel_array for p in sorted(root.glob("*.dcm"))]
 
@@ -153,11 +158,15 @@ def one_format(name: str, make: Callable[[Path], tuple[Callable[[], Any], Callab
         root = Path(place) / "files"
         root.mkdir()
         ours, bare = make(root)
-        cold, over_bare, warm, over_read = [], [], [], []
+        files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix not in (".csv", ".npz"))
+        decode, cold, over_bare, warm, over_read = [], [], [], [], []
         for k in range(REPEATS):
             cache = Path(place) / f"cache{k}"
             os.environ["POLYCLINIC_CACHE"] = str(cache)
             floor = clocked(bare, time.process_time)
+            if files:
+                took = clocked(lambda: [read_image([path]).pixels for path in files], time.process_time)
+                decode.append(took / floor)
             wall, cpu = time.perf_counter(), time.process_time()
             n = len(all_of(ours()))
             cold.append(n / (time.perf_counter() - wall))
@@ -169,6 +178,8 @@ def one_format(name: str, make: Callable[[Path], tuple[Callable[[], Any], Callab
             over_read.append(took / floor)
     said(f"{name}.cold", statistics.median(cold))
     said(f"{name}.warm", statistics.median(warm))
+    if decode:
+        said(f"{name}.decode.over_bare", statistics.median(decode), 2)
     said(f"{name}.cold.over_bare", statistics.median(over_bare))
     if name != "npz":  # an archive is decoded anew each time: it is faster than a cache would be
         said(f"{name}.warm.over_read", statistics.median(over_read))

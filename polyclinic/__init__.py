@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from polyclinic.learning.tasks.mr_reconstruction import Reconstruction as Reconstruction
     from polyclinic.learning.tasks.regression import Regression as Regression
     from polyclinic.learning.tasks.segmentation import Segmentation as Segmentation
+    from polyclinic.learning.tasks.survival import Survival as Survival
     from polyclinic.learning.tasks.task import Task as Task
     from polyclinic.learning.training.local import LocalTraining as LocalTraining
     from polyclinic.methods.optimization.fedavg import FedAvg as FedAvg
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from polyclinic.python_studies import loss as loss
     from polyclinic.python_studies import metric as metric
     from polyclinic.python_studies import network as network
+    from polyclinic.python_studies import training as training
     from polyclinic.report.report_builder import build_report as build_report
     from polyclinic.studies.config.study_config import Study as Study
     from polyclinic.studies.config.study_config import parse as parse
@@ -97,6 +99,7 @@ _HOMES = {
     "Reconstruction": "learning.tasks.mr_reconstruction",
     "Regression": "learning.tasks.regression",
     "Segmentation": "learning.tasks.segmentation",
+    "Survival": "learning.tasks.survival",
     "Task": "learning.tasks.task",
     "LocalTraining": "learning.training.local",
     "FedAvg": "methods.optimization.fedavg",
@@ -105,6 +108,7 @@ _HOMES = {
     "loss": "python_studies",
     "metric": "python_studies",
     "network": "python_studies",
+    "training": "python_studies",
     "build_report": "report.report_builder",
     "Study": "studies.config.study_config",
     "parse": "studies.config.study_config",

@@ -107,6 +107,17 @@ def augmentation(function: Callable[..., Any], name: str = "") -> str:
     return _registered("augmentations", f"{_called(function, name, 'augmentation')}-{_source_hash(function)}", function)
 
 
+def training(function: Callable[..., Any], name: str = "") -> str:
+    """Make a training loop of your own available to studies, and return its name, for ``training={"loop": ...}``.
+
+    Args:
+        function: A function of a module, a map-style data set with items (input, target), the round from 0, and a
+            ``torch.Generator``. It trains the module in place.
+        name: The name; by default that of ``function``.
+    """
+    return _registered("trainings", f"{_called(function, name, 'training')}-{_source_hash(function)}", function)
+
+
 def experiment(
     name: str,
     sites: Mapping[str, MapStyle],

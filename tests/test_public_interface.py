@@ -15,9 +15,9 @@ NAMES = """
 __version__ tree
 ElementwiseMean PerSite PerSiteUniform Reply WeightedMean merge
 Method Request Site Tree Trees savable send_through train InProcess check_method
-Classification MultiLabel Reconstruction Regression Segmentation Task LocalTraining FedAvg
+Classification MultiLabel Reconstruction Regression Segmentation Survival Task LocalTraining FedAvg
 Study parse load_study run read_run evaluate build_report experiment network loss metric augmentation
-check_network check_metric check_augmentation
+training check_network check_metric check_augmentation
 ConfigError DataError IntegrityError MissingDependency PolicyRefusal PolyclinicError ProtocolError RunError
 """
 MODULES = sorted(

@@ -309,7 +309,7 @@ def memorized(task: Task, params: Tree, data: Any, seed: int = 0, steps: int = 1
         raise ConfigError("the control needs at least two examples")
     data = Shuffled(data, order[torch.randperm(len(order), generator=site.rng("targets"))], order)
     learned, left = torch.arange(len(order)).tensor_split(2)
-    if task.kind in ("classification", "multilabel", "regression"):
+    if task.kind in ("classification", "multilabel", "regression", "survival"):
         task = replace(task, network=Network("mlp", tuple(data[learned[:1]][0].shape[1:]), task.network.outputs))
         params = task.first(seed)
     hard = LocalTraining(steps=steps, batch_size=len(learned), optimizer="adam", lr=1e-2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from polyclinic.core.metering import Unit
 from polyclinic.core.site import Site
 
-Kind = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+Kind = Literal["classification", "multilabel", "segmentation", "regression", "survival", "reconstruction"]
 ROLES = ("train", "val", "test", "unlabeled")
 PATIENTS = 6
 
@@ -93,6 +93,9 @@ def targets(kind: Kind, inputs: Sequence[int], outputs: int, count: int, rng: to
             return torch.randint(0, 2, (count, outputs), generator=rng).float()
         case "regression":
             return torch.randn(count, outputs, generator=rng)
+        case "survival":  # one unit of time for each interval
+            when = (1 - torch.rand(count, generator=rng)) * (outputs + 1)
+            return torch.stack([when, (torch.arange(count) % 3 > 0).float()], 1)
         case "segmentation":
             coarse = torch.randint(0, outputs, (count, *[2] * len(inputs[1:])), generator=rng)
             for axis, size in enumerate(inputs[1:], start=1):
@@ -151,6 +154,8 @@ def _changed(data: Cohort, which: list[int], kind: Kind, outputs: int, rng: torc
             y[which] = (y[which] + 1) % outputs
         case "multilabel":
             y[which] = 1 - y[which]
+        case "survival":
+            y[which] = torch.stack([y[which][:, 0] * (0.01 if outlier else 0.5), 1 - y[which][:, 1]], 1)
         case "segmentation":
             y[which] = (y[which] + 1) % outputs
         case _:

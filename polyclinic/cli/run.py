@@ -220,6 +220,7 @@ def new(
     data: Path | None = None,
     yes: bool = False,
     label: str | None = None,
+    event: str | None = None,
     levels: str | None = None,
     patient: str | None = None,
     site: str | None = None,
@@ -248,7 +249,9 @@ def new(
         data: A folder, an archive or a table: folders named by class, images with masks, nnU-Net, Decathlon, BIDS,
             DICOM, MedMNIST archives, a table that lists images, or a table of features.
         yes: Take the default for every question.
-        label: The column to predict.
+        label: The column to predict; for survival, the time to an event.
+        event: For survival, the column that says whether the event happened (1) or the patient is censored
+            (0); `none` if nothing of the kind is to be predicted.
         levels: The meaning of each level of folders, such as `site,class`.
         patient: The column that identifies the patient.
         site: The column that names the hospital.
@@ -281,6 +284,7 @@ def new(
         raise ConfigError(f"{file} exists already; --force replaces it")
     answers = {
         "label": label,
+        "event": event,
         "levels": levels.split(",") if levels else None,
         "patient": patient,
         "site": site,

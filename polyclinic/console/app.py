@@ -116,7 +116,8 @@ class Console:
     async def _stream(self, hello: dict[str, Any], watcher: Watcher) -> AsyncIterator[bytes]:
         self.streams += 1
         try:
-            yield _event("hello", hello)
+            first = await self._in_thread(watcher.updates)  # what is known is sent before it is read again
+            yield b"".join(_event(name, data) for name, data in [("hello", hello), *first])
             if self._task is None or self._task.done():
                 self._task = asyncio.create_task(self._poll())
             sent, tick = time.monotonic(), -1

@@ -444,4 +444,5 @@ def _size(path: Path) -> int:
 
 def _is_loss(metric: str) -> bool:
     """Return whether smaller values of a metric are better."""
-    return any(word in metric for word in ("loss", "error", "brier", "ece", "mae", "mse", "hd95", "distance", "asd"))
+    losses = ("loss", "error", "brier", "ibs", "ece", "mae", "mse", "hd95", "distance", "asd")
+    return any(word in metric for word in losses)

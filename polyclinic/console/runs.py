@@ -16,7 +16,7 @@ from polyclinic.console.tail import open_regular
 from polyclinic.errors import ConfigError
 from polyclinic.studies.run.run_lock import ask_to_stop, delete
 
-BUDGET = 0.2
+BUDGET = 0.1
 """Seconds that one look spends on reading what is behind; the rest follows at the next look."""
 RESCAN_SECONDS = 5.0
 READS = frozenset({"file"})

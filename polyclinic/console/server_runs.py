@@ -13,7 +13,7 @@ from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError
 from polyclinic.engines.flare.server.job_queue import ACTIVE, OVER, Entry, Queue
 
-PREFERRED = ("auc", "dice", "accuracy", "balanced_accuracy", "mae", "loss")
+PREFERRED = ("auc", "dice", "accuracy", "balanced_accuracy", "c_index", "mae", "loss")
 LAST_FAULTS = 100
 
 

@@ -29,7 +29,7 @@ PORT_SECONDS, HANDSHAKE_SECONDS = 5.0, 60.0
 """Seconds between two checks of the server's port, and of its certificate. A dead server is shown within 15 s."""
 BUDGET = 0.1
 """Seconds that one look spends on the part of the journal that is behind."""
-LAST_ENTRIES, LAST_REPLIES = 80, 120
+LAST_ENTRIES, LAST_REPLIES = 60, 60
 CHECK, LEDGERS, POLICY, COUNT = "checks", "privacy ledgers", "policy check", "patients"
 ENDED = ("run ended", "memory deleted", "memory of an ended run removed", "memory of a silent run removed")
 """Events of the journal after which a run is not running here."""

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Journal:
             for entry in verify(path):
                 self.head, self._seq = entry["hash"], entry["seq"] + 1
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._close = weakref.finalize(self, self._file.close)
 
     def write(self, event: str, details: Mapping[str, Any] | None = None) -> str:
         """Append an entry, force it to the disk, and return the new head.
@@ -63,8 +65,8 @@ class Journal:
         return self.head
 
     def close(self) -> None:
-        """Close the file. The journal is unchanged."""
-        self._file.close()
+        """Close the file. The journal is unchanged. A journal that is no longer used is closed by itself."""
+        self._close()
 
 
 def verify(path: Path) -> Iterator[dict[str, Any]]:

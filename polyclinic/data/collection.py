@@ -126,7 +126,8 @@ class Collection:
             labels = np.array([e.label for e in kept], dtype=kind)
         names = dict.fromkeys(name for e in kept for name in e.columns)
         columns = {name: tuple(e.columns.get(name, "") for e in kept) for name in names}
-        return Table(tuple(e.id for e in kept), tuple(e.patient for e in kept), labels, columns, self.sites)
+        survival = self.info.task == "survival"
+        return Table(tuple(e.id for e in kept), tuple(e.patient for e in kept), labels, columns, self.sites, survival)
 
     def examples(self, ids: Sequence[str]) -> Dataset:
         """Return the named entries, decoded and preprocessed; with a ``patch``, as cases on disk."""

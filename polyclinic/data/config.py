@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "dicom": ("polyclinic.data.sources.dicom_images", "DicomImages"),
     "fastmri": ("polyclinic.data.sources.fastmri", "FastMri"),
     "roi-phantom": ("polyclinic.data.simulation.phantoms", "RoiPhantom"),
+    "survival-phantom": ("polyclinic.data.simulation.phantoms", "SurvivalPhantom"),
 }
 """Possible values of ``kind``: module and class of the source. Its options are the fields of the class."""
 

@@ -52,6 +52,7 @@ class Federated:
         notes: Further sentences for the reader of a report.
         public: Public images without targets, identical at all sites and the server.
         statistics: For tables, the statistics with which each site's rows are filled and scaled.
+        nearly_equal: Pairs of nearly equal images, if the study asks for them.
     """
 
     sites: Mapping[str, Mapping[str, Dataset]]
@@ -64,6 +65,7 @@ class Federated:
     notes: tuple[str, ...] = ()
     public: Dataset | None = None
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    nearly_equal: tuple[Duplicate, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,8 +116,10 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
         if "unlabeled" in sites[site]:
             sites[site]["unlabeled"] = sites[site]["unlabeled"].unlabeled()
+    alike: tuple[Duplicate, ...] = ()
     if spec.near_duplicates != "ignore":
-        notes += near_duplicate_notes(near_duplicates(sites, source.fingerprint), spec.near_duplicates == "refuse")
+        alike = near_duplicates(sites, source.fingerprint)
+        notes += near_duplicate_notes(alike, spec.near_duplicates == "refuse")
     if spec.scanners:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
     sites, copies = without_duplicates(sites, outside, spec.duplicates, notes)
@@ -137,6 +141,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         (*source.info.notes, *notes, *more),
         public,
         {site: fit for site, reader in readers.items() if isinstance(fit := _statistics(reader), Statistics)},
+        alike,
     )
 
 

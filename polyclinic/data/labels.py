@@ -1,4 +1,4 @@
-"""Conversion of labels to targets: classes, several labels, or numbers. All sources use it.
+"""Conversion of labels to targets: classes, several labels, numbers, or times to an event. All sources use it.
 
 Missing values are never a class or a number. Numbers are compared as numbers, so ``0`` and ``0.0`` are one class. Text
 is compared in one Unicode form. Names that differ only in case, spaces or punctuation are refused until ``classes``
@@ -8,6 +8,7 @@ says whether they are one.
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from polyclinic.data.formats.parsing import clean, is_missing, is_number, plain, similar
@@ -175,6 +176,97 @@ class Reading:
                 f"{_rows(len(outside), 'with')} a {name} that is not 0 to 1 ({_some(outside, words, places)}){remedy}"
             )
         return values
+
+
+@dataclass(frozen=True)
+class SurvivalReading:
+    """Rules for converting a time and an event to a target.
+
+    Attributes:
+        event_codes: The values that mean that the event happened at the time; "1" if empty.
+        censored_codes: The values that mean that the patient was last seen at the time, without the event; "0" if
+            empty.
+        missing: Words that mean a missing value.
+    """
+
+    event_codes: tuple[str, ...] = ()
+    censored_codes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def read(
+        self,
+        time: tuple[str, Sequence[str]],
+        event: tuple[str, Sequence[str]],
+        problems: list[str],
+        places: Sequence[str],
+    ) -> list[tuple[float, ...]]:
+        """Return each row's time and event, 1 or 0. Append to ``problems`` what cannot be read.
+
+        Args:
+            time: Name and cells of the column of times.
+            event: Name and cells of the column of events.
+            problems: List of problems.
+            places: Name of each row in messages.
+        """
+        reading = Reading(missing=self.missing)
+        times = reading._numbers(*time, False, problems, places)
+        reading._refuse_missing(*event, problems, places)
+        lost = {*self.unlabeled(time[1], event[1])}
+        if bad := [i for i, t in enumerate(times) if t <= 0 and i not in lost and is_number(clean(time[1][i]))]:
+            problems.append(
+                f"{_rows(len(bad), 'with')} a {time[0]} of 0 or less ({_some(bad, time[1], places)}): a time to an "
+                "event is above 0; correct these rows, or remove them from the table"
+            )
+        codes = dict.fromkeys(map(_code, self.censored_codes or ("0",)), 0.0)
+        codes |= dict.fromkeys(map(_code, self.event_codes or ("1",)), 1.0)
+        known = [(i, _code(word)) for i, word in enumerate(event[1]) if i not in lost]
+        if unknown := Counter(code for _, code in known if code not in codes):
+            listed = ", ".join(f"{code!r} ({n})" for code, n in unknown.most_common(MOST_ROWS))
+            problems.append(
+                f"{_rows(sum(unknown.values()), 'with')} an unknown {event[0]}: {listed}. Events are 1, and 0 if "
+                'censored; name other values with event_codes = ["2"] and censored_codes = ["1"]'
+            )
+        return [(t, codes.get(_code(word), 0.0)) for t, word in zip(times, event[1], strict=True)]
+
+    def unlabeled(self, times: Sequence[str], events: Sequence[str]) -> list[int]:
+        """Return the positions of rows in which the time or the event is missing."""
+        return [
+            i
+            for i, cells in enumerate(zip(times, events, strict=True))
+            if any(is_missing(c, self.missing) for c in cells)
+        ]
+
+
+def _code(word: str) -> str:
+    return plain(clean(word)).casefold()
+
+
+UNITS = "The median time is"
+FACTOR, FEWEST_TIMES = 7.0, 10
+"""Ratio of median times of sites from which units may differ (a week has 7 days), and rows that a site needs."""
+
+
+def survival_notes(targets: Sequence[tuple[float, ...]], sites: Sequence[str]) -> list[str]:
+    """Return sentences on times that may have different units at different sites, and on data without an event.
+
+    Args:
+        targets: Time and event of each row.
+        sites: The site of each row; empty if it is not known.
+    """
+    notes = []
+    if targets and not any(event for _, event in targets):
+        notes.append("No row has an event: all are censored, so nothing can be learned from these data alone.")
+    by_site: dict[str, list[float]] = defaultdict(list)
+    for (time, _), site in zip(targets, sites, strict=False):
+        by_site[site].append(time)
+    medians = {site: median(found) for site, found in by_site.items() if len(found) >= FEWEST_TIMES and site}
+    least, most = min(medians, key=medians.__getitem__, default=""), max(medians, key=medians.__getitem__, default="")
+    if medians and medians[most] >= FACTOR * medians[least]:
+        notes.append(
+            f"{UNITS} {medians[least]:g} at {least} and {medians[most]:g} at {most}: check that all sites use one "
+            "unit, such as days."
+        )
+    return notes
 
 
 def _rows(count: int, joint: str) -> str:

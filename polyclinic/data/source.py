@@ -19,7 +19,7 @@ from polyclinic.data.examples import DataError, Dataset
 HIDDEN = {"hidden": True}
 """Metadata of a source's field that a study file cannot set."""
 
-Task = Literal["classification", "multilabel", "regression", "segmentation", "reconstruction"]
+Task = Literal["classification", "multilabel", "regression", "survival", "segmentation", "reconstruction"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Info:
         modality: Such as ``"CT"`` or ``"table"``.
         organ: Such as ``"lung"``.
         task: Type of prediction.
-        classes: The names of the classes (of labels, or of mask values), in order; empty for regression.
+        classes: The names of the classes (of labels, or of mask values), in order; empty for regression and survival.
         license: As stated by the publisher of the data.
         citation: Publication to cite.
         url: Origin of the data.
@@ -60,9 +60,11 @@ class Table:
     Attributes:
         ids: Unique name of each example.
         patients: Patient of each example. If unknown, the example's own id, which the source states in its notes.
-        labels: A class per row (int64 [n]), several (float32 [n, L]), a number (float32 [n, 1]), or None for masks.
+        labels: A class per row (int64 [n]), several (float32 [n, L]), a number (float32 [n, 1]), time and event
+            (float32 [n, 2], with ``survival``), or None for masks.
         columns: Further columns, as text, such as hospital, scanner or the source's own split.
         sites: The names of the columns that can name a site, the natural one first.
+        survival: Whether labels are a time and an event.
     """
 
     ids: tuple[str, ...]
@@ -70,6 +72,7 @@ class Table:
     labels: "np.ndarray[Any, Any] | None"
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sites: tuple[str, ...] = ()
+    survival: bool = False
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.patients), *(len(c) for c in self.columns.values())}
@@ -82,6 +85,8 @@ class Table:
             raise DataError(
                 f"{len(bad)} of {len(self)} labels are NaN or infinite ({some}): correct or leave out those rows"
             )
+        if self.survival and self.labels is not None:
+            _require_survival(self.labels, self.patients)
         if len(set(self.ids)) != len(self.ids):
             seen: set[str] = set()
             twice = sorted({name for name in self.ids if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
@@ -103,7 +108,35 @@ class Table:
             None if self.labels is None else self.labels[np.asarray(rows, dtype=np.int64)],
             {name: tuple(column[i] for i in rows) for name, column in self.columns.items()},
             self.sites,
+            self.survival,
         )
+
+
+def _require_survival(labels: "np.ndarray[Any, Any]", patients: Sequence[str]) -> None:
+    """Require that labels are times above 0 and events of 0 or 1, equal for all rows of a patient.
+
+    Raises:
+        DataError: If they are not. The message says what to change.
+    """
+    if labels.ndim != 2 or labels.shape[1] != 2:
+        raise DataError(
+            f"the targets of survival are a time and an event for each example, not of shape {labels.shape}"
+        )
+    problems = []
+    if bad := int((labels[:, 0] <= 0).sum()):
+        problems.append(f"{bad} times are 0 or less: a time to an event is above 0; correct or leave out those rows")
+    if bad := int((~np.isin(labels[:, 1], (0, 1))).sum()):
+        problems.append(f"{bad} events are neither 1 nor 0 (censored)")
+    first: dict[str, tuple[float, float]] = {}
+    twice = {p for p, t in zip(patients, map(tuple, labels.tolist()), strict=True) if first.setdefault(p, t) != t}
+    if twice:
+        some = ", ".join(sorted(twice)[:3])
+        problems.append(
+            f"{len(twice)} patients have rows with different times or events ({some}): give one time and one event for "
+            "each patient"
+        )
+    if problems:
+        raise DataError(problems)
 
 
 def _not_finite(labels: "np.ndarray[Any, Any]") -> list[int]:

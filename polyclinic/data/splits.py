@@ -26,7 +26,8 @@ def strata(table: Table) -> dict[str, int]:
     """Return the stratum of each patient.
 
     Classes: the most frequent one among the patient's examples (the rarer one of a tie). Several labels: the set of
-    labels in any example. Numbers: which of ``BINS`` quantiles the mean falls into. Masks: one stratum.
+    labels in any example. Numbers: which of ``BINS`` quantiles the mean falls into. Survival: whether the event
+    happened. Masks: one stratum.
     """
     by_patient: dict[str, list[int]] = defaultdict(list)
     for row, patient in enumerate(table.patients):
@@ -41,6 +42,8 @@ def strata(table: Table) -> dict[str, int]:
             counts = Counter(labels[rows].tolist())
             most_frequent[patient] = min(counts, key=lambda c, n=counts: (-n[c], overall[c], c))  # type: ignore[misc]
         return most_frequent
+    if table.survival:
+        return {p: int(labels[rows, 1].max()) for p, rows in by_patient.items()}
     if labels.shape[1] > 1:
         patterns = {p: tuple(np.nan_to_num(labels[rows]).max(axis=0).tolist()) for p, rows in by_patient.items()}
         number = {pattern: i for i, pattern in enumerate(sorted(set(patterns.values())))}

@@ -18,7 +18,8 @@ class RoleSummary:
     Attributes:
         patients: Number of patients.
         examples: Number of examples.
-        classes: Examples per class (or with each of several labels); empty for numbers and masks.
+        classes: Examples per class (or with each of several labels; for survival, censored ones and events); empty for
+            numbers and masks.
     """
 
     patients: int
@@ -56,5 +57,8 @@ def summarize(name: str, title: str, external: bool, roles: Mapping[str, Dataset
             classes = np.bincount(labels.numpy(), minlength=len(info.classes)).tolist()
         elif labels is not None and info.task == "multilabel":
             classes = labels.sum(0).long().tolist()
+        elif labels is not None and info.task == "survival":
+            events = int(labels[:, 1].sum())
+            classes = [len(labels) - events, events]
         counts[role] = RoleSummary(len(set(examples.patients)), len(examples), tuple(classes))
     return SiteSummary(name, title, external, counts)

@@ -24,17 +24,20 @@ from polyclinic.learning.tasks.mr_reconstruction import Reconstruction
 from polyclinic.learning.tasks.own_loss import with_loss
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.tasks.survival import Survival
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
+from polyclinic.learning.training import own_training
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.image_augmentation import augmentation_of
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.own_training import OwnTraining
 from polyclinic.learning.weights.matching import StartWeights
 from polyclinic.methods.base.kept_optimizer import OWN_OPTIMIZERS, KeptOptimizer
 from polyclinic.methods.registry import Setting, build
 
 TASKS: Mapping[str, type[Task]] = {
-    task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression, Reconstruction)
+    task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression, Survival, Reconstruction)
 }
 
 
@@ -50,7 +53,7 @@ class Plan:
         tuning: Start weights, adapters and what is trained: ``weights`` (fields of ``StartWeights``), ``lora`` (fields
             of ``LowRank``) and ``train``; empty for a random start of which everything is trained.
         inputs: Shape of an example: (channels, *spatial), or (features,).
-        outputs: Number of classes, labels or values.
+        outputs: Number of classes, labels or values; for survival, of the network's outputs.
         training: Fields of ``LocalTraining``, with ``augmentation`` as a table; with ``private`` among them, ``DPSGD``
             with those fields.
         method: Name of the method.
@@ -101,6 +104,11 @@ class Plan:
         """Build the method with its transforms and evaluation."""
         task, local = self.build_task(), self.build_local()
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
+        if isinstance(local, OwnTraining) and self.method not in own_training.METHODS:
+            raise ConfigError(
+                f"{self.method} changes or repeats the steps of training, which training.loop = {local.loop!r} does "
+                f"not offer: choose {', '.join(own_training.METHODS)}, or leave loop out"
+            )
         if self.method in OWN_OPTIMIZERS and local.keep_optimizer:
             raise ConfigError(
                 f"{self.method} takes individual training steps and resets its optimizers each round: set "
@@ -162,12 +170,20 @@ def build_method(text: str) -> Evaluated[Any]:
 
 
 def local_training(table: Mapping[str, Any]) -> LocalTraining:
-    """Return the local training with the fields in ``table``; with ``private`` among them, ``DPSGD``."""
+    """Return the local training with the fields in ``table``; with ``private`` or ``loop`` among them, that kind.
+
+    Raises:
+        ConfigError: If both are.
+    """
     fields = {key: _hashable(value) for key, value in table.items() if key not in ("private", "augmentation")}
     if changes := table.get("augmentation"):
         fields["augmentation"] = augmentation_of(changes)
     private = table.get("private")
-    return DPSGD(**fields, **private) if private else LocalTraining(**fields)
+    if private and "loop" in fields:
+        raise ConfigError("training.private trains with DP-SGD, and not by training.loop: leave one of them out")
+    if private:
+        return DPSGD(**fields, **private)
+    return OwnTraining(**fields) if "loop" in fields else LocalTraining(**fields)
 
 
 def _hashable(value: Any) -> Any:

@@ -21,7 +21,7 @@ from polyclinic.errors import ConfigError
 
 JOB = PART = "describe"
 MAX_TEXT = 2**16
-CONTINUOUS = ("regression", "reconstruction", "multilabel")
+CONTINUOUS = ("regression", "survival", "reconstruction", "multilabel")
 MOST = 10_000
 
 
@@ -85,6 +85,9 @@ def describe(
         counts: list[int | None] = []
         if role in labeled and examples.labels is not None and examples.labels.ndim == 1 and kind == "classification":
             counts = hidden([int((examples.labels == c).sum()) for c in range(outputs)], min_cell)
+        elif role in labeled and examples.labels is not None and kind == "survival":
+            events = int(examples.labels[:, 1].sum())
+            counts = hidden([len(examples) - events, events], min_cell)
         patients = shown(len(set(examples.patients)))
         roles[role] = {"patients": patients, "examples": None if patients is None else len(examples), "classes": counts}
     return {"inputs": shape, "outputs": outputs, "classes": list(classes) if named else [], "roles": roles}

@@ -1,7 +1,8 @@
 """The constant baseline, and faults of methods that it shows.
 
 The constant predicts the same for every patient of a site: the class frequencies of the site's training data (of all
-training sites together for an external site), the median true value of its validation patients, or an empty mask. A
+training sites together for an external site), the median true value or the survival curve (Kaplan and Meier) of its
+validation patients, or an empty mask. A
 method that scores below it has learned nothing of use. Nothing of the constant depends on test data.
 """
 
@@ -14,6 +15,8 @@ from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.run_reader import Run, training_sites
 from polyclinic.evaluation.sample import Sample
+from polyclinic.evaluation.survival_metrics import times_of
+from polyclinic.statistics.survival import survival_curve
 from polyclinic.statistics.undefined import Array
 
 CONSTANT = "constant"
@@ -54,7 +57,12 @@ def _constant(run: Run, seed: int, site: str, p: Predictions) -> Predictions | N
         return _empty(p)
     if p.score is None or p.target is None:
         return None
-    guess = _middle(run, seed, site) if run.info.task == "regression" else _frequencies(run, site, p.score.shape[1])
+    if run.info.task == "regression":
+        guess = _middle(run, seed, site)
+    elif run.info.task == "survival":
+        guess = _survival(run, seed, site, p.score.shape[1])
+    else:
+        guess = _frequencies(run, site, p.score.shape[1])
     if guess is None:
         return None
     return Predictions(p.patient, np.tile(guess, (len(p), 1)), p.target)
@@ -86,13 +94,29 @@ def _frequencies(run: Run, site: str, classes: int) -> Array | None:
     return counts.sum(0) / counts.sum() if counts.sum() else None
 
 
-def _middle(run: Run, seed: int, site: str) -> Array | None:
+def _validation_targets(run: Run, seed: int, site: str) -> Array | None:
+    """Return the targets of a site's validation examples, of all sites' for an external site; None without any."""
     for (_, s), sites in run.validation.items():
         mine = [p for name, p in sites.items() if name == site] or list(sites.values())
         if s == seed and mine:
-            middle: Array = np.median(np.concatenate([np.asarray(p.target, float) for p in mine]), axis=0)
-            return middle
+            return np.concatenate([np.asarray(p.target, float) for p in mine])
     return None
+
+
+def _middle(run: Run, seed: int, site: str) -> Array | None:
+    targets = _validation_targets(run, seed, site)
+    return None if targets is None else np.asarray(np.median(targets, axis=0))
+
+
+def _survival(run: Run, seed: int, site: str, outputs: int) -> Array | None:
+    """Return Kaplan and Meier's curve, constant after the last observation; 0 if the score is only an order."""
+    targets = _validation_targets(run, seed, site)
+    if targets is None:
+        return None
+    if outputs == 1:
+        return np.zeros(1)
+    curve = survival_curve(targets[:, 0], targets[:, 1], np.ones((1, len(targets))), times_of(targets))[0]
+    return np.minimum.accumulate(np.nan_to_num(curve, nan=1.0))
 
 
 def faults(
@@ -148,7 +172,7 @@ def _outputs(run: Run, label: str, sites: Sequence[str]) -> Iterator[Fault]:
 
 def compared(table: Mapping[str, Metric], primary: Metric) -> dict[str, Metric]:
     """Return the metrics of a task by which methods are compared with the constant, the primary one first."""
-    return {name: table[name] for name in dict.fromkeys([primary.name, "brier", "accuracy"]) if name in table}
+    return {name: table[name] for name in dict.fromkeys([primary.name, "brier", "ibs", "accuracy"]) if name in table}
 
 
 def _below(
@@ -164,8 +188,8 @@ def _below(
         ours, theirs = (float(data.by_seed(m, both, metric).mean()) for m in (label, CONSTANT))
         if metric.sign * (ours - theirs) < -1e-9:
             verdict = data.difference(label, CONSTANT, both, metric).verdict()
-            kind = "the base rate" if metric.name == "brier" else "a constant prediction"
+            kind = {"brier": "the base rate", "ibs": "the Kaplan-Meier curve"}.get(metric.name, "a constant prediction")
             text = (
                 f"has a worse {metric.label} than {kind}: {ours:.3f} against {theirs:.3f}, mean over sites ({verdict})"
             )
-            yield Fault(label, 4 if metric is primary or metric.name == "brier" else 3, text)
+            yield Fault(label, 4 if metric is primary or metric.name in ("brier", "ibs") else 3, text)

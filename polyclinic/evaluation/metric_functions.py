@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from polyclinic.evaluation.calibration import CALIBRATION
 from polyclinic.evaluation.metric import Kernel, Metric, Proportions
+from polyclinic.evaluation.survival_metrics import SURVIVAL
 from polyclinic.statistics.auc import auc_of, sums_by_score
 from polyclinic.statistics.undefined import Array, Undefined
 
@@ -242,6 +243,7 @@ def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
         "classification": {**CLASSIFICATION, **(CALIBRATION if classes == 2 else error)},
         "multilabel": {**CLASSIFICATION, **error},
         "regression": REGRESSION,
+        "survival": SURVIVAL,
         "segmentation": {k: m for k, m in PER_CASE.items() if k not in IMAGE_QUALITY},
         "reconstruction": {k: PER_CASE[k] for k in IMAGE_QUALITY},
     }

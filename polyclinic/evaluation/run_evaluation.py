@@ -38,6 +38,8 @@ BOUNDED = (
     "average_precision",
     "dice",
     "nsd",
+    "c_index",
+    "uno_c",
 )
 
 

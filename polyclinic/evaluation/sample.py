@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.evaluation.metric import Metric
-from polyclinic.evaluation.records.predictions import Cases, as_cases, unit_of
+from polyclinic.evaluation.records.predictions import AVERAGED_TARGETS, Cases, as_cases, unit_of
 from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.statistics.intervals import Estimate, delong, effective_number, mean_of_limits, proportion, student
 from polyclinic.statistics.jackknife import Jackknife, Spread, added, mean_of_dependent
@@ -385,7 +385,7 @@ def sample(run: Run, level: float, unit: str = "patient") -> Sample:
     Raises:
         ValueError: If ``unit`` is neither ``"patient"`` nor ``"image"``.
     """
-    regression = run.info.task == "regression"
+    regression = run.info.task in AVERAGED_TARGETS
     unit = unit_of([p for sites in run.arms.values() for p in sites.values()], run.info.task, unit)
     cases = {
         arm: {s: as_cases(p, unit, regression) for s, p in sites.items()} for arm, sites in run.arms.items() if sites

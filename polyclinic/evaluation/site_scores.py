@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.evaluation.metric import Metric
-from polyclinic.evaluation.records.predictions import as_cases, predictions_of
+from polyclinic.evaluation.records.predictions import AVERAGED_TARGETS, as_cases, predictions_of
 from polyclinic.statistics.undefined import Undefined
 
 
@@ -23,7 +23,7 @@ def scores_on_test(
     Returns:
         The value of each metric that the cases determine.
     """
-    cases = as_cases(predictions_of(outputs, task), regression=task == "regression")
+    cases = as_cases(predictions_of(outputs, task), regression=task in AVERAGED_TARGETS)
     scores = {}
     for name, metric in metrics.items():
         try:

@@ -32,18 +32,26 @@ class Leak:
         inputs: Number of test examples whose input also occurs in training or validation data, byte for byte.
         examples: Number of test examples.
         sites: The sites of these test examples.
+        nearly_equal: Number of test examples that nearly equal one of training or validation data, if the study
+            searched for them.
     """
 
     patients: int
     inputs: int
     examples: int
     sites: tuple[str, ...]
+    nearly_equal: int = 0
 
 
 def leak(run: Run) -> Leak | None:
     """Return what test data share with training or validation data; None if nothing is known to be shared."""
     found = _by_identity(run.path / IDENTITY) or _by_numbers(run)
-    return found if found is not None and (found.patients or found.inputs) else None
+    near = run.info.data.near_duplicates
+    tested = sum(s.examples.get("test", 0) for s in run.info.sites)
+    found = found or Leak(0, 0, tested, ())
+    sites = tuple(sorted({*found.sites, *near}))
+    found = replace(found, nearly_equal=sum(near.values()), examples=found.examples or tested, sites=sites)
+    return found if found.patients or found.inputs or found.nearly_equal else None
 
 
 def _by_identity(file: Path) -> Leak | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Needs = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+Needs = Literal["classification", "multilabel", "segmentation", "regression", "survival", "reconstruction"]
 Way = Literal["dp-sgd", "gaussian"]
 GLOBAL = "the global model"
 NOTHING = "nothing"
@@ -480,7 +480,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("segmentation",),
             stateful=True,
             exposes=NOT_BY_EXAMPLE,
-            fidelity="departs: the network is not the published one (multi_lcnet.py)",
+            fidelity="departs: the study's network with both added modules, instead of the published multi_lcnet.py",
         ),
         Entry(
             "fedproto",
@@ -716,7 +716,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Jiang et al. 2022 (AAAI)",
             "the mean amplitude spectrum of the site's images, once, then the change of the model",
             private=("gaussian",),
-            exposes=OWN_STEPS,
+            exposes=NOT_BY_EXAMPLE,
             fidelity="departs: amplitudes are averaged before the first round, and the running mean keeps its intended decay",
         ),
         Entry(
@@ -879,7 +879,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("segmentation", "classification"),
             unlabeled=True,
             private=("gaussian",),
-            exposes=OWN_STEPS,
+            exposes=NOT_BY_EXAMPLE,
             fidelity=ABSTRACT,
         ),
         Entry(
@@ -922,7 +922,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification",),
             unlabeled=True,
             private=("gaussian",),
-            exposes=OWN_STEPS,
+            exposes=NOT_BY_EXAMPLE,
             fidelity=ABSTRACT,
         ),
     ),

@@ -1,5 +1,5 @@
-"""The installed packages that a plan needs: those that provide its method, network, loss, metrics, transforms
-and augmentations.
+"""The installed packages that a plan needs: those that provide its method, network, loss, metrics,
+transforms, augmentations and training.
 
 Every text in a plan that names an installed plug-in counts, in any place. A plan can therefore need a package
 whose plug-in it does not use, and never use one that is not counted.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from polyclinic.core.plugin_packages import Package, packages_of, texts_in
 from polyclinic.methods.catalog import METHODS
 
-PLAN_GROUPS = ("networks", "losses", "metrics", "transforms", "augmentations")
+PLAN_GROUPS = ("networks", "losses", "metrics", "transforms", "augmentations", "trainings")
 """Groups of plug-ins, besides methods, that a plan can name."""
 
 

@@ -305,6 +305,37 @@ def agreement_plot(
         return svg(figure, name, alt)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A survival curve: probabilities at the figure's times, NaN if not shown, with limits or without."""
+
+    values: Array
+    low: Array | None = None
+    high: Array | None = None
+    dashed: bool = False
+
+
+def survival_plot(name: str, alt: str, times: Array, groups: Mapping[str, Sequence[Curve]], label: str) -> str:
+    """Draw survival probabilities over time, the curves of one group in one color with one marker."""
+    with drawing(3.3, 3.9) as (figure, axes):
+        axes.set_position((0.16, 0.15, 0.8, 0.81))
+        x = np.concatenate([[0.0], times])
+        for i, (title, curves_) in enumerate(groups.items()):
+            color, mark = CURVES[i % len(CURVES)], MARKS[i % len(MARKS)]
+            for k, curve in enumerate(curves_):
+                y, style = np.concatenate([[1.0], curve.values]), "--" if curve.dashed else "-"
+                face = "white" if curve.dashed else color
+                axes.plot(
+                    x, y, style, color=color, lw=1.4, marker=mark, ms=3.6, mfc=face, label=title if not k else None
+                )
+                if curve.low is not None and curve.high is not None:
+                    low, high = (np.concatenate([[1.0], v]) for v in (curve.low, curve.high))
+                    axes.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
+        axes.set(xlim=(0, 1.03 * float(x[-1])), ylim=(0, 1.03), xlabel=label, ylabel="Survival probability")
+        axes.legend(frameon=False, loc="lower left", fontsize=8)
+        return svg(figure, name, alt)
+
+
 def ranks_plot(name: str, alt: str, ranking: Ranking, titles: Mapping[str, str]) -> str:
     """Draw mean ranks (Demšar): a bar joins methods whose ranks do not differ significantly."""
     k = len(ranking.methods)

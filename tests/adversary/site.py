@@ -223,11 +223,17 @@ def silent(said: Said) -> None:
 
 
 def without(root: Path, an: RunRequest, site: str, count: int = 3) -> Tree:
-    """The model of the same run in which ``site`` fails at every request."""
-    end = run(root / "without", an, {site: silent}, count=count)
-    assert end.model is not None, end.why
-    shutil.rmtree(root / "without" / "server")
-    return end.model
+    """The model of the same run in which ``site`` fails at every request. It is trained once for each run request."""
+    key = (an.hash, site, count)
+    if key not in _without:
+        end = run(root / "without", an, {site: silent}, count=count)
+        assert end.model is not None, end.why
+        shutil.rmtree(root / "without" / "server")
+        _without[key] = end.model
+    return _without[key]
+
+
+_without: dict[tuple[str, str, int], Tree] = {}
 
 
 def same_model(one: Tree | None, other: Tree) -> bool:

@@ -51,15 +51,33 @@ ALIKE = {
     "fedadagrad",
     "fedyogi",
 }
+NOISE_ON_REPLIES = {
+    "fedavg",
+    "scaffold",
+    "fedbn",
+    "ditto",
+    "mime",
+    "ifca",
+    "krum",
+    "fedadam",
+    "feddyn",
+    "moon",
+    "swarm",
+}
 RARE = {
     ("prr-fl", "dp-sgd"),
     ("fedsoup", "dp-sgd"),
 }  # what depends on the patient here does so for few data sets: shown by itself, below
 
 
+def slow(name: str, way: Way) -> bool:
+    """By default one way for each method: noise on gradients; noise on replies, of one method of each kind."""
+    return name in TAKES_LONG | ALIKE or (way == "gaussian" and name not in NOISE_ON_REPLIES)
+
+
 def cases(declared: bool) -> list[Any]:
     return [
-        pytest.param(name, way, id=f"{name}-{way}", marks=[pytest.mark.slow] if name in TAKES_LONG | ALIKE else [])
+        pytest.param(name, way, id=f"{name}-{way}", marks=[pytest.mark.slow] if slow(name, way) else [])
         for name, line in METHODS.items()
         for way in WAYS
         if (way in line.private) == declared and (name, way) not in RARE
@@ -134,7 +152,7 @@ def test_every_method_that_is_not_covered_says_why() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), [(n, w) for n, line in METHODS.items() for w in line.private])
 def test_what_is_declared_covered_is_covered_at_all_sites(name: str, way: Way) -> None:
-    for kind in METHODS[name].tasks or ("classification", "multilabel", "regression"):
+    for kind in METHODS[name].tasks or ("classification", "multilabel", "regression", "survival"):
         if way == "dp-sgd" and kind == "segmentation":
             continue  # its loss cannot be taken example by example, which is reported
         found = audited(typical(name, way, kind), full=True)
@@ -400,6 +418,7 @@ def test_neighbors_differ_in_one_unit_and_nothing_else() -> None:
         "classification",
         "multilabel",
         "regression",
+        "survival",
         *(pytest.param(k, marks=pytest.mark.slow) for k in ("segmentation", "reconstruction")),
     ],
 )

@@ -56,6 +56,14 @@ def test_a_journal_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert [(e["seq"], e["previous"] == last["hash"]) for e in verify(path)][-2:] == [(3, False), (4, True)]
 
 
+def test_a_journal_that_is_no_longer_used_is_closed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.jsonl")
+    file = journal._file
+    journal.write("a")
+    del journal
+    assert file.closed
+
+
 def test_an_empty_file_is_a_journal_of_nothing(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.touch()

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from polyclinic.evaluation.constant_baseline import CONSTANT
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import evaluate
+from polyclinic.evaluation.split_faults import Leak
 from polyclinic.report.context import ReportContext
 from polyclinic.report.sections.highlights import findings
 from polyclinic.report.sections.test_results import methods_section
@@ -223,3 +224,34 @@ def test_a_metric_that_no_case_has_is_undefined_and_not_zero(tmp_path: Path) -> 
             assert values["hd95"].value > 0
             assert values["nsd"].value is None
             assert values["volume_error"].value is None
+
+
+def test_nearly_equal_test_images_are_named_if_the_study_searched_for_them(tmp_path: Path) -> None:
+    path = made(tmp_path / "r")
+    info = json.loads((path / "run.json").read_text())
+    info["data"]["near_duplicates"] = {"bo": 3}
+    (path / "run.json").write_text(json.dumps(info))
+    assert first(path) == (
+        "Test data and training or validation data overlap at bo: 3 test examples nearly equal a training or "
+        "validation example. The results below are therefore too good by an unknown amount."
+    )
+    assert evaluate(read_run(path)).leak == Leak(0, 0, 70, ("bo",), 3)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "parameters", "words"),
+    [
+        ([90], 2, 100, "The network has 100 parameters, fewer than the 182 of a linear model of its 90 inputs"),
+        ([90], 2, 182, ""),  # a linear model is no small network
+        ([1, 64, 64], 2, 632, "The network has 632 parameters, which is few for images of 64 × 64 pixels"),
+        ([1, 64, 64], 2, 1200, ""),
+        ([1, 8, 8], 2, 632, ""),  # so are these images
+        ([], 2, 10, ""),  # a run of another program does not say what its inputs are
+    ],
+)
+def test_a_network_much_too_small(tmp_path: Path, inputs: list[int], outputs: int, parameters: int, words: str) -> None:
+    path = made(tmp_path / "r")
+    info = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(info | {"inputs": inputs, "outputs": outputs, "parameters": parameters}))
+    found = [f.text for f in findings(context(path)) if f.text.startswith("The network has")]
+    assert [text.partition(":")[0] for text in found] == ([words] if words else [])

@@ -13,6 +13,7 @@ from polyclinic.core.method import Method
 from polyclinic.core.pipeline import send_through
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.batch_statistics import batches, recomputed
 from polyclinic.learning.networks.network_catalog import Network
@@ -53,7 +54,7 @@ def classifies(name: str) -> bool:
 HAVE = [name for name, entry in METHODS.items() if entry.newcomers and name not in ("pooled", "histofl", "frozen")]
 
 
-def trained(method: Method[Any], sites: dict[str, Site], params: dict[str, Any], rounds: int = 2) -> Any:
+def trained(method: Method[Any], sites: dict[str, Site], params: Tree, rounds: int = 2) -> Any:
     engine, state = InProcess(method, sites, server_data=held_by_server(sites)), method.init(params)
     for step in train(method, engine, state, rounds=rounds):
         state = step.state
@@ -64,12 +65,6 @@ def newcomer(sites: dict[str, Site]) -> Site:
     """A site with test data of the same shape, and nothing to train on."""
     return Site("elsewhere", {"test": sites["site-1"].data["test"]})
 
-
-# One of each way to a model for an unseen site; the others are slow tests.
-QUICK = (
-    *("fedavg", "fedavg-recomputed", "silobn", "ditto", "apfl", "moon", "fed-moe", "ifca", "fedsm", "krum", "feddf"),
-    *("fedbabu", "combat", "split", "swarm", "fedmoco", "data-vectors", "local", "scaffold"),
-)
 
 SAME = {
     "fedavg": {
@@ -118,30 +113,43 @@ def newcomers_model(name: str, rounds: int) -> tuple[list[str], bytes]:
     return unchanged, scores.numpy().tobytes()
 
 
-ALONE = [n for n in HAVE if n in QUICK or not classifies(n)]
-
-
 def rounds_of(name: str) -> int:
     return 5 if METHODS[name].unlabeled else 2  # after a warm-up or pretraining
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALONE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "fedvss" else pytest.mark.slow) for n in HAVE if not classifies(n)]
+)
 def test_no_part_is_untrained(name: str) -> None:
     assert newcomers_model(name, rounds_of(name))[0] == []
 
 
-@pytest.mark.slow
-def test_no_part_is_untrained_and_no_two_methods_share_all_digits() -> None:
-    """All methods for classification, on the same data. FedAvg is also compared with methods of five rounds."""
+# One of each way to a model for an unseen site.
+QUICK = {
+    *("fedavg", "fedavg-recomputed", "silobn", "ditto", "swarm", "apfl", "moon", "fed-moe", "ifca", "fedsm", "krum"),
+    *("feddf", "fedbabu", "combat", "split", "u-split", "fedmoco", "data-vectors", "scaffold"),
+} & set(HAVE)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(QUICK, id="some"),
+        pytest.param({n for n in HAVE if classifies(n)}, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_no_part_is_untrained_and_no_two_methods_share_all_digits(names: set[str]) -> None:
+    """Methods for classification, on the same data. FedAvg is also compared with methods of five rounds."""
     untrained: dict[str, list[str]] = {}
     digests: dict[bytes, set[str]] = {}
-    for name, rounds in [*((n, rounds_of(n)) for n in HAVE if classifies(n)), ("fedavg", 5)]:
+    for name, rounds in [*((n, rounds_of(n)) for n in HAVE if n in names), ("fedavg", 5)]:
         unchanged, scores = newcomers_model(name, rounds)
         untrained |= {name: unchanged} if unchanged else {}
         digests.setdefault(scores, set()).add(name)
     assert not untrained
-    shared = [names for names in digests.values() if len(names) > 1]
-    assert sorted(map(sorted, shared)) == sorted(sorted([name, *others]) for name, others in SAME.items())
+    shared = [found for found in digests.values() if len(found) > 1]
+    expected = [{name, *others} & names for name, others in SAME.items()]
+    assert sorted(map(sorted, shared)) == sorted(sorted(found) for found in expected if len(found) > 1)
     assert METHODS["ditto"].unseen == FEDAVG
     assert METHODS["silobn"].unseen == METHODS["fedavg-recomputed"].unseen == RECOMPUTED
 

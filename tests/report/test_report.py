@@ -207,12 +207,13 @@ def test_a_site_with_one_class_has_no_auc_and_the_page_says_why(tmp_path: Path) 
     json.loads((path / "report" / "report.json").read_text(), parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize("task", ["segmentation", "regression", "multilabel", "reconstruction"])
+@pytest.mark.parametrize("task", ["segmentation", "regression", "survival", "multilabel", "reconstruction"])
 def test_other_tasks(tmp_path: Path, task: str) -> None:
     page = built(tmp_path / "r", task=task, seeds=(0, 1), methods=("local", "pooled", "fedavg", "fedprox"))
     words = {
         "segmentation": "Empty predictions for non-empty targets",
         "regression": "Bland and Altman",
+        "survival": "Kaplan-Meier",
         "multilabel": "Over all labels",
         "reconstruction": "NMSE",
     }

@@ -67,6 +67,7 @@ def write_run(
         "multilabel": "auc",
         "segmentation": "dice",
         "regression": "mae",
+        "survival": "c_index",
         "reconstruction": "psnr",
     }[task]
     classes = {
@@ -74,6 +75,7 @@ def write_run(
         "multilabel": ["effusion", "edema", "nodule"],
         "segmentation": ["nodule"],
         "regression": [],
+        "survival": [],
         "reconstruction": [],
     }[task]
     (path / "study.toml").write_text(f'name = "made-up"\ntask = "{task}"\nrounds = {ROUNDS}\nseeds = {list(seeds)}\n')
@@ -132,7 +134,7 @@ def write_run(
                 arm = path / "arms" / f"{m}-seed{seed}"
                 arm.mkdir(parents=True, exist_ok=True)
                 save_file(_predictions(m, seed, sites, task, images, "test"), arm / "predictions.safetensors")
-                if task == "classification":
+                if task in ("classification", "survival"):
                     own = {s: v for s, v in sites.items() if v[0] == "training"}
                     save_file(_predictions(m, seed, own, task, images, "val"), arm / "validation.safetensors")
     if privacy and "fedprox" in methods:
@@ -231,6 +233,14 @@ def _predictions(m: str, seed: int, sites: Sites, task: str, images: int, role: 
             y = base.normal(60, 12, size=n)[patient]
             guess = y + (8 / max(skill, 0.4)) * (0.8 * common + own) + 2 * shift
             found[f"{s}/score"], found[f"{s}/target"] = guess[:, None].astype(np.float32), y[:, None].astype(np.float32)
+        elif task == "survival":
+            months = 20 * base.exponential(size=n)[patient] + 0.5
+            seen = np.minimum(months, base.uniform(5, 60, size=n)[patient])
+            risk = 1 / (1 + np.exp(-(0.6 * skill * (1 - np.log(months / 20)) + 0.5 * own + shift - 1)))
+            times = np.array([6.0, 12.0, 24.0])
+            found[f"{s}/score"] = (np.exp(-risk[:, None] * times / 12)).astype(np.float32)
+            found[f"{s}/target"] = np.stack([seen, months <= seen], 1).astype(np.float32)
+            found[f"{s}/times"] = np.tile(times, (len(patient), 1)).astype(np.float32)
         elif task == "reconstruction":
             db = (26 + 2 * skill + 1.5 * common + 0.5 * own)[:, None]
             found[f"{s}/psnr"], found[f"{s}/nmse"] = db.astype(np.float32), (10 ** (-db / 15)).astype(np.float32)

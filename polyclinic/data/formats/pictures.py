@@ -69,18 +69,25 @@ def read_picture(path: str | os.PathLike[str], limits: Limits = LIMITS) -> Pixel
     path = Path(path)
     regular_file(path, limits)
     with open(path, "rb") as file:
-        tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        head = file.read(64)
+    tiff = head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     with refusing(path, "is not a sound PNG, JPEG, TIFF, BMP or WebP picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _tiff(path, limits) if tiff else _pillow(path, limits)
+        return _tiff(path, limits) if tiff else _pillow(path, head, limits)
 
 
-def _pillow(path: Path, limits: Limits, inverted: bool = False) -> Pixels:
-    """Read a picture with Pillow. ``inverted``: whether 0 is white in numbers that Pillow does not invert."""
+def _pillow(path: Path, head: bytes, limits: Limits, inverted: bool = False) -> Pixels:
+    """Read a picture with Pillow.
+
+    Args:
+        path: The file.
+        head: Its first 64 bytes.
+        limits: Limits on the file.
+        inverted: Whether 0 is white in numbers that Pillow does not invert.
+    """
     from PIL import Image
 
-    with open(path, "rb") as file:
-        lossless = b"VP8L" in file.read(64)  # WebP
+    lossless = b"VP8L" in head  # WebP
     try:
         picture = Image.open(path, formats=_FORMATS)
     except Image.DecompressionBombError:
@@ -93,7 +100,7 @@ def _pillow(path: Path, limits: Limits, inverted: bool = False) -> Pixels:
         jpeg = picture.format == "JPEG" or "jpeg" in str(picture.info.get("compression", ""))
         lossy = jpeg or (picture.format == "WEBP" and not lossless)
         orientation = int(picture.getexif().get(0x0112, 1) or 1)
-        depth, kind = _png_kind(path)
+        depth, kind = _png_kind(head)
         if depth == 16 and kind == GRAY_ALPHA:
             raise Unreadable(path, "is gray in 16 bits with transparency; save it without transparency")
         if depth == 16 and kind in COLORS:
@@ -101,8 +108,8 @@ def _pillow(path: Path, limits: Limits, inverted: bool = False) -> Pixels:
             return Pixels(_sixteen_bit_colors(path), 65535.0, orientation if orientation in _TURNS else 1)
         picture.load()
         gray = picture.mode in ("1", "LA", "La")
-        array = np.asarray(picture if picture.mode in _PLAIN else picture.convert("L" if gray else "RGB"))
-    array = array.astype(array.dtype.newbyteorder("="))
+        array = np.array(picture if picture.mode in _PLAIN else picture.convert("L" if gray else "RGB"))
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == np.int32 and picture.format == "PNG":  # 16 bits in older versions of Pillow
         array = array.astype(np.uint16)
     scale = float(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else None
@@ -110,11 +117,9 @@ def _pillow(path: Path, limits: Limits, inverted: bool = False) -> Pixels:
     return Pixels(array, scale, orientation if orientation in _TURNS else 1, lossy)
 
 
-def _png_kind(path: Path) -> tuple[int, int]:
-    """Return bit depth and color type of a PNG; (0, 0) of other files."""
-    with open(path, "rb") as file:
-        head = file.read(26)
-    return (head[24], head[25]) if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 else (0, 0)
+def _png_kind(head: bytes) -> tuple[int, int]:
+    """Return bit depth and color type of a PNG from its first bytes; (0, 0) of other files."""
+    return (head[24], head[25]) if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) > 25 else (0, 0)
 
 
 def _sixteen_bit_colors(path: Path) -> np.ndarray[Any, Any]:
@@ -154,7 +159,7 @@ def _tiff(path: Path, limits: Limits) -> Pixels:
                 )
             if orientation in _TURNS:  # Pillow does not turn all of them in the same way
                 raise Unreadable(path, f"is a compressed TIFF with orientation {orientation}: save it upright")
-            return _pillow(path, limits, inverted and bits > 8)
+            return _pillow(path, b"", limits, inverted and bits > 8)
         if int(page.compression) in _DEFLATE:
             _inflates_to_its_size(path, file, page)
         array = page.asarray()
@@ -163,7 +168,7 @@ def _tiff(path: Path, limits: Limits) -> Pixels:
         array = _without_alpha(array, page)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
+    array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
     scale = float(2**bits - 1) if array.dtype.kind == "u" else None
     if inverted and scale is not None:
         array = (int(scale) - array.astype(np.uint64)).astype(array.dtype)

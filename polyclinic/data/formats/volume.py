@@ -55,7 +55,9 @@ class Volume:
             raise ValueError(f"a volume is [Z, Y, X] or [C, Z, Y, X], not {tuple(self.array.shape)}")
         if tuple(self.affine.shape) != (4, 4) or self.affine.dtype != torch.float64:
             raise ValueError("an affine is a 4 x 4 tensor of float64")
-        if not bool(torch.isfinite(self.affine).all()) or abs(float(torch.linalg.det(self.affine[:3, :3]))) < 1e-12:
+        (a, b, c, x), (d, e, f, y), (g, h, i, z), last = self.affine.tolist()
+        determinant = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+        if not all(map(math.isfinite, (determinant, x, y, z, *last))) or abs(determinant) < 1e-12:
             raise ValueError("the affine is singular or not finite: it does not place the voxels in space")
 
     @property
@@ -89,7 +91,7 @@ def nearest_axes(affine: Tensor) -> Turn:
 
 def nearest_turn(columns: Tensor) -> Turn:
     """Return the permutation and signs nearest to a 3 x 3 matrix of direction cosines."""
-    cosines = [[float(columns[world, axis]) for axis in range(3)] for world in range(3)]
+    cosines: list[list[float]] = columns.tolist()
     orders = [(a, b, c) for a, b, c in itertools.permutations(range(3))]
     best = max(orders, key=lambda order: sum(abs(cosines[order[axis]][axis]) for axis in range(3)))
     return best, tuple(1 if cosines[best[axis]][axis] >= 0 else -1 for axis in range(3))
@@ -182,10 +184,18 @@ def as_image(
 
     Without ``fill`` (None) a file with such voxels is refused.
     """
+    bounded = (
+        stored.dtype.kind in ("b", "u", "i") and stored.dtype.itemsize <= 2 and abs(slope) < 1e30 and abs(inter) < 1e30
+    )
+    scaled = stored
     if (slope, inter) != (1.0, 0.0):  # 32-bit integers lose digits in float32 before scaling
         wide = np.float64 if stored.dtype.itemsize > 2 else np.float32
-        stored = np.multiply(stored, slope, dtype=wide) + inter
-    values = torch.from_numpy(stored.astype(np.float32))
+        scaled = stored.astype(wide) if slope == 1 else np.multiply(stored, slope, dtype=wide)
+        if inter:
+            scaled += inter
+    values = torch.from_numpy(scaled.astype(np.float32, copy=scaled is stored))
+    if bounded:
+        return values, ()
     finite = torch.isfinite(values)
     if bool(finite.all()):
         return values, ()

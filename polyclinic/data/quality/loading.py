@@ -15,6 +15,7 @@ from polyclinic.data.filename_screening import shown
 from polyclinic.data.files import ImageOptions
 from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
+from polyclinic.data.labels import UNITS
 from polyclinic.data.quality.findings import Finding
 from polyclinic.data.quality.folder_layout import Item, Layout
 from polyclinic.data.quality.recognition import Recognized, recognize
@@ -57,7 +58,10 @@ class Loaded:
         found = [Finding("error", "study", f"a study refuses this data: {_masked(text)}") for text in self.problems]
         if self.open:
             found.append(Finding("note", "study", _masked(self.open)))
-        return found + [Finding("note", "source", _masked(note.rstrip("."))) for note in self.notes]
+        for note in self.notes:
+            warned = note.startswith((UNITS, "No row has an event"))
+            found.append(Finding("warning" if warned else "note", "source", _masked(note.rstrip("."))))
+        return found
 
     @property
     def data(self) -> dict[str, Any]:
@@ -88,7 +92,8 @@ def load(
     except DataError as error:
         return Loaded(recognized, problems=tuple(error.problems))
     known = not any(note in (UNKNOWN_PATIENTS, UNKNOWN_PATIENTS.replace("image", "row")) for note in info[1])
-    notes = tuple(note for note in info[1] if "Left out" in note or "left out" in note or "by their names" in note)
+    told = ("Left out", "left out", "by their names", UNITS, "No row has an event")
+    notes = tuple(note for note in info[1] if any(words in note for words in told))
     if not isinstance(source, FromFiles):
         return Loaded(recognized, table, info[0], known, notes=notes)
     found = source.collection

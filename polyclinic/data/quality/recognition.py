@@ -38,6 +38,40 @@ TARGETS = (
     *("sex", "age"),
 )
 """Names of columns that are taken for the label if no usual name of a label occurs, in this order."""
+TIMES = (
+    *("time", "survivaltime", "timetoevent", "duration", "followup", "followuptime", "futime", "survtime", "ostime"),
+    *(
+        "osmonths",
+        "osdays",
+        "os",
+        "pfstime",
+        "pfsmonths",
+        "dfstime",
+        "dfsmonths",
+        "survivaldays",
+        "survivalmonths",
+        "t",
+    ),
+)
+"""Names of columns of times to an event, as keys."""
+EVENTS = (
+    "event",
+    "status",
+    "death",
+    "dead",
+    "died",
+    "osstatus",
+    "osevent",
+    "pfsstatus",
+    "pfsevent",
+    "dfsstatus",
+    "deathevent",
+    "e",
+)
+"""Names of columns that say whether the event happened, as keys, in this order."""
+HAPPENED = ({"1"}, {"2"}, {"dead", "deceased", "died", "1:deceased", "event", "yes", "true"})
+CENSORED = ({"0"}, {"1"}, {"alive", "living", "0:living", "censored", "no", "false"})
+"""Values of such a column: in the usual code 0 and 1, in that of R, and in words."""
 QUANTITIES = ("age", "time", "survival", "score", "volume", "weight", "height", "bmi")
 """Names of columns of numbers that are quantities, however few values occur."""
 _SITE = re.compile(r"(?i)^(site|hospital|clinic|cent(er|re)|institution|scanner|vendor|lab)[ _-]?\w*$")
@@ -316,6 +350,35 @@ def _target(draft: _Draft, name: str, cells: Sequence[str]) -> None:
         draft.why.append(f"{lost} rows without {name} are left out")
 
 
+def _survival(draft: _Draft, columns: Mapping[str, Sequence[str]], apart: set[str]) -> bool:
+    """Recognize a column of times with one of events; return whether there are both."""
+    by_key = {key_of(name): name for name in columns if name not in apart}
+    answers = {key: str(draft.answers[key]) for key in ("label", "event") if key in draft.answers}
+    time = answers.get("label") or next((by_key[key] for key in TIMES if key in by_key), "")
+    event = answers.get("event") or next((by_key[k] for k in EVENTS if k in by_key and by_key[k] != time), "")
+    if not {time, event} <= columns.keys() or ("label" in answers and "event" not in answers):
+        return False
+    known = [cell for cell in columns[time] if not is_missing(cell)]
+    values = {plain(clean(cell)) for cell in columns[event] if not is_missing(cell)}
+    found = [v.casefold() for v in values]
+    codes = next((i for i, yes in enumerate(HAPPENED) if {*found} <= yes | CENSORED[i] and {*found} & yes), None)
+    if "event" not in answers and (codes is None or not known or not all(map(is_number, known))):
+        return False
+    draft.task = "survival"
+    draft.options |= {"label": time, "event": event}
+    if codes:
+        draft.options["event_codes"] = sorted(v for v in values if v.casefold() in HAPPENED[codes])
+        draft.options["censored_codes"] = sorted(v for v in values if v.casefold() in CENSORED[codes])
+        listed = " and ".join(f"{key} = {draft.options[key]}" for key in ("event_codes", "censored_codes"))
+        draft.why.append(f"the values of {event} are read as {listed}")
+    draft.why.append(f'"{time}" is the time to an event, and "{event}" whether it happened')
+    pairs = zip(columns[time], columns[event], strict=True)
+    if lost := sum(is_missing(t) or is_missing(e) for t, e in pairs):
+        draft.options["missing_labels"] = "drop"
+        draft.why.append(f"{lost} rows without {time} or {event} are left out")
+    return True
+
+
 def _roles(draft: _Draft, columns: Mapping[str, Sequence[str]], apart: set[str], roles: Sequence[str]) -> set[str]:
     """Set the columns of roles by their usual names; return them."""
     found = set[str]()
@@ -384,6 +447,8 @@ def _manifest(draft: _Draft, layout: Layout, limits: Limits) -> None:
         draft.task = "segmentation"
         draft.options["mask"] = mask
         draft.why.append(f'the masks are in the column "{mask}"')
+    elif not usual and _survival(draft, columns, used):
+        pass
     elif not usual and len(flags) > 1 and "label" not in draft.answers:
         _several(draft, columns, flags)
     else:
@@ -436,8 +501,11 @@ def _table(draft: _Draft, layout: Layout, limits: Limits) -> None:
     count = len(next(iter(columns.values())))
     draft.why.append(f"{Path(draft.options['path']).name} is a table of {count} rows without images")
     used = _roles(draft, columns, {str(draft.answers.get("label", ""))}, ("patient", "site"))
-    label = _label(draft, columns, used | {*usual_columns(columns, "split")})
-    used |= identifying(columns)
+    apart = used | {*usual_columns(columns, "split")}
+    named = usual_columns({name: cells for name, cells in columns.items() if name not in apart}, "label")
+    survival = ("event" in draft.answers or not named) and _survival(draft, columns, apart)
+    label = str(draft.options["label"]) if survival else _label(draft, columns, apart)
+    used |= identifying(columns) | {str(draft.options.get("event", ""))}
     codes, words, texts = set[str](), list[str](), list[str]()
     people = columns.get(str(draft.options.get("patient")), ())
     for name, cells in columns.items():
@@ -460,7 +528,8 @@ def _table(draft: _Draft, layout: Layout, limits: Limits) -> None:
     if texts:
         draft.options["leave_out"] = texts
         draft.why.append(f"not used, because they are texts or identify patients: {', '.join(texts[:8])}")
-    _target(draft, label, [c for c in columns.get(label, []) if plain(c) not in codes])
+    if not survival:
+        _target(draft, label, [c for c in columns.get(label, []) if plain(c) not in codes])
 
 
 def _columns(draft: _Draft, layout: Layout, limits: Limits) -> dict[str, list[str]]:

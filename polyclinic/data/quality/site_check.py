@@ -265,6 +265,8 @@ def _as_loaded(report: CheckReport, loaded: Loaded, more: list[Finding]) -> Chec
     classes = report.classes
     if table.labels is not None and table.labels.ndim == 1:
         classes = Counter(shown(loaded.classes[number]) for number in table.labels.tolist())
+    elif table.survival and table.labels is not None:
+        classes = Counter("event" if event else "censored" for _, event in table.labels.tolist())
     return replace(
         report,
         patients=len(set(table.patients)) if loaded.knows_patients else None,

@@ -160,7 +160,7 @@ class Datasets:
         if self.task != "segmentation":
             flat = targets[:, None] if self.task == "regression" and targets.ndim == 1 else targets
             labels = flat.numpy()
-        return Table(tuple(rows), self._patients, labels, columns, ("site",))
+        return Table(tuple(rows), self._patients, labels, columns, ("site",), self.task == "survival")
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named items."""

@@ -24,7 +24,7 @@ from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import content_of, placed
 from polyclinic.data.formats.column_roles import column_of, detected, identifying, missing_at, named_column, no_column
 from polyclinic.data.formats.parsing import is_missing, is_number, plain
-from polyclinic.data.labels import MissingLabels, Reading
+from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, survival_notes
 from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 from polyclinic.data.sources.tabular_files import read_rows
@@ -38,7 +38,12 @@ class FeatureTable:
 
     Attributes:
         path: The file.
-        label: The column to predict; a list of columns of 0 and 1 for several labels.
+        label: The column to predict; a list of columns of 0 and 1 for several labels; with ``event``, the time to an
+            event.
+        event: The column that says whether the event happened at that time, 1, or the patient was last seen then, 0
+            (survival analysis).
+        event_codes: Values of ``event`` that mean that it happened, instead of 1.
+        censored_codes: Values of ``event`` that mean that it did not, instead of 0.
         features: The columns to predict from; if empty, every other column whose name is not usual for a patient, a
             site or a split.
         leave_out: Columns that are not features.
@@ -65,6 +70,9 @@ class FeatureTable:
 
     path: str
     label: tuple[str, ...] | str
+    event: str = ""
+    event_codes: tuple[str, ...] = ()
+    censored_codes: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
@@ -96,6 +104,10 @@ class FeatureTable:
         if self._several and (self.regression or self.threshold is not None):
             key = "regression" if self.regression else "threshold"
             problems.append(f"label lists columns of 0 and 1, and {key} is for one column: leave one of them out")
+        if self.event and (self._several or self.regression or self.threshold is not None):
+            problems.append("event = is for survival analysis: name one label, and leave regression and threshold out")
+        if not self.event and (self.event_codes or self.censored_codes):
+            problems.append("event_codes and censored_codes need event = the column that they are values of")
         if (self.statistics == "declared") != bool(self.declared):
             problems.append(
                 "declared = the file that lists inputs and their statistics; give it with statistics = "
@@ -118,7 +130,10 @@ class FeatureTable:
         }[self.statistics]
         notes = [f"Features are {'scaled and ' if self.scale else ''}filled with statistics {whose}."]
         if unlabeled := len(self._raw[self._use.labels[0]]) - len(self._kept):
-            notes.append(f"{unlabeled} rows without {' and '.join(self._use.labels)} are left out.")
+            notes.append(f"{unlabeled} rows without {self._named} are left out.")
+        if self.event:
+            sites = [self._raw[self._use.site][i] for i in self._kept] if self._use.site else []
+            notes += survival_notes(self._targets[0].tolist(), sites)
         notes += detected({"patient": (self.patient, self._use.patient), "site": (self.site, self._use.site)})
         if idle := sorted(self._apart - set(self._features) - {*self._use.columns, *self.leave_out, "split"}):
             notes.append(f"Not used as features, by their names: {', '.join(idle)}; list them in features to use them.")
@@ -133,7 +148,8 @@ class FeatureTable:
         options = sorted(
             (k, v)
             for k, v in vars(self).items()
-            if k in self.__dataclass_fields__ and k not in ("path", "about", "declared") and (k, v) != ("sheet", "")
+            if k in self.__dataclass_fields__ and k not in ("path", "about", "declared")
+            if v or k not in ("sheet", "event", "event_codes", "censored_codes")
         )
         return digest("table", 1, content_of(placed(self.path)), options, self._declared and self._declared.text())
 
@@ -156,10 +172,14 @@ class FeatureTable:
         patients = tuple(raw[use.patient][i] for i in rows) if use.patient else ids
         if use.patient and (lost := [ids[i] for i in missing_at(patients)]):
             raise DataError(f"{Path(self.path).name}: {len(lost)} rows have no {use.patient} ({', '.join(lost[:5])})")
-        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {*use.labels, use.patient}
+        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {
+            *self._use.labels,
+            use.patient,
+            use.event,
+        }
         others = [c for c in raw if c not in apart]
         columns = {c: tuple(raw[c][i] for i in rows) for c in others}
-        return Table(ids, patients, self._targets[0], columns, (use.site,) if use.site else ())
+        return Table(ids, patients, self._targets[0], columns, (use.site,) if use.site else (), bool(use.event))
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named rows as in the file, neither filled nor scaled; refused if a value is missing."""
@@ -240,7 +260,7 @@ class FeatureTable:
             return "" if self._is_missing(word) else repr(float(word)) if is_number(word) else plain(word)
 
         rows = [self._kept[self._table.row[name]] for name in ids]
-        labels = self._use.labels
+        labels = (*self._use.labels, *([self._use.event] if self._use.event else []))
         return [
             (repr([text(c, row) for c in self._features]), ", ".join(text(label, row) for label in labels))
             for row in rows
@@ -259,6 +279,8 @@ class FeatureTable:
         problems: list[str] = []
         labels = self._labels
         problems += [no_column(columns, label, "label") for label in labels if named_column(columns, label) is None]
+        if self.event and named_column(columns, self.event) is None:
+            problems.append(no_column(columns, self.event, "event"))
         if not labels:
             problems.append("needs a label: name the column to predict")
         wanted = [*self.features, *self.leave_out, *self.categories, *self.zero_is_missing]
@@ -273,9 +295,10 @@ class FeatureTable:
     def _use(self) -> "_Columns":
         raw = self._raw
         labels = tuple(named_column(raw, label) or label for label in self._labels)
-        rest = {name: cells for name, cells in raw.items() if name not in labels}
+        event = (named_column(raw, self.event) or self.event) if self.event else ""
+        rest = {name: cells for name, cells in raw.items() if name not in (*labels, event)}
         patient = column_of(rest if not self.patient else raw, "patient", self.patient, [])
-        return _Columns(labels, patient, column_of(rest if not self.site else raw, "site", self.site, []))
+        return _Columns(labels, patient, column_of(rest if not self.site else raw, "site", self.site, []), event)
 
     @cached_property
     def _apart(self) -> set[str]:
@@ -289,10 +312,19 @@ class FeatureTable:
     @cached_property
     def _kept(self) -> list[int]:
         columns = {label: self._raw[label] for label in self._use.labels}
-        lost, rows = set(self._reading.unlabeled(columns)), len(self._raw[self._use.labels[0]])
+        rows = len(self._raw[self._use.labels[0]])
+        if self.event:
+            lost = set(self._survival.unlabeled(next(iter(columns.values())), self._raw[self._use.event]))
+        else:
+            lost = set(self._reading.unlabeled(columns))
         if len(lost) == rows:
-            raise DataError(f"{Path(self.path).name}: {' and '.join(columns)} is missing in every row")
+            raise DataError(f"{Path(self.path).name}: {self._named} is missing in every row")
         return [i for i in range(rows) if self.missing_labels == "refuse" or i not in lost]
+
+    @property
+    def _named(self) -> str:
+        """The columns of labels in words."""
+        return " or ".join([*self._use.labels, self._use.event]) if self.event else " and ".join(self._use.labels)
 
     @property
     def _labels(self) -> tuple[str, ...]:
@@ -301,11 +333,17 @@ class FeatureTable:
 
     @property
     def _task(self) -> Task:
+        if self.event:
+            return "survival"
         return "multilabel" if self._several else "regression" if self.regression else "classification"
 
     @property
     def _reading(self) -> Reading:
         return Reading(() if self.threshold is not None else self.classes, missing=self.missing, renamed=True)
+
+    @property
+    def _survival(self) -> SurvivalReading:
+        return SurvivalReading(self.event_codes, self.censored_codes, self.missing)
 
     @cached_property
     def _targets(self) -> tuple[Array, tuple[str, ...]]:
@@ -313,6 +351,12 @@ class FeatureTable:
         columns = {label: [self._raw[label][i] for i in self._kept] for label in self._use.labels}
         label, words = next(iter(columns.items()))
         places, problems = [f"row {i + 2}" for i in self._kept], list[str]()
+        if self.event:
+            events = [self._raw[self._use.event][i] for i in self._kept]
+            pairs = self._survival.read((label, words), (self._use.event, events), problems, places)
+            if problems:
+                raise DataError([f"{Path(self.path).name}: {problem}" for problem in problems])
+            return np.array(pairs, dtype=np.float32), ()
         numeric = self.regression or self.threshold is not None
         targets, classes = self._reading.read(columns, "regression" if numeric else self._task, problems, places)
         if problems:
@@ -396,16 +440,17 @@ class FeatureTable:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of the labels, the patient and the site; "" if there is none."""
+    """The columns of the labels, the patient, the site and the event; "" if there is none."""
 
     labels: tuple[str, ...]
     patient: str
     site: str
+    event: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """All of them."""
-        return *self.labels, self.patient, self.site
+        return *self.labels, self.patient, self.site, self.event
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from polyclinic.data.formats.column_roles import (
     no_column,
     usual_columns,
 )
-from polyclinic.data.labels import MissingLabels, Reading
+from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, survival_notes
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info, Task
 from polyclinic.data.sources.tabular_files import read_rows
@@ -43,6 +43,11 @@ class Manifest(FromFiles):
             ``"images/{image_id}.jpg"``. ``*`` is any part of a folder's or file's name, as in ``"images_*/{name}"``;
             exactly one file must fit. A folder is read as a DICOM series.
         label: The column of the class or number; several columns of 0 and 1 for several labels; ``"none"`` with masks.
+            With ``event``, the column of the time to an event.
+        event: The column that says whether the event happened at that time, 1, or the patient was last seen then, 0
+            (survival analysis).
+        event_codes: Values of ``event`` that mean that it happened, instead of 1.
+        censored_codes: Values of ``event`` that mean that it did not, instead of 0.
         mask: The mask's file, as in ``images``; used if there is no label.
         patient: The column that identifies the patient.
         patient_pattern: A regular expression with one group that matches the patient in it, such as
@@ -69,6 +74,9 @@ class Manifest(FromFiles):
     path: str
     images: tuple[str, ...] = ()
     label: tuple[str, ...] | str = ""
+    event: str = ""
+    event_codes: tuple[str, ...] = ()
+    censored_codes: tuple[str, ...] = ()
     mask: str = ""
     patient: str = ""
     patient_pattern: str = ""
@@ -92,6 +100,12 @@ class Manifest(FromFiles):
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = [*check_pattern("patient_pattern", self.patient_pattern)]
+        if self.event and (self.regression or not self.label or not isinstance(self.label, str)):
+            problems.append(
+                "event = is for survival analysis: name the column of times with label, and leave regression out"
+            )
+        if not self.event and (self.event_codes or self.censored_codes):
+            problems.append("event_codes and censored_codes need event = the column that they are values of")
         if problems := [*problems, *check_pattern("site_pattern", self.site_pattern)]:
             raise DataError(problems)
 
@@ -117,12 +131,23 @@ class Manifest(FromFiles):
             targets, classes = [None] * len(lines), self.classes
         else:
             reading = Reading(self.classes, self.separator, self.nothing, self.blank, self.uncertain)
-            if self.missing_labels == "drop" and (lost := set(reading.unlabeled({c: rows[c] for c in use.labels}))):
+            survival = SurvivalReading(self.event_codes, self.censored_codes)
+            lost = set(survival.unlabeled(*(rows[c] for c in use.labels))) if self.event else set[int]()
+            lost = lost if self.event else set(reading.unlabeled({c: rows[c] for c in use.labels}))
+            if self.missing_labels == "drop" and lost:
                 rows = {c: [v for i, v in enumerate(cells) if i not in lost] for c, cells in rows.items()}
                 lines = [line for i, line in enumerate(lines) if i not in lost]
-                notes.append(f"{len(lost)} rows without {' and '.join(use.labels)} are left out.")
+                notes.append(
+                    f"{len(lost)} rows without {(' or ' if self.event else ' and ').join(use.labels)} are left out."
+                )
             places = [f"row {line}" for line in lines]
-            targets, classes = reading.read({c: rows[c] for c in use.labels}, task, problems, places)
+            if self.event:
+                time, event = ((c, rows[c]) for c in use.labels)
+                pairs = survival.read(time, event, problems, places)
+                notes += survival_notes(pairs, rows.get(use.site, [])) if not problems else []
+                targets, classes = pairs, ()
+            else:
+                targets, classes = reading.read({c: rows[c] for c in use.labels}, task, problems, places)
         entries = self._entries(table, rows, use, targets, lines, problems)
         if problems:
             more = [f"... and {len(problems) - MOST} more"] if len(problems) > MOST else []
@@ -135,6 +160,7 @@ class Manifest(FromFiles):
         given = self.images or tuple(usual_columns(rows, "image")[:1])
         labels = [self.label] if isinstance(self.label, str) else list(self.label)
         labels = usual_columns(rows, "label")[:1] if labels == [""] else [] if labels == [NONE] else labels
+        labels += [self.event] if self.event else []
         mask = "" if labels else self.mask if "{" in self.mask else column_of(rows, "mask", self.mask, problems)
 
         def known(name: str) -> str:
@@ -160,6 +186,8 @@ class Manifest(FromFiles):
     def _task(self, labels: tuple[str, ...], masked: bool) -> Task:
         if masked:
             return "segmentation"
+        if self.event:
+            return "survival"
         if self.regression:
             return "regression"
         return "multilabel" if len(labels) > 1 or self.separator else "classification"

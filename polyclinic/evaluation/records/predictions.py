@@ -2,12 +2,14 @@
 
 A safetensors file contains ``<site>/score``, ``<site>/target`` and ``<site>/patient``. Segmentation and reconstruction
 have values per image instead of score and target: ``<site>/dice``, ``<site>/hd95``, ``<site>/empty`` and so on. The
-optional ``<site>/silent`` marks examples for which the model's output was not finite.
+optional ``<site>/silent`` marks examples for which the model's output was not finite. For survival,
+``<site>/target`` is time and event, and ``<site>/times`` repeats the times up to which survival is judged.
 
 The unit is the patient, formed without knowledge that is unavailable at prediction time. Scores of a patient's images
 are averaged. If images of one patient have different labels, such as several lesions, the patient's label is positive
 if any image is (two classes; for several labels, each label by itself). With three or more classes there is no such
-rule; every image is then a case, and variances are clustered by patient. For regression, targets are averaged too.
+rule; every image is then a case, and variances are clustered by patient. For regression, targets are averaged too; for
+survival, they are equal for all images of a patient.
 Per-image values are averaged over the images for which they are finite. If ``<site>/sliced`` marks the images as slices
 with known positions, the Dice of a patient is that of all slices together.
 """
@@ -33,6 +35,8 @@ NO_VALUES = (
     "lesions_predicted",
 )
 PER_CASE_TASKS = ("segmentation", "reconstruction")
+AVERAGED_TARGETS = ("regression", "survival")
+"""Tasks whose targets are averaged over a patient's images."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ class Predictions:
 
     Attributes:
         patient: [n], the number of each example's patient within the site.
-        score: [n, C], probabilities (regression: predictions); None for per-case tasks.
-        target: [n], [n, L] or [n, 1]; None for per-case tasks.
+        score: [n, C], probabilities (regression: predictions; survival: see ``survival_metrics``); None for per-case
+            tasks.
+        target: [n], [n, L] or [n, 1]; for survival [n, 2 + m], with the times; None for per-case tasks.
         cases: Per-case metrics by name, [n, K] each, for segmentation and reconstruction.
         silent: Number of examples whose non-finite output was replaced by the task's guess.
     """
@@ -95,6 +100,7 @@ def _faults(site: str, parts: Mapping[str, NDArray[Any]], task: str, metric: str
     """Return the problems of the arrays of one site."""
     per_case = task in PER_CASE_TASKS
     wanted = ["patient", metric] if per_case else ["patient", "score", "target"]
+    wanted += ["times"] if task == "survival" else []
     if faults := [f"{site}/{name} is missing" for name in wanted if name not in parts]:
         return faults
     n = len(parts["patient"])
@@ -102,7 +108,11 @@ def _faults(site: str, parts: Mapping[str, NDArray[Any]], task: str, metric: str
         return faults
     if parts["patient"].ndim != 1:
         return [f"{site}/patient has shape {list(parts['patient'].shape)}; it must be one number for each example"]
-    return [] if per_case or n == 0 else _score_faults(site, parts["score"], parts["target"], task)
+    if per_case or n == 0:
+        return []
+    if task == "survival":
+        return _survival_faults(site, parts["score"], parts["target"], parts["times"])
+    return _score_faults(site, parts["score"], parts["target"], task)
 
 
 def _score_faults(site: str, score: NDArray[Any], target: NDArray[Any], task: str) -> list[str]:
@@ -122,6 +132,22 @@ def _score_faults(site: str, score: NDArray[Any], target: NDArray[Any], task: st
     return []
 
 
+def _survival_faults(site: str, score: NDArray[Any], target: NDArray[Any], times: NDArray[Any]) -> list[str]:
+    if target.ndim != 2 or target.shape[1] != 2 or not np.isfinite(target).all() or (target[:, 0] <= 0).any():
+        return [f"{site}/target must be a time above 0 and an event for each example, [examples, 2]"]
+    if not np.isin(target[:, 1], (0, 1)).all():
+        return [f"{site}/target has events other than 0 and 1"]
+    if times.ndim != 2 or times.shape[1] < 2 or (times != times[:1]).any() or (np.diff(times[0], prepend=0) <= 0).any():
+        return [f"{site}/times must be the same two or more ascending times for each example"]
+    if score.ndim != 2 or score.shape[1] not in (1, times.shape[1]):
+        return [f"{site}/score has shape {list(score.shape)}; it must have one column, or one for each of the times"]
+    if not np.isfinite(score).all():
+        return [f"{site}/score contains {int((~np.isfinite(score)).sum())} values that are not finite"]
+    if score.shape[1] > 1 and (score.min() < -1e-6 or score.max() > 1 + 1e-6):
+        return [f"{site}/score must contain probabilities between 0 and 1"]
+    return []
+
+
 def predictions_of(parts: Mapping[str, NDArray[Any]], task: str) -> Predictions:
     """Return the predictions in the arrays of one site, by their names in the file."""
     patient = np.asarray(parts["patient"], np.int64)
@@ -129,7 +155,10 @@ def predictions_of(parts: Mapping[str, NDArray[Any]], task: str) -> Predictions:
         cases = {k: np.asarray(v, np.float64).reshape(len(patient), -1) for k, v in parts.items() if k != "patient"}
         return Predictions(patient, cases=cases)
     silent = int(np.sum(parts.get("silent", 0)))
-    return Predictions(patient, np.asarray(parts["score"], np.float64), np.asarray(parts["target"]), silent=silent)
+    target = np.asarray(parts["target"])
+    if task == "survival":
+        target = np.concatenate([target, parts["times"]], axis=1).astype(np.float64)
+    return Predictions(patient, np.asarray(parts["score"], np.float64), target, silent=silent)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polyclinic.evaluation.records.method_runs import BASELINES, arm_name
 
-TASKS = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+TASKS = Literal["classification", "multilabel", "segmentation", "regression", "survival", "reconstruction"]
 
 
 class _Line(BaseModel):
@@ -133,7 +133,10 @@ class Standing(_MethodRunLine):
 
 
 class DataInfo(_Line):
-    """Origin of the data. ``simulated`` is a sentence if the division into sites was simulated."""
+    """Origin of the data. ``simulated`` is a sentence if the division into sites was simulated.
+
+    ``near_duplicates`` counts the test examples of each site that nearly equal a training or validation example.
+    """
 
     title: str = ""
     license: str = ""
@@ -144,6 +147,7 @@ class DataInfo(_Line):
     fingerprint: str = ""
     sites_are: str = ""
     checks: tuple[str, ...] = ()
+    near_duplicates: dict[str, int] = Field(default_factory=dict)
 
 
 class SiteInfo(_Line):
@@ -221,7 +225,8 @@ class RunInfo(_Line):
 
     ``training`` holds the settings of local training by method, with those of recipes; ``machines`` and ``attack``
     describe simulated machines and attacks, ``start`` the start weights, ``space`` where masks were compared,
-    ``compare`` the declared comparisons, ``metrics`` the metrics of packages.
+    ``compare`` the declared comparisons, ``metrics`` the metrics of packages, ``inputs`` and ``outputs`` the shapes of
+    the network.
     """
 
     name: str
@@ -243,6 +248,8 @@ class RunInfo(_Line):
     engine: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
     parameters: int = 0
+    inputs: tuple[int, ...] = ()
+    outputs: int = 0
     training: dict[str, dict[str, Any]] = Field(default_factory=dict)
     machines: dict[str, Any] = Field(default_factory=dict)
     attack: dict[str, Any] = Field(default_factory=dict)

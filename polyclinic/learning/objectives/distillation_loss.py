@@ -32,12 +32,14 @@ def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 
     """Return the divergence of the outputs ``learner`` from the outputs ``target``, both raw [b, C, ...].
 
     Classes (of images or pixels): ``T² · KL(softmax(target / T) ‖ softmax(learner / T))``, Hinton et al., 2015,
-    averaged over batch and pixels. Labels: the same for each label's Bernoulli variable. Regression: half the mean
-    squared error.
+    averaged over batch and pixels. Labels, and the intervals of survival: the same for each one's Bernoulli variable.
+    Regression, and a single output of survival: half the mean squared error.
     """
     T = temperature
     match kind:
-        case "regression":
+        case "survival" if learner.shape[1] > 1:
+            return divergence("multilabel", learner, target, temperature)
+        case "regression" | "survival":
             return F.mse_loss(learner, target) / 2
         case "multilabel":
             p, q = target / T, learner / T
@@ -49,8 +51,8 @@ def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 
             p, q = (target / T).log_softmax(1), (learner / T).log_softmax(1)
             return T**2 * (p.exp() * (p - q)).sum(1).mean()
     raise ConfigError(
-        f"outputs of kind {kind} cannot be distilled: the kinds are classification, multilabel, segmentation and "
-        "regression"
+        f"outputs of kind {kind} cannot be distilled: the kinds are classification, multilabel, segmentation, "
+        "regression and survival"
     )
 
 

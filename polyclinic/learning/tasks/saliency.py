@@ -20,7 +20,7 @@ from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.task import Task
 
-KINDS = ("classification", "multilabel", "regression")
+KINDS = ("classification", "multilabel", "regression", "survival")
 FEWEST = 10
 
 

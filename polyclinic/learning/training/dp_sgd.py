@@ -160,6 +160,11 @@ class DPSGD(LocalTraining):
             )
         if getattr(task, "class_weights", None) is not None:
             problems.append("DPSGD: class_weights have no effect on the loss of a single example: remove them")
+        if not getattr(task, "by_example", True):
+            problems.append(
+                'DPSGD: the loss of hazards = "proportional" compares patients, and is 0 for a single one: set '
+                'hazards = "discrete"'
+            )
         if self.amp or self.clip_norm is not None:
             problems.append("DPSGD: remove amp and clip_norm; bound clips the gradient of each unit")
         if changed := [k for k in ("foreground", "balance", "balance_patients") if getattr(self, k)]:

@@ -4,7 +4,8 @@ Huang, Hu, Liu, Xue, Zhu, Song and Tan, "Federated Multi-Task Learning for Joint
 Disorders on MRI Scans", IEEE Transactions on Biomedical Engineering 70(4):1137-1149, 2023: a feature extractor learned
 by federated contrast, and a multi-gate mixture of experts whose experts are shared and whose gates and towers belong to
 each disorder. The equations were not available: the contrast is the supervised one, added to the loss; the paper's
-privacy noise is left to the transforms.
+privacy noise is left to the transforms. Departure: gates and towers belong to sites, so that sites with the same
+disorder do not share them.
 """
 
 from dataclasses import dataclass

@@ -40,6 +40,10 @@ class SharpnessAware(LocalTraining):
         return super().fit(task, start, site, round, loss=sharpened(loss or task.loss, self.rho, self.adaptive), **how)
 
 
+FLAT = ("fedsam", "fedlesam", "fedspeed", "harmofl")
+"""Methods that take the gradient at perturbed weights themselves."""
+
+
 def sharpness_aware(local: LocalTraining, rho: float, adaptive: bool = False) -> SharpnessAware:
     """Return ``local`` with the gradient taken at the perturbed weights.
 
@@ -73,8 +77,10 @@ def fedsam(
         uniform: Whether all sites have equal weight. If false, ``over`` weights them as it does by default.
 
     Raises:
-        ConfigError: If the method takes training steps of its own, which this would not change.
+        ConfigError: If the method takes training steps of its own, or perturbs weights too.
     """
+    if over in FLAT:
+        raise ConfigError(f'fedsam: over = "{over}" perturbs the weights itself: use it without fedsam')
     if OWN_STEPS in entry(over).exposes:
         raise ConfigError(f'fedsam: over = "{over}" takes training steps of its own, which fedsam does not change')
     setting = Setting(task, sharpness_aware(local, rho, adaptive), tuple(sites), rounds)

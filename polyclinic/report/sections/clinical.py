@@ -1,4 +1,4 @@
-"""The section that depends on the task: calibration and clinical use, agreement, or masks."""
+"""The section that depends on the task: calibration and clinical use, agreement, survival curves, or masks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +16,7 @@ from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import amount, cell, digits_of, listed, number, whole, with_interval
 from polyclinic.report.page_blocks import Cell, Folded, Pair, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.report.sections.local_adjustment import prediction_sets_blocks, recalibration_blocks
+from polyclinic.report.sections.survival import survival_section
 from polyclinic.statistics.undefined import Undefined
 
 TRAINING, EXTERNAL = "Training sites", "External"
@@ -30,12 +31,14 @@ SPACES = {
 
 
 def task_section(page: ReportContext) -> Section | None:
-    """Return the section: calibration for classification, agreement for regression, masks for segmentation."""
+    """Return the section: calibration, agreement for regression, survival curves, or masks."""
     first, task = page.first, page.run.info.task
     if first is None:
         return None
     if task in ("classification", "multilabel"):
         return _calibration(page, first)
+    if task == "survival":
+        return survival_section(page, first)
     return _agreement(page, first) if task == "regression" else _values(page, first)
 
 

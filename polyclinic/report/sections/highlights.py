@@ -1,5 +1,6 @@
 """The two boxes at the top: the summary, and warnings and limitations."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import count, interval, listed, many, number, outcome, with_interval
 from polyclinic.report.sections.clinical import empty_predictions
 from polyclinic.statistics.paired_tests import BETTER, FEWEST, UNDECIDED, WORSE
+
+FEW_PARAMETERS, LARGE_IMAGE = 1000, 16 * 16
+"""Parameters below which a network is reported as small for images, and the pixels of images for which it is."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +198,13 @@ def _about_split(page: ReportContext) -> Iterator[Finding]:
             parts.append(f"{many(leak.patients, 'patient')} occur{'s' if leak.patients == 1 else ''} in both")
         if leak.inputs:
             parts.append(f"{count(leak.inputs)} of {many(leak.examples, 'test example')} occur in both, byte for byte")
+        if leak.nearly_equal:
+            which = f"{many(leak.nearly_equal, 'test example')} nearly equal{'s' if leak.nearly_equal == 1 else ''}"
+            parts.append(f"{which} a training or validation example")
         text = f"Test data and training or validation data overlap at {listed(leak.sites)}: {'; '.join(parts)}. "
         text += "The results below are therefore too good by an unknown amount."
-        yield Finding(7 if leak.patients or leak.inputs > 0.01 * leak.examples else 3, text)
+        shared = max(leak.inputs, leak.nearly_equal)
+        yield Finding(7 if leak.patients or shared > 0.01 * leak.examples else 3, text)
     if (away := result.disagreement) and page.first is not None and away.validation.value and away.test.value:
         gap = away.validation.value - away.test.value
         text = (
@@ -277,6 +285,20 @@ def _about_masks(page: ReportContext) -> Iterator[Finding]:
         yield Finding(2, f"{text}the image’s diagonal.")
 
 
+def _small_network(page: ReportContext) -> Iterator[Finding]:
+    """Report a network with fewer parameters than a linear model of a table, or than any usual one for images."""
+    info = page.run.info
+    size, inputs = info.parameters, info.inputs
+    consequence = "it may be too small, and differences between methods may then be differences of this network"
+    if len(inputs) == 1 and 0 < size < (linear := info.outputs * (inputs[0] + 1)):
+        text = f"The network has {many(size, 'parameter')}, fewer than the {count(linear)} of a linear model of its "
+        yield Finding(3, f"{text}{many(inputs[0], 'input')}: {consequence}.")
+    elif len(inputs) > 2 and 0 < size < FEW_PARAMETERS and math.prod(inputs[1:]) >= LARGE_IMAGE:
+        shape = " × ".join(map(str, inputs[1:]))
+        text = f"The network has {many(size, 'parameter')}, which is few for images of {shape} pixels"
+        yield Finding(3, f"{text}: {consequence}.")
+
+
 def _about_study(page: ReportContext) -> Iterator[Finding]:
     run = page.run
     if run.info.data.simulated:
@@ -289,6 +311,7 @@ def _about_study(page: ReportContext) -> Iterator[Finding]:
         yield Finding(
             2, "One random seed: the intervals include the variation between patients, but not between training runs."
         )
+    yield from _small_network(page)
     labels = {m.label for m in run.info.methods}
     if "local" not in labels:
         yield Finding(2, "The study has no local training, so the benefit of federated training was not measured.")

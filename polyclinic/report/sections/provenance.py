@@ -75,9 +75,18 @@ def _classes(page: ReportContext, roles: Sequence[str]) -> list[Table]:
         {"site": s.name, **{r: " / ".join(count(n) for n in s.classes.get(r, ())) or NONE for r in named}}
         for s in info.sites
     ]
-    note = f"In the order {' / '.join(info.classes)}." if info.classes else ""
+    names = info.classes or (("censored", "event") if info.task == "survival" else ())
+    note = f"In the order {' / '.join(names)}." if names else ""
     columns = words(site="Site") + numbers(**{r: r.capitalize() for r in named})
-    return [Table("data_classes", "Examples of each class.", columns, rows, note)]
+    return [
+        Table(
+            "data_classes",
+            "Censored examples and events." if info.task == "survival" else "Examples of each class.",
+            columns,
+            rows,
+            note,
+        )
+    ]
 
 
 def checklist_section(page: ReportContext) -> Section:

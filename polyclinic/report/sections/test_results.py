@@ -35,6 +35,7 @@ _CONSTANT = {
     "classification": "the class frequencies of the site’s training data",
     "multilabel": "the label frequencies of the site’s training data",
     "regression": "the median of the site’s validation patients",
+    "survival": "the Kaplan-Meier curve of the site’s validation patients",
     "segmentation": "an empty mask",
 }
 

@@ -2,6 +2,7 @@
 
 from polyclinic.data.federation import Federated
 from polyclinic.engines.plan import Plan
+from polyclinic.learning.tasks.survival import outputs_for
 from polyclinic.methods import registry
 from polyclinic.methods.catalog import Entry
 from polyclinic.studies.config.schema import MethodSpec
@@ -14,7 +15,10 @@ POOLED = "pooled"
 def plan_of(study: Study, method: MethodSpec, data: Federated, seed: int) -> Plan:
     """Return the plan of ``method`` with one seed, completed with the sites and example shapes of ``data``."""
     continuous = study.task.kind in ("regression", "reconstruction")  # a target has as many channels as the output
-    outputs = data.sites[data.training[0]]["train"].width if continuous else len(data.info.classes)
+    if study.task.kind == "survival":
+        outputs = outputs_for(study.task_options)
+    else:
+        outputs = data.sites[data.training[0]]["train"].width if continuous else len(data.info.classes)
     return Plan(
         kind=study.task.kind,
         network=study.task.network,

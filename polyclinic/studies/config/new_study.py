@@ -25,6 +25,8 @@ PATIENTS_PER_SITE = 10
 SMALLEST = 16
 """The smallest side of volumes, which a network halves up to four times."""
 SAMPLE = 200
+INTERVALS, EVENTS_PER_INTERVAL = 10, 5
+"""The most intervals of a first study of survival, and the events that each needs at least."""
 MOST_PIXELS = 2**29
 """Pixels of all sampled images together, after which no more are read."""
 RARE = 0.05
@@ -234,7 +236,30 @@ def _task(kind: str, shape: tuple[int, ...], table: Table) -> dict[str, Any]:
         numbers = np.asarray(table.labels, dtype=np.float64)
         spread = float(numbers.std())
         task |= {"center": round(float(numbers.mean()), 3), "spread": round(spread, 3) if spread > 0.001 else 1.0}
+    if kind == "survival" and table.labels is not None:
+        task["cuts"] = _cuts(np.asarray(table.labels, dtype=np.float64))
     return task
+
+
+def _cuts(targets: "np.ndarray[Any, Any]") -> list[float]:
+    """Return the ends of intervals with about equal numbers of events, up to a time that a tenth of patients reach.
+
+    Args:
+        targets: [n, 2], time and event.
+
+    Raises:
+        DataError: If there are too few events.
+    """
+    horizon = float(np.quantile(targets[:, 0], 0.9))
+    events = targets[(targets[:, 1] > 0) & (targets[:, 0] <= horizon), 0]
+    count = min(INTERVALS, len(events) // EVENTS_PER_INTERVAL)
+    values = [*np.quantile(events, np.arange(1, count) / count), horizon] if count > 1 else []
+    cuts = list(dict.fromkeys(float(f"{value:.3g}") for value in values))
+    if len(cuts) < 2:
+        raise DataError(
+            f"{len(events)} events are too few for a study of survival; at least {2 * EVENTS_PER_INTERVAL} are needed"
+        )
+    return cuts
 
 
 def questions_text(questions: Sequence[Question]) -> list[str]:

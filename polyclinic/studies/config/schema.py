@@ -75,7 +75,9 @@ def _weights(value: Any) -> Any:
 class TaskSpec(Table):
     """What is learned. ``network`` is one of ``polyclinic networks``; ``options`` are its own."""
 
-    kind: Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"] = "classification"
+    kind: Literal["classification", "multilabel", "segmentation", "regression", "survival", "reconstruction"] = (
+        "classification"
+    )
     """What the model predicts."""
     network: str = "cnn"
     """The name of a network, as listed by ``polyclinic networks``."""
@@ -99,6 +101,14 @@ class TaskSpec(Table):
     """The size of the sliding window at inference, in voxels (segmentation)."""
     batch_dice: bool | None = None
     """Whether the Dice loss is that of all images of a minibatch together, as in nnU-Net's 2-D mode (segmentation)."""
+    cuts: Annotated[tuple[Positive, ...], Field(min_length=2, max_length=1000)] | None = None
+    """The ends of time intervals, ascending, in the unit of the data, such as ``[365, 730, 1095]`` (survival).
+
+    Survival is predicted and judged up to the last one, the horizon.
+    """
+    hazards: Literal["discrete", "proportional"] | None = None
+    """``"discrete"``, the default: a probability of the event in each interval; ``"proportional"``: Cox's model, which
+    ranks patients and predicts no probabilities (survival)."""
     residual: bool | None = None
     """Whether the network predicts the difference from its input (reconstruction)."""
     weights: Annotated[WeightsSpec, BeforeValidator(_weights)] | None = None
@@ -112,7 +122,7 @@ class TaskSpec(Table):
     ``lora`` the adapters and the head.
     """
 
-    UNSET: ClassVar[frozenset[str]] = frozenset({"batch_dice"})
+    UNSET: ClassVar[frozenset[str]] = frozenset({"batch_dice", "cuts", "hazards"})
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
@@ -131,10 +141,15 @@ class TaskSpec(Table):
             "multilabel": set[str](),
             "segmentation": {"spacing_mm", "tolerance_mm", "window", "batch_dice"},
             "regression": {"center", "spread"},
+            "survival": {"cuts", "hazards"},
             "reconstruction": {"residual"},
         }[self.kind]
         if wrong := self.settings.keys() - allowed - {"loss"}:
             raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
+        if self.kind == "survival" and self.cuts is None:
+            raise ConfigError("survival needs cuts, such as cuts = [365, 730, 1095] for times in days")
+        if self.cuts and any(a >= b for a, b in zip(self.cuts, self.cuts[1:], strict=False)):
+            raise ConfigError(f"cuts = {list(self.cuts)} must ascend")
         if self.weights is None and (self.lora is not None or self.train not in (None, ("*",))):
             key = "train" if self.train else "lora"
             raise ConfigError(f"{key} needs weights: what is not trained would keep random values")
@@ -231,6 +246,8 @@ class TrainingSpec(Table):
     """How far classes are made equally frequent in training: 0 for as in the data, 1 for equal (classification)."""
     balance_patients: bool | None = None
     """Whether patients are equally frequent in training, whatever their number of examples."""
+    loop: str | None = None
+    """A function of an installed package that trains instead of Polyclinic's loop; other keys then have no effect."""
     private: PrivateSpec | None = None
 
     UNSET: ClassVar[frozenset[str]] = frozenset(
@@ -245,8 +262,18 @@ class TrainingSpec(Table):
             "foreground",
             "balance",
             "balance_patients",
+            "loop",
         }
     )
+
+    @model_validator(mode="after")
+    def _known_loop(self) -> "TrainingSpec":
+        from polyclinic.core import extensions
+
+        if self.loop is not None and self.loop not in (known := extensions.names("trainings")):
+            there = ", ".join(known) or "none"
+            raise ConfigError(f'no installed package provides a training called "{self.loop}"; there are {there}')
+        return self
 
 
 class MethodSpec(Table):
@@ -327,7 +354,10 @@ class CompareSpec(Table):
         return self
 
 
-METRICS = ("auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse")
+METRICS = (
+    *("auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse"),
+    *("c_index", "uno_c", "ibs"),
+)
 """Metrics that can select the round."""
 
 
@@ -339,8 +369,8 @@ class EvaluationSpec(Table):
 
     metric: str | None = None
     """The metric that selects the round and comes first in the report: ``auc``, ``accuracy``, ``balanced_accuracy``,
-    ``loss``, ``dice``, ``mae``, ``rmse``, ``r2``, ``psnr``, ``ssim``, ``nmse`` or one of a package; by default one that
-    fits the task."""
+    ``loss``, ``dice``, ``mae``, ``rmse``, ``r2``, ``psnr``, ``ssim``, ``nmse``, ``c_index``, ``uno_c``, ``ibs`` or one
+    of a package; by default one that fits the task."""
     metrics: tuple[str, ...] = ()
     """Metrics of installed packages that are computed in addition to those of the task."""
     interval: Annotated[int, Field(ge=1)] = 1

@@ -39,7 +39,7 @@ from polyclinic.studies.config.schema import (
 from polyclinic.studies.config.search_space import NotChosen, SearchSpec, changed, count, extremes
 from polyclinic.studies.config.validation import attack_problems, method_problems, validated
 
-PROPORTIONS = ("auc", "accuracy", "balanced_accuracy", "dice", "ssim")
+PROPORTIONS = ("auc", "accuracy", "balanced_accuracy", "dice", "ssim", "c_index", "uno_c", "ibs")
 """Metrics between 0 and 1."""
 
 
@@ -89,7 +89,7 @@ class Study(Table):
     @property
     def metric(self) -> str:
         """The score that decides, and that the report shows first."""
-        usual = {"segmentation": "dice", "regression": "mae", "reconstruction": "psnr"}
+        usual = {"segmentation": "dice", "regression": "mae", "survival": "c_index", "reconstruction": "psnr"}
         return self.evaluation.metric or usual.get(self.task.kind, "auc")
 
     @property
@@ -97,7 +97,7 @@ class Study(Table):
         """Whether more of the metric is better."""
         if self.metric in self.evaluation.own_metrics:
             return own_metric(self.metric).higher_is_better
-        return self.metric not in ("loss", "mae", "rmse", "nmse")
+        return self.metric not in ("loss", "mae", "rmse", "nmse", "ibs")
 
     @property
     def hash(self) -> str:

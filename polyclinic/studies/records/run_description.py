@@ -25,7 +25,7 @@ from polyclinic.studies.config.study_config import Study
 
 
 def _lacking(data: Federated) -> list[str]:
-    """Return sentences on sites without labels or with one class only."""
+    """Return sentences on sites without labels, with one class only, or without an event."""
     notes = []
     for row in data.rows:
         for role, found in row.roles.items():
@@ -34,7 +34,20 @@ def _lacking(data: Federated) -> list[str]:
                 notes.append(f"{row.name} has no labels to learn from: methods that need some do not train there.")
             elif found.classes and present < 2 and data.info.task == "classification":
                 notes.append(f"{row.name} has one class only in its {role} data: no AUC can be given there.")
+            elif data.info.task == "survival" and found.classes and not found.classes[1]:
+                notes.append(f"{row.name} has no event in its {role} data: no C-index can be given there.")
     return notes
+
+
+def _nearly_equal(data: Federated) -> dict[str, int]:
+    """Return the number of test examples at each site that nearly equal a training or validation example."""
+    found: dict[str, set[str]] = {}
+    for pair in data.nearly_equal:
+        roles = {role for _, role in pair.places}
+        for name, (site, role) in zip(pair.ids, pair.places, strict=True):
+            if role == "test" and roles - {"test", "public"}:
+                found.setdefault(site, set()).add(name)
+    return {site: len(names) for site, names in sorted(found.items())}
 
 
 def described(data: Federated) -> tuple[str, ...]:
@@ -137,6 +150,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
             "fingerprint": data.fingerprint,
             "sites_are": _sites_are(study, data),
             "checks": ["patients_apart"] if patients_apart(data) else [],
+            **({"near_duplicates": near} if (near := _nearly_equal(data)) else {}),
         },
         "sites": [_site(row, splits, study.folds) for row in data.rows],
         "methods": [method_facts(method) for method in study.methods],
@@ -148,6 +162,8 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         "engine": study.engine.model_dump(),
         "environment": environment(),
         "parameters": parameters,
+        "inputs": list(data.shape),
+        "outputs": task.network.outputs,
         "training": {method.called: study.training_of(method) for method in study.methods},
         **start_facts(task),
     }

@@ -19,6 +19,7 @@ from polyclinic.engines.plan import Plan
 from polyclinic.engines.site_description import shape_of
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.method_runs import arm_name
+from polyclinic.learning.tasks.survival import outputs_for
 from polyclinic.methods import registry
 from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.records.run_description import declared, environment, method_facts, metric_facts, start_facts
@@ -63,7 +64,13 @@ def method_runs(
             raise NotElsewhere(f"the study {what} ({key}), which it can on one machine only: take [{key}] out")
     if study.evaluation.patience is not None:
         raise NotElsewhere("the study ends baselines early (evaluation.patience), which it can on one machine only")
-    own = [study.task.network, study.task.loss or "", *study.evaluation.own_metrics, *study.own_augmentations]
+    own = [
+        study.task.network,
+        study.task.loss or "",
+        *study.evaluation.own_metrics,
+        *study.own_augmentations,
+        study.training.loop or "",
+    ]
     if here := [name for name in own if name.startswith(extensions.LOCAL)]:
         raise NotElsewhere(
             f"{here[0]} is known to the program that runs the study only: publish it as a package, which every site "
@@ -101,6 +108,8 @@ def method_runs(
                 **({"tuning": study.task.tuning} if study.task.tuning else {}),
                 **(shape or {}),
             }
+            if study.task.kind == "survival":
+                plan["outputs"] = outputs_for(study.task_options)
             if method.name == MEASURES:  # no model is trained, so that the sites need not be asked for a shape
                 plan |= NO_MODEL
             external = [name for name in study.data.external if entry.newcomers]
@@ -224,7 +233,7 @@ def _info(
     external = {site for arm in runs.values() for site in arm["external"]}
     plan = Plan.from_json(json.dumps({"inputs": inputs, "outputs": outputs, **first["plan"]}))
     labels = {arm["label"] for arm in runs.values()}
-    continuous = study.task.kind in ("regression", "reconstruction")
+    continuous = study.task.kind in ("regression", "survival", "reconstruction")
     notes = [
         "The data stayed at their hospitals, which ran this study over NVIDIA FLARE.",
         *(
@@ -255,6 +264,8 @@ def _info(
         "engine": {"kind": "flare"},
         **declared(study),
         "environment": environment(),
+        "inputs": list(plan.inputs),
+        "outputs": plan.outputs,
         "parameters": sum(leaf.numel() for leaf in plan.build_task().first(0).values()),
         **start_facts(plan.build_task()),
     }

@@ -81,8 +81,8 @@ def _rows(examples: Dataset) -> torch.Tensor:
 
 
 def class_names(source: object, targets: torch.Tensor) -> tuple[str, ...]:
-    """Return the names of the classes that are known before preprocessing; none for regression."""
-    if getattr(source, "regression", False):
+    """Return the names of the classes that are known before preprocessing; none for regression and survival."""
+    if getattr(source, "regression", False) or getattr(source, "event", ""):
         return ()
     known = Numbered(source).info.classes  # type: ignore[arg-type]
     count = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1

@@ -233,6 +233,8 @@ def _require_task(study: Study, data: Federated) -> None:
             f"{data.info.name} does not come from image files, so the original grid of its masks is not known: leave "
             '[evaluation] space out, or set space = "grid"'
         )
+    if kind == "survival" and not any(r.roles["train"].classes[1] for r in data.rows if not r.external):
+        raise DataError("the training data of all sites contain no event, so survival cannot be learned")
     if kind == "classification":
         present = [
             any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))

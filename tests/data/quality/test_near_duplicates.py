@@ -3,6 +3,7 @@ copies.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
+from polyclinic.data.quality.exact_duplicates import Duplicate
+from polyclinic.studies.records.run_description import _nearly_equal
 
 
 def hospitals(root: Path, copies: bool) -> dict[str, Any]:
@@ -54,3 +57,11 @@ def test_strangers_are_no_copies_and_rows_no_images(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("site,a,y\n" + "".join(f"{'AB'[i % 2]},{i},{i // 2 % 2}\n" for i in range(60)))
     with pytest.raises(DataError, match="compares images"):
         federate(DataSpec(kind="table", path=str(tmp_path / "t.csv"), label="y", near_duplicates="report"))
+
+
+def test_a_run_counts_the_test_images_that_training_has_nearly_seen() -> None:
+    def pair(first: str, role: str, second: str, other: str) -> Duplicate:
+        return Duplicate((first, second), (("here", role), ("there", other)))
+
+    pairs = (pair("a", "train", "x", "test"), pair("b", "val", "x", "test"), pair("c", "test", "y", "test"))
+    assert _nearly_equal(SimpleNamespace(nearly_equal=pairs)) == {"there": 1}  # type: ignore[arg-type]

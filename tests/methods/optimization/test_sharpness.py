@@ -80,6 +80,9 @@ def test_fedsam_surrounds_other_methods_and_refuses_those_that_it_cannot_change(
     assert isinstance(around.inner.local, SharpnessAware)
     with pytest.raises(ConfigError, match="takes training steps of its own"):
         fedsam(task, LOCAL, NAMES, 5, over="apfl")
+    for name in ("harmofl", "fedlesam", "fedspeed", "fedsam"):
+        with pytest.raises(ConfigError, match=f'over = "{name}" perturbs the weights itself'):
+            fedsam(task, LOCAL, NAMES, 5, over=name)
     with pytest.raises(ConfigError, match="rho must be at least 0"):
         fedsam(task, LOCAL, NAMES, 5, rho=-0.1)
     with pytest.raises(ConfigError, match="remove training"):

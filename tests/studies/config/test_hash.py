@@ -102,6 +102,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "border": True,
     "batch_dice": True,
     "own": ("acme-speckle",),
+    "loop": "acme-loop",
 }
 CHANGE_NOTHING = {"title", "task.weights.file", *(f"engine.{key}" for key in EngineSpec.model_fields)}
 STUDY = Study.model_validate_json(json.dumps(WHOLE))

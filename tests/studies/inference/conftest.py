@@ -27,7 +27,7 @@ kind = "segmentation"
 network = "unet"
 options = {{ width = 4, norm = "batch" }}
 [training]
-steps = 12
+steps = 5
 batch_size = 4
 optimizer = "adam"
 lr = 0.01

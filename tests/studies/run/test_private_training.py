@@ -16,7 +16,7 @@ from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.scheduler import run
 from tests.methods.test_from_study import IMAGES, npz
 
-KINDS = ("classification", "multilabel", "segmentation", "regression", "reconstruction")
+KINDS = ("classification", "multilabel", "segmentation", "regression", "survival", "reconstruction")
 TABLE = [(name, kind) for name, line in METHODS.items() for kind in line.tasks or KINDS]
 QUICK = {("fedavg", kind) for kind in KINDS} | {("scaffold", "segmentation"), ("fedmic", "segmentation")}
 METHOD_PRIVATE = (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from polyclinic.data.formats.dicom.file import numbers
+from polyclinic.data.formats.dicom.file import element, numbers, states
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.formats.volume import affine_from, lps_to_ras
 
@@ -143,11 +143,11 @@ def frame_planes(path: Path, dataset: Any, frames: int, plane: Plane | None) -> 
     """Return one plane per frame (from functional groups, a dose grid, or a classic frame), or None without
     position.
     """
-    per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
+    per_frame = element(dataset, "PerFrameFunctionalGroupsSequence")
     if per_frame is not None:
         if len(per_frame) != frames:
             raise Unreadable(path, f"describes {len(per_frame)} frames and holds {frames}")
-        shared = dataset.get("SharedFunctionalGroupsSequence") or [None]
+        shared = element(dataset, "SharedFunctionalGroupsSequence") or [None]
         groups = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
         found = []
         for item in per_frame:
@@ -158,7 +158,9 @@ def frame_planes(path: Path, dataset: Any, frames: int, plane: Plane | None) -> 
         return None
     if frames == 1:
         return [plane]
-    offsets = numbers(path, dataset, "GridFrameOffsetVector", frames) if "GridFrameOffsetVector" in dataset else None
+    offsets = (
+        numbers(path, dataset, "GridFrameOffsetVector", frames) if states(dataset, "GridFrameOffsetVector") else None
+    )
     if offsets is None:
         return None
     start, normal = np.array(plane.position), plane.normal
@@ -167,7 +169,7 @@ def frame_planes(path: Path, dataset: Any, frames: int, plane: Plane | None) -> 
 
 def first_item(dataset: Any, keyword: str) -> Any:
     """Return the first item of a sequence, or None if there is none."""
-    items = dataset.get(keyword) if dataset is not None else None
+    items = element(dataset, keyword) if dataset is not None else None
     return items[0] if items else None
 
 
@@ -183,8 +185,8 @@ def flat_spacing(path: Path, dataset: Any) -> tuple[tuple[float, float], tuple[s
             return (found[0], found[1]), (f"its pixel spacing is {where}",)
     regions = [
         (numbers(path, r, "PhysicalDeltaY", 1), numbers(path, r, "PhysicalDeltaX", 1))
-        for r in dataset.get("SequenceOfUltrasoundRegions") or []
-        if r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection") == 3  # 3: centimeters
+        for r in element(dataset, "SequenceOfUltrasoundRegions") or []
+        if element(r, "PhysicalUnitsXDirection") == element(r, "PhysicalUnitsYDirection") == 3  # 3: centimeters
     ]
     if regions and len(set(regions)) == 1 and regions[0][0] and regions[0][1]:
         steps = abs(regions[0][0][0]) * 10, abs(regions[0][1][0]) * 10

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyclinic.data.formats.dicom.file import numbers, quiet, require_pydicom, stored_pixels, whole_number
+from polyclinic.data.formats.dicom.file import (
+    element,
+    numbers,
+    quiet,
+    require_pydicom,
+    states,
+    stored_pixels,
+    whole_number,
+)
 from polyclinic.data.formats.dicom.geometry import first_item
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, refusing
 from polyclinic.data.formats.volume import as_image
@@ -31,8 +39,8 @@ def values_of(
     notes: tuple[str, ...] = ()
     unscaled = stored
     with quiet(), refusing(path, "its values cannot be computed"):
-        modality = str(dataset.get("Modality") or "")
-        if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+        modality = str(element(dataset, "Modality") or "")
+        if element(dataset, "PhotometricInterpretation") == "MONOCHROME1":
             if modality in _QUANTITATIVE:
                 notes = ("MONOCHROME1 changes the display only: its values are kept",)
             else:
@@ -40,7 +48,7 @@ def values_of(
         slope, inter = _slopes(path, dataset, stored.shape[0])
         if first_item(dataset, "ModalityLUTSequence") is not None:
             stored = np.asarray(require_pydicom().pixels.apply_modality_lut(stored, dataset))
-        rescale_type = str(dataset.get("RescaleType") or "HU").upper()
+        rescale_type = str(element(dataset, "RescaleType") or "HU").upper()
         scaled = _states_rescale(dataset)
         padding = _padding(path, dataset, unscaled)
     if len({*slope}) == len({*inter}) == 1:
@@ -62,18 +70,20 @@ def values_of(
 
 def _states_rescale(dataset: Any) -> bool:
     """Return whether the header states how stored values become units: for the file, for all frames or for each."""
-    if "RescaleSlope" in dataset or "RescaleIntercept" in dataset or "ModalityLUTSequence" in dataset:
+    if states(dataset, "RescaleSlope") or states(dataset, "RescaleIntercept") or states(dataset, "ModalityLUTSequence"):
         return True
-    groups = (dataset.get("SharedFunctionalGroupsSequence"), dataset.get("PerFrameFunctionalGroupsSequence"))
+    groups = (element(dataset, "SharedFunctionalGroupsSequence"), element(dataset, "PerFrameFunctionalGroupsSequence"))
     return any(g and first_item(g[0], "PixelValueTransformationSequence") is not None for g in groups)
 
 
 def _padding(path: Path, dataset: Any, stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
     """Return which stored values are padding (PS3.3, C.7.5.1.1.2), or None if none are."""
-    if "PixelPaddingValue" not in dataset:
+    if not states(dataset, "PixelPaddingValue"):
         return None
     first = _stored_number(path, dataset, "PixelPaddingValue")
-    limit = _stored_number(path, dataset, "PixelPaddingRangeLimit") if "PixelPaddingRangeLimit" in dataset else first
+    limit = (
+        _stored_number(path, dataset, "PixelPaddingRangeLimit") if states(dataset, "PixelPaddingRangeLimit") else first
+    )
     low, high = sorted((first, limit))
     found: np.ndarray[Any, Any] = (stored >= low) & (stored <= high)
     return found if bool(found.any()) else None
@@ -81,7 +91,7 @@ def _padding(path: Path, dataset: Any, stored: np.ndarray[Any, Any]) -> np.ndarr
 
 def _stored_number(path: Path, dataset: Any, keyword: str) -> int:
     """Return a value in the representation of the pixels: some writers state negative numbers as unsigned ones."""
-    bits, raw = whole_number(path, dataset, "BitsAllocated"), dataset.get(keyword)
+    bits, raw = whole_number(path, dataset, "BitsAllocated"), element(dataset, keyword)
     value = int.from_bytes(raw[:2], "little") if isinstance(raw, bytes) else whole_number(path, dataset, keyword)
     signed = whole_number(path, dataset, "PixelRepresentation", 0) == 1
     if signed and value >= 2 ** (bits - 1):
@@ -92,12 +102,12 @@ def _stored_number(path: Path, dataset: Any, keyword: str) -> int:
 def _slopes(path: Path, dataset: Any, frames: int) -> tuple[list[float], list[float]]:
     """Return slope and intercept of each frame; 1 and 0 if not stated."""
     shared = first_item(first_item(dataset, "SharedFunctionalGroupsSequence"), "PixelValueTransformationSequence")
-    groups = dataset.get("PerFrameFunctionalGroupsSequence") or [None] * frames
+    groups = element(dataset, "PerFrameFunctionalGroupsSequence") or [None] * frames
     slopes, inters = [], []
     for item in list(groups)[:frames]:
         own = first_item(item, "PixelValueTransformationSequence")
         source = own if own is not None else shared if shared is not None else dataset
-        keyword = "DoseGridScaling" if "DoseGridScaling" in dataset else "RescaleSlope"
+        keyword = "DoseGridScaling" if states(dataset, "DoseGridScaling") else "RescaleSlope"
         slope, inter = numbers(path, source, keyword, 1), numbers(path, source, "RescaleIntercept", 1)
         if slope is not None and slope[0] == 0:
             raise Unreadable(path, f"its {keyword} is 0: every value would be the same")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyclinic.data.formats.dicom.file import image_shape, looks_like_dicom, open_dicom, quiet
+from polyclinic.data.formats.dicom.file import element, image_shape, looks_like_dicom, open_dicom, quiet, states
 from polyclinic.data.formats.dicom.geometry import Plane, flat_spacing, frame_planes, plane_of, stack
 from polyclinic.data.formats.dicom.pixel_values import values_of
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fits, refusing
@@ -92,17 +92,21 @@ class Found:
     not_images: int = 0
 
 
-def header_of(path: Path, dataset: Any, limits: Limits = LIMITS) -> Header | None:
-    """Return the header of an image, or None for objects that are no images (reports, plans, segmentations)."""
+def header_of(path: Path, dataset: Any, limits: Limits = LIMITS, grouping: bool = True) -> Header | None:
+    """Return the header of an image, or None for objects that are no images (reports, plans, segmentations).
+
+    Without ``grouping``, the values that tell series apart are left out.
+    """
     with quiet(), refusing(path, "its DICOM header is damaged"):
-        if ("Rows" not in dataset and "Columns" not in dataset) or dataset.get("Modality") == "SEG":
+        if (not states(dataset, "Rows") and not states(dataset, "Columns")) or element(dataset, "Modality") == "SEG":
             return None
-        wanted = ("Modality", "SeriesInstanceUID", "PatientID", "SOPInstanceUID", *_TELL_APART)
-        text = {k: str(dataset.get(k) or "") for k in wanted}
-        named = {key: str(dataset.get(element) or "").strip() for key, element in SELECTORS.items()}
+        apart = _TELL_APART if grouping else ()
+        wanted = ("Modality", "SeriesInstanceUID", "PatientID", "SOPInstanceUID", *apart)
+        text = {k: str(element(dataset, k) or "") for k in wanted}
+        named = {key: str(element(dataset, keyword) or "").strip() for key, keyword in SELECTORS.items() if grouping}
         shape = image_shape(path, dataset, limits)
         plane = plane_of(path, dataset)
-    marks = tuple(text[k] for k in _TELL_APART)
+    marks = tuple(text[k] for k in apart)
     return Header(
         path,
         text["Modality"],
@@ -255,7 +259,7 @@ def read_series(
     parts: list[tuple[Header, Tensor, str, tuple[str, ...]]] = []
     for path in series.paths:
         dataset = open_dicom(path, limits=limits)
-        header = header_of(path, dataset, limits)
+        header = header_of(path, dataset, limits, grouping=False)
         if header is None or header.plane is None:
             raise Unreadable(path, "does not state its position, orientation and spacing")
         if not parts:
@@ -284,9 +288,9 @@ def _refuse_copies(headers: Sequence[Header]) -> None:
 
 def _one_file(path: Path, fill: float | None, limits: Limits, tolerance_mm: float | None) -> Volume:
     dataset = open_dicom(path, limits=limits)
-    header = header_of(path, dataset, limits)
+    header = header_of(path, dataset, limits, grouping=False)
     if header is None:
-        segments = str(dataset.get("Modality") or "") in ("SEG", "RTSTRUCT")
+        segments = str(element(dataset, "Modality") or "") in ("SEG", "RTSTRUCT")
         raise Unreadable(path, "is a mask of an image, not an image" if segments else "contains no image")
     with quiet(), refusing(path, "its functional groups are damaged"):
         planes = frame_planes(path, dataset, header.shape[0], header.plane)

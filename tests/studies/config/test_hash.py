@@ -101,6 +101,8 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "axes": (0,),
     "border": True,
     "batch_dice": True,
+    "cuts": (1.0, 2.0),
+    "hazards": "proportional",
     "own": ("acme-speckle",),
     "loop": "acme-loop",
 }

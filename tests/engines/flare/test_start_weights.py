@@ -11,7 +11,11 @@ from polyclinic.cli import site as commands
 from polyclinic.cli import weights as weight_commands
 from polyclinic.engines.flare.client import training_process
 from polyclinic.engines.flare.client.reviews import Reviews
-from polyclinic.engines.flare.protocol.paths import WEIGHTS, SiteFolder
+from polyclinic.engines.flare.protocol.paths import WEIGHTS, ServerFolder, SiteFolder
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest
+from polyclinic.engines.flare.server import server_setup
+from polyclinic.engines.flare.server.job_queue import FAILED
+from polyclinic.engines.flare.server.run_coordinator import write_failure
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.policy.site_policy import parse
 from polyclinic.learning.networks.network_catalog import Network
@@ -69,6 +73,18 @@ def test_a_site_without_the_weights_refuses_before_anything_is_built(tmp_path: P
     (reason,) = policy.refusals(plan)
     assert reason.startswith(f"the start weights {sha256[:12]}... are not in the store")
     assert "polyclinic site weights add" in reason
+
+
+def test_a_server_without_the_weights_queues_nothing_and_a_run_that_lost_them_fails(tmp_path: Path) -> None:
+    sha256 = weights_of(NET).sha256
+    an = order(**tuning(sha256, train=["head"]))
+    server_setup.check_buildable(an.build_plan())
+    store.remove(store.find(sha256))
+    with pytest.raises(InvalidRunRequest, match=f"cannot be built: the start weights {sha256[:12]}.* not in the store"):
+        server_setup.order(ServerFolder(tmp_path), an)
+    write_failure(tmp_path / "run", "the start weights are gone")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["phase"], status["why"], status["round"]) == (FAILED, "the start weights are gone", 0)
 
 
 def test_the_hash_of_a_method_covers_its_start_weights() -> None:

@@ -25,7 +25,8 @@ from polyclinic.engines.flare.protocol.paths import ServerFolder, private_folder
 from polyclinic.engines.flare.protocol.rpc import Delivery, Ended
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server import study_runs
-from polyclinic.engines.flare.server.run_coordinator import RunCoordinator, model_bytes
+from polyclinic.engines.flare.server.run_coordinator import RunCoordinator, model_bytes, write_failure
+from polyclinic.errors import PolyclinicError
 
 FETCHERS = 2
 
@@ -165,7 +166,11 @@ class StudyController(Controller):  # type: ignore[misc]
         folder = home.run(self.order.run)
         given = read_toml(home.settings, "polyclinic server init")
         limits = message_limits.Limits.of(given, study_runs.survey_of(home, self.order.study.get("name", "")))
-        limits = replace(limits, model=model_bytes(self.order))
+        try:
+            limits = replace(limits, model=model_bytes(self.order))
+        except PolyclinicError as error:  # such as start weights that were removed since the run was queued
+            write_failure(folder, str(error))
+            raise
         carrier = FlareCarrier(self, fl_ctx, abort_signal, folder / "inbox", members, self.dead_after, limits)
         try:
             RunCoordinator(self.order, carrier, folder, members, signers=Signers(home.admitted), limits=limits).run()

@@ -31,7 +31,7 @@ from polyclinic.engines.flare.flare_processes import birth
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.message_limits import Limits
-from polyclinic.engines.flare.protocol.paths import private_folder
+from polyclinic.engines.flare.protocol.paths import private_folder, read_json
 from polyclinic.engines.flare.protocol.registration import Registration, register
 from polyclinic.engines.flare.protocol.rpc import AWAY, Carrier, Count, Ended
 from polyclinic.engines.flare.protocol.run_records import Records
@@ -347,14 +347,7 @@ class RunCoordinator:
     def _say(self, phase: str, why: str, done: int | None = None, waiting: Mapping[str, str] | None = None) -> None:
         """Write status.json, which people and the supervisor read."""
         previous = getattr(self, "_status", {"round": 0})
-        self._status = previous | {
-            "phase": phase,
-            "why": why,
-            "pid": os.getpid(),
-            "birth": birth(os.getpid()),
-            "beat": time.time(),
-            "waiting": dict(waiting or {}),
-        }
+        self._status = previous | _phase(phase, why) | {"waiting": dict(waiting or {})}
         if done is not None:
             self._status["round"] = done
         self._status["rounds"] = self.plan.rounds
@@ -374,10 +367,21 @@ class Pause(RunError):
     """The supervisor requests a new attempt at this round boundary. The message says why."""
 
 
+def write_failure(folder: Path, why: str) -> None:
+    """Write into the status of the run in ``folder`` that it cannot begin, and why; it is not tried again."""
+    file = private_folder(folder) / "status.json"
+    write_private(file, json.dumps({**read_json(file, default={"round": 0}), **_phase(FAILED, why)}), durable=False)
+
+
 def model_bytes(order: RunRequest) -> int:
     """Return the bytes of the model that ``order`` trains."""
     plan = order.build_plan()
     return tree.nbytes(plan.build_task().first(plan.seed))
+
+
+def _phase(phase: str, why: str) -> dict[str, Any]:
+    me = os.getpid()
+    return {"phase": phase, "why": why, "pid": me, "birth": birth(me), "beat": time.time()}
 
 
 def _all_refuse(error: Exception) -> bool:

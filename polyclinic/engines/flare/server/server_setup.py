@@ -37,6 +37,7 @@ from polyclinic.engines.flare.protocol.paths import (
 from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.job_queue import Queue
+from polyclinic.engines.plan import Plan
 
 # Number of simultaneous runs; seconds to wait for all sites before a run begins without some; seconds without a sign of
 # life after which a site is away; and deadline of an answer in seconds, if the study sets none.
@@ -236,7 +237,7 @@ def order(home: ServerFolder, an: RunRequest) -> RunRequest:
     """
     plan = an.build_plan()
     try:
-        plan.build_method()
+        check_buildable(plan)
     except (TypeError, ValueError) as error:
         raise InvalidRunRequest(f"the plan cannot be built: {error}") from None
     admitted = sites(home)
@@ -250,6 +251,19 @@ def order(home: ServerFolder, an: RunRequest) -> RunRequest:
     queued = replace(an, identities=identities, deadline=deadline)
     Queue(home).add(queued)
     return queued
+
+
+def check_buildable(plan: Plan) -> None:
+    """Build the method of ``plan``, and find its start weights, which the server needs as every site does.
+
+    Raises:
+        TypeError, ValueError: If the method cannot be built, or the weights are not in the server's store.
+    """
+    plan.build_method()
+    if wanted := plan.tuning.get("weights", {}).get("sha256"):
+        from polyclinic.learning.weights import store
+
+        store.find(wanted)
 
 
 def check(home: ServerFolder) -> None:

@@ -139,7 +139,7 @@ def _from_table(run: str, plan: Mapping[str, Any], fields: Mapping[str, Any]) ->
 def _check(orders: Sequence[RunRequest]) -> None:
     for an in orders:
         try:
-            an.build_plan().build_method()
+            server_setup.check_buildable(an.build_plan())
         except (TypeError, ValueError) as error:
             raise InvalidRunRequest(f"{an.label}: {error}") from None
 

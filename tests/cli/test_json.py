@@ -164,6 +164,7 @@ def replaced(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     from polyclinic.cli import results, run
     from polyclinic.data.catalog import dataset_catalog
     from polyclinic.studies.export import tracking
+    from polyclinic.studies.run import case_pictures
 
     def work(*given: Any) -> list[dict[str, Any]]:
         print("text")
@@ -177,6 +178,8 @@ def replaced(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert call("demo", "--out", "d") == [{"run": "d"}]
         assert call("panel", "run", "s.toml", "--out", "p") == [{"run": "p"}]
         assert call("data", "get", "pneumoniamnist") == {"name": "pneumoniamnist", "path": "set.npz"}
+        patch.setattr(case_pictures, "draw", lambda *given: (Path("cases.npz"), {"lyon": "not allowed"}))
+        assert call("pictures", "a") == {"refused": {"lyon": "not allowed"}, "path": "cases.npz"}
         assert call("track", "a", "--to", "mlflow")["where"] == "sqlite:///mlflow.db"
     (tmp_path / "t.toml").write_text(STUDY)
     assert Path(call("data", "plan", "t.toml")["plan"]).is_file()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyclinic import __version__
 from polyclinic.core.atomic import write_private
@@ -37,7 +37,9 @@ from polyclinic.engines.flare.protocol.paths import (
 from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.job_queue import Queue
-from polyclinic.engines.plan import Plan
+
+if TYPE_CHECKING:
+    from polyclinic.engines.plan import Plan
 
 # Number of simultaneous runs; seconds to wait for all sites before a run begins without some; seconds without a sign of
 # life after which a site is away; and deadline of an answer in seconds, if the study sets none.
@@ -253,7 +255,7 @@ def order(home: ServerFolder, an: RunRequest) -> RunRequest:
     return queued
 
 
-def check_buildable(plan: Plan) -> None:
+def check_buildable(plan: "Plan") -> None:
     """Build the method of ``plan``, and find its start weights, which the server needs as every site does.
 
     Raises:

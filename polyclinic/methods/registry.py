@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from typing import Any
 
@@ -101,8 +101,10 @@ def options(of: Entry) -> Mapping[str, inspect.Parameter]:
     Arguments that the table fixes are not options.
     """
     make = maker(of)
+    listed = fields(make) if inspect.isclass(make) and is_dataclass(make) else ()
+    made = {field.name: field.default_factory() for field in listed if field.default_factory is not MISSING}
     found = {
-        name: p.replace(default=of.defaults.get(name, p.default))
+        name: p.replace(default={**made, **of.defaults}.get(name, p.default))
         for name, p in inspect.signature(make).parameters.items()
         if (name not in PROVIDED if inspect.isclass(make) else p.kind is p.KEYWORD_ONLY)
     }

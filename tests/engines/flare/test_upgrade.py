@@ -53,7 +53,7 @@ def by_person(hospitals: Hospitals, *words: str) -> str:
     """What a command of the installed version prints, in a process of its own."""
     env = {**os.environ, **hospitals.env}
     done = subprocess.run(
-        [sys.executable, "-m", "polyclinic.cli.app", *words], env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-m", "polyclinic.cli.app", *words], env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -292,12 +292,12 @@ def opened(path: Path, name: str = "") -> CaseFile | None:
 def stored_as(pixels: Tensor) -> tuple[Tensor, tuple[float, ...], tuple[float, ...]]:
     """Return an image in as few bytes as suffice, with divisor and shift of each channel.
 
-    * Bytes (8-bit pictures) remain bytes, and mean 0 to 1.
-    * Whole numbers (CT, and MR without intensity steps) are kept exactly, in one or two bytes.
-    * Other values are rounded to 65,534 equal steps between the channel's smallest and largest value; 0 is one of the
+    - Bytes (8-bit pictures) remain bytes, and mean 0 to 1.
+    - Whole numbers (CT, and MR without intensity steps) are kept exactly, in one or two bytes.
+    - Other values are rounded to 65,534 equal steps between the channel's smallest and largest value; 0 is one of the
       steps, so that a background of 0 remains exactly 0. The error is at most half a step, such as 0.0001 for values
       from -5 to 8. Half precision (float16), which other programs use here, has steps of 0.002 to 0.004 there.
-    * If the values of a channel are so unequal that their mean absolute deviation is less than 256 of these steps, the
+    - If the values of a channel are so unequal that their mean absolute deviation is less than 256 of these steps, the
       image is kept as float32.
     """
     channels = len(pixels)

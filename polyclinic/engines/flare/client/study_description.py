@@ -290,7 +290,8 @@ def _how(an: RunRequest, methods: Sequence[_Method]) -> Section:
     if an.mode == "buffered":
         section.say(f"asynchronously: an update of the model uses {an.buffer} replies")
     asked = f"{an.sites_per_round} of the sites, drawn at random" if an.sites_per_round else "every site"
-    section.say(f"each round asks {asked}, and needs {an.min_replies} usable replies")
+    replies = "reply" if an.min_replies == 1 else "replies"
+    section.say(f"each round asks {asked}, and needs {an.min_replies} usable {replies}")
     if an.deadline:
         section.say(f"a site that has not replied after {an.deadline:g} seconds is left out of that round")
     if an.best:

@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.weights.store import VARIABLE
 from polyclinic.methods.catalog import METHODS
+from polyclinic.methods.frozen_networks import NEEDS
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.scheduler import run
 from tests.studies.run.test_scheduler import facts, same
+from tests.support.start_weights import weights_of
 
 # What a method is run with where its defaults would take long on a few tiny images, and what it cannot do without.
 OPTIONS: Mapping[str, str] = {
@@ -30,12 +34,18 @@ OPTIONS: Mapping[str, str] = {
 }
 IMAGES = 'kind = "npz"\nsites = "site"\nmin_patients = 1\n'
 UNET = 'network = "unet"\noptions = { width = 2, norm = "batch" }'
+ADAPTERS = [name for name, (parts, _) in NEEDS.items() if "adapters" in parts]
 # By kind of data: the [data] table, the [task] table, and the methods that are run on it.
 KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
     "images": (
         IMAGES + 'external = ["d"]\npublic = ["p"]\nunlabeled = 0.25\nannotations = { c = "none" }',
         'network = "cnn"\noptions = { width = 4, depth = 2, dropout = 0.2 }',
-        [n for n, e in METHODS.items() if not e.tasks or "classification" in e.tasks],
+        [n for n, e in METHODS.items() if (not e.tasks or "classification" in e.tasks) and n not in ADAPTERS],
+    ),
+    "adapters": (
+        IMAGES + 'external = ["d"]',
+        'network = "cnn"\noptions = { width = 4, depth = 2 }\nweights = "given"\nlora = { rank = 2 }',
+        ADAPTERS,
     ),
     "masks": (
         IMAGES
@@ -64,9 +74,19 @@ KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
 SLOW = ("images", "masks", "masks of all", "fast scans", "labels")
 
 
+@pytest.fixture(autouse=True)
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "weights"))
+    weights_of(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
+
+
 def npz(folder: Path, kind: str) -> Path:
     """Six sites with a few noisy images each, brighter where there is something to find."""
-    rng, side, sites = np.random.default_rng(0), 8 if kind in ("images", "labels", "videos") else 16, "abcdep"
+    rng, side, sites = (
+        np.random.default_rng(0),
+        8 if kind in ("images", "adapters", "labels", "videos") else 16,
+        "abcdep",
+    )
     n = (24 if side == 8 else 12) * len(sites)
     classes = rng.integers(0, 2, n)
     grid = np.indices((side, side)) - side / 2 + 0.5

@@ -33,13 +33,13 @@ def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 
 
     Classes (of images or pixels): ``T² · KL(softmax(target / T) ‖ softmax(learner / T))``, Hinton et al., 2015,
     averaged over batch and pixels. Labels, and the intervals of survival: the same for each one's Bernoulli variable.
-    Regression, and a single output of survival: half the mean squared error.
+    Regression, reconstructed images, and a single output of survival: half the mean squared error.
     """
     T = temperature
     match kind:
         case "survival" if learner.shape[1] > 1:
             return divergence("multilabel", learner, target, temperature)
-        case "regression" | "survival":
+        case "regression" | "reconstruction" | "survival":
             return F.mse_loss(learner, target) / 2
         case "multilabel":
             p, q = target / T, learner / T
@@ -52,7 +52,7 @@ def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 
             return T**2 * (p.exp() * (p - q)).sum(1).mean()
     raise ConfigError(
         f"outputs of kind {kind} cannot be distilled: the kinds are classification, multilabel, segmentation, "
-        "regression and survival"
+        "regression, reconstruction and survival"
     )
 
 

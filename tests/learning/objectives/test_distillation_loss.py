@@ -38,7 +38,9 @@ def test_kl_of_labels_is_scipys() -> None:
     assert float(divergence("multilabel", z, t, 2.0)) == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["classification", "multilabel", "segmentation", "regression", "survival"])
+@pytest.mark.parametrize(
+    "kind", ["classification", "multilabel", "segmentation", "regression", "reconstruction", "survival"]
+)
 def test_it_is_zero_where_both_say_the_same_and_positive_elsewhere(kind: str) -> None:
     z, t = normal(5, 3), normal(5, 3, key="b")
     assert float(divergence(kind, z, z, 2.0)) == pytest.approx(0, abs=1e-6)

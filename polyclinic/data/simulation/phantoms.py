@@ -80,14 +80,13 @@ class RoiPhantom:
     def table(self) -> Table:
         """Return the table of subjects."""
         _, y, site = self._drawn
-        ids = tuple(f"phantom-{i:05d}" for i in range(len(y)))
+        ids = _ids(len(y))
         return Table(ids, ids, y, {"site": tuple(f"scanner-{s + 1}" for s in site)}, ("site",))
 
     def examples(self, ids: tuple[str, ...] | list[str]) -> Examples:
         """Return the named subjects."""
         x, y, _ = self._drawn
-        rows = [int(name.removeprefix("phantom-")) for name in ids]
-        return Examples(torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), tuple(ids), tuple(ids))
+        return _examples(x, y, ids)
 
     @cached_property
     def _drawn(self) -> tuple[Array, Array, Array]:
@@ -160,14 +159,13 @@ class SurvivalPhantom:
     def table(self) -> Table:
         """Return the table of patients."""
         _, y, site = self._drawn
-        ids = tuple(f"phantom-{i:05d}" for i in range(len(y)))
+        ids = _ids(len(y))
         return Table(ids, ids, y, {"site": tuple(f"hospital-{s + 1}" for s in site)}, ("site",), True)
 
     def examples(self, ids: tuple[str, ...] | list[str]) -> Examples:
         """Return the named patients."""
         x, y, _ = self._drawn
-        rows = [int(name.removeprefix("phantom-")) for name in ids]
-        return Examples(torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), tuple(ids), tuple(ids))
+        return _examples(x, y, ids)
 
     @cached_property
     def _drawn(self) -> tuple[Array, Array, Array]:
@@ -183,3 +181,14 @@ class SurvivalPhantom:
         seen = np.maximum(np.minimum(time, censored), 0.01)
         y = np.stack([seen, time <= censored], 1).astype(np.float32)
         return x.astype(np.float32), y, site
+
+
+def _ids(count: int) -> tuple[str, ...]:
+    """Return the names of ``count`` patients, which end with their rows."""
+    return tuple(f"phantom-{i:05d}" for i in range(count))
+
+
+def _examples(x: Array, y: Array, ids: tuple[str, ...] | list[str]) -> Examples:
+    """Return the named rows of ``x`` and ``y``."""
+    rows = [int(name.removeprefix("phantom-")) for name in ids]
+    return Examples(torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), tuple(ids), tuple(ids))

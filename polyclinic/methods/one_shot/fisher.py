@@ -23,12 +23,12 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.model_tree import cached_model, gradient, trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, seeded
-from polyclinic.methods.base.site_weights import SizeWeighted
+from polyclinic.methods.one_shot.one_message import OneMessage
 from polyclinic.methods.optimization.fedavg import State
 
 
 @dataclass(frozen=True)
-class FisherMerging(SizeWeighted[State]):
+class FisherMerging(OneMessage):
     """One message from each site: its fine-tuned model, with the Fisher information of each parameter.
 
     Attributes:
@@ -47,12 +47,6 @@ class FisherMerging(SizeWeighted[State]):
         if self.examples < 1 or not 0 < self.floor < float("inf"):
             raise ConfigError("fisher-merging: examples must be at least 1 and floor a positive number")
 
-    def init(self, params: Tree) -> State:
-        return State(0, params)
-
-    def request(self, state: State) -> Request | None:
-        return None if state.round else Request(0, {"params": state.params})
-
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
         end, weight = self.local.fit(self.task, start, site, 0), self.site_weight(site)
@@ -65,9 +59,6 @@ class FisherMerging(SizeWeighted[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         params = tree.shift(state.params, reply.leaf_mean("update").value)
         return State(1, tree.shift(params, reply.mean("running").value))
-
-    def evaluation_request(self, state: State) -> Request:
-        return Request(state.round, {"params": state.params})
 
     def information(self, params: Tree, site: Site) -> Tree:
         """Return the diagonal of the Fisher information of ``params`` at a site, plus ``floor``, by parameter."""

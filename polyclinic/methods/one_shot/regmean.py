@@ -28,14 +28,14 @@ from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model, trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.base.site_weights import SizeWeighted
+from polyclinic.methods.one_shot.one_message import OneMessage
 from polyclinic.methods.optimization.fedavg import State
 
 GRAM, PRODUCT = "gram.", "product."
 
 
 @dataclass(frozen=True)
-class RegMean(SizeWeighted[State]):
+class RegMean(OneMessage):
     """One message from each site: its fine-tuned model, with the second moments of the inputs of its linear layers.
 
     Attributes:
@@ -53,12 +53,6 @@ class RegMean(SizeWeighted[State]):
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"regmean: alpha must be from 0 to 1, not {self.alpha}")
-
-    def init(self, params: Tree) -> State:
-        return State(0, params)
-
-    def request(self, state: State) -> Request | None:
-        return None if state.round else Request(0, {"params": state.params})
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
@@ -78,9 +72,6 @@ class RegMean(SizeWeighted[State]):
             solved = torch.linalg.pinv(gram, rtol=1e-6, hermitian=True) @ product
             change[name] = solved.T.reshape(change[name].shape).to(change[name].dtype)
         return State(1, tree.shift(state.params, change))
-
-    def evaluation_request(self, state: State) -> Request:
-        return Request(state.round, {"params": state.params})
 
     def moments(self, params: Tree, site: Site) -> dict[str, Tensor]:
         """Return ``Xᵀ X`` per example of each layer's inputs in double precision, by the name of its weights."""

@@ -1,6 +1,7 @@
 """The statistics of cases between hospitals: only sums leave, and the plan is that of one machine."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from polyclinic.studies.run import case_planning, deployment
 from polyclinic.testing import equal
 from tests.conftest import little_sites
 from tests.studies.run.test_case_planning import STUDY, write_pairs
-from tests.support.flare_deployment import Hospitals, reference, study
+from tests.support.flare_deployment import PATIENCE, Hospitals, reference, study
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, make_site, order
 
 PLAN = {"network": "mlp", "inputs": [1], "outputs": 1, "network_options": {}}
@@ -33,12 +34,15 @@ def houses(root: Path, policy: str = policies.DEFAULT) -> dict[str, SiteFolder]:
     homes = {}
     for k, (name, site) in enumerate(little_sites(count=3).items()):
         homes[name] = make_site(root / name, name, site, policy)
-        data = root / name / "files"
-        write_pairs(data / "set", 16, (0.8, 0.8, 2.4 + 0.1 * k))
-        (data / "data.toml").write_text('kind = "pairs"\npath = "set"\nsplit = [0.75, 0.0, 0.25]\n')
-        settings = homes[name].settings
-        settings.write_text(f'site = "{name}"\ndata = "{data}"\n')
+        write_files(root / name / "files", k)
+        homes[name].settings.write_text(f'site = "{name}"\ndata = "{root / name / "files"}"\n')
     return homes
+
+
+def write_files(folder: Path, k: int) -> None:
+    """Write the images of hospital ``k``, and how they are read."""
+    write_pairs(folder / "set", 16, (0.8, 0.8, 2.4 + 0.1 * k))
+    (folder / "data.toml").write_text('kind = "pairs"\npath = "set"\nsplit = [0.75, 0.0, 0.25]\n')
 
 
 def test_hospitals_send_sums_of_images_of_unequal_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,29 +104,63 @@ def test_a_study_with_the_recipe_of_nnunet_runs_from_the_plan_on(
     for home in homes.values():
         approve(home, first)
     assert coordinator(tmp_path, first, LocalCarrier(homes, first)).run() == "finished"
-    sums = case_planning.read_statistics(tmp_path / "server" / "sums" / "checkpoint.safetensors")
-    data = {"kind": "pairs", "path": str(tmp_path), "split": [0.75, 0.0, 0.25]}
-    made = case_planning.plan(DataSpec.model_validate(data), "spots", channels=["CT"], sums=sums, width=4)
-    (tmp_path / "spots.plan.toml").write_text(made.text)
-    text = RECIPE.replace('use = "elsewhere"', f'kind = "pairs"\npath = "{tmp_path}"')
-    read = study_config.parse(text.replace("PLAN", str(tmp_path / "spots.plan.toml")))
-    patch = read.data.options["patch"]
-    (arm,), _ = deployment.method_runs(read, list(homes), {"inputs": [1, *patch], "outputs": 2})
-    shared = {key: value for key, value in deployment.how(read).items() if value is not None}
-    an = RunRequest("spots", arm["plan"], patience=5.0, **shared)
+    an, read = planned(tmp_path, tmp_path / "server" / "sums" / "checkpoint.safetensors", list(homes), patience=5.0)
     for home in homes.values():
         approve(home, an)
     assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
+    sites = read_sites(read, {name: tmp_path / name / "files" for name in homes}, an)
+    state, _ = reference(an, sites)
+    assert equal(state, states.load(tmp_path / "server" / "spots" / "checkpoint.safetensors").state)
+    assert {tuple(site.data["train"].shape) for site in sites.values()} == {(1, *read.data.options["patch"])}
+
+
+@pytest.mark.deploy
+@pytest.mark.slow
+def test_real_processes_plan_and_train_with_the_recipe_of_nnunet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same between three processes of FLARE: the plan is made from their sums, and the bits are those of one."""
+    pytest.importorskip("nvflare", reason="the extra [flare] is not installed")
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    hospitals = Hospitals(tmp_path)
+    for k, name in enumerate(hospitals.homes):
+        shutil.rmtree(tmp_path / "data" / name)
+        write_files(tmp_path / "data" / name, k)
+    with hospitals:
+        hospitals.order(study("sums", method="case-statistics", rounds=1, plan=PLAN))
+        hospitals.finished("sums")
+        checkpoint = hospitals.server.run("sums") / "checkpoint.safetensors"
+        ordered, read = planned(tmp_path, checkpoint, list(hospitals.homes), patience=PATIENCE)
+        an = hospitals.order(ordered)
+        hospitals.finished("spots")
+        assert hospitals.lost("spots") == []
+        sites = read_sites(read, {name: tmp_path / "data" / name for name in hospitals.homes}, an)
+        assert equal(reference(an, sites)[0], hospitals.state("spots"))
+        hospitals.journals_hold()
+
+
+def planned(root: Path, checkpoint: Path, sites: list[str], patience: float) -> tuple[RunRequest, study_config.Study]:
+    """Make a plan from the sums of the sites, and return the request and the study that train with it."""
+    data = {"kind": "pairs", "path": str(root), "split": [0.75, 0.0, 0.25]}
+    sums = case_planning.read_statistics(checkpoint)
+    made = case_planning.plan(DataSpec.model_validate(data), "spots", channels=["CT"], sums=sums, width=4)
+    (root / "spots.plan.toml").write_text(made.text)
+    text = RECIPE.replace('use = "elsewhere"', f'kind = "pairs"\npath = "{root}"')
+    read = study_config.parse(text.replace("PLAN", str(root / "spots.plan.toml")))
+    (arm,), _ = deployment.method_runs(read, sites, {"inputs": [1, *read.data.options["patch"]], "outputs": 2})
+    shared = {key: value for key, value in deployment.how(read).items() if value is not None}
+    return RunRequest("spots", arm["plan"], patience=patience, **shared), read
+
+
+def read_sites(read: study_config.Study, folders: dict[str, Path], an: RunRequest) -> dict[str, Site]:
+    """Read the files of the hospitals in this process, as each hospital reads its own."""
     sites = {}
-    for name in homes:
-        folder = tmp_path / name / "files"
+    for name, folder in folders.items():
         spec = read.data.model_dump(exclude_unset=True) | {"path": str(folder / "set")}
         spec |= {"sites": {"partition": "iid", "count": 1}}
         (roles,) = federate(DataSpec.model_validate(spec), an.plan["seed"]).sites.values()
         sites[name] = Site(name, dict(roles))
-    state, _ = reference(an, sites)
-    assert equal(state, states.load(tmp_path / "server" / "spots" / "checkpoint.safetensors").state)
-    assert {tuple(roles["train"].shape) for roles in (site.data for site in sites.values())} == {(1, *patch)}
+    return sites
 
 
 def test_a_small_hospital_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

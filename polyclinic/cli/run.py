@@ -178,13 +178,19 @@ def stop(run_folder: Path, *, json_: Json = False) -> None:
 
 
 def _compare(folder: Path, runs: dict[str, Path]) -> None:
-    """Write and show the table of methods by scenarios."""
+    """Write and show the table of methods by scenarios, and draw their ranks."""
     from polyclinic.evaluation.run_comparison import panel, write_panel
+    from polyclinic.report.figures import ranks_plot
 
     table = panel(list(runs.values()), names=list(runs))
     line("")
     show_panel(table)
     done(str(write_panel(table, folder)))
+    if (ranking := table.ranking) is not None:
+        ranks = ", ".join(f"{m} {rank:.2f}" for m, rank in zip(ranking.methods, ranking.ranks, strict=True))
+        picture = ranks_plot("ranks", f"Mean ranks over data sets: {ranks}", ranking, {}, "data sets")
+        atomic.write(folder / "panel.svg", picture)
+        done(str(folder / "panel.svg"))
 
 
 def demo(

@@ -336,8 +336,16 @@ def survival_plot(name: str, alt: str, times: Array, groups: Mapping[str, Sequen
         return svg(figure, name, alt)
 
 
-def ranks_plot(name: str, alt: str, ranking: Ranking, titles: Mapping[str, str]) -> str:
-    """Draw mean ranks (Demšar): a bar joins methods whose ranks do not differ significantly."""
+def ranks_plot(name: str, alt: str, ranking: Ranking, titles: Mapping[str, str], over: str = "sites") -> str:
+    """Draw mean ranks (Demšar): a bar joins methods whose ranks do not differ significantly.
+
+    Args:
+        name: Name of the figure, unique on the page.
+        alt: Alternative text.
+        ranking: The ranks.
+        titles: Names of methods as the reader knows them.
+        over: What the methods are ranked over, in the plural.
+    """
     k = len(ranking.methods)
     height = 0.75 + 0.24 * k + 0.14 * len(ranking.cliques)
     with drawing(height) as (figure, axes):
@@ -346,7 +354,7 @@ def ranks_plot(name: str, alt: str, ranking: Ranking, titles: Mapping[str, str])
         axes.xaxis.tick_top()
         axes.xaxis.set_label_position("top")
         axes.set_xticks(range(1, k + 1))
-        axes.set_xlabel("Mean rank over sites (1 is best)")
+        axes.set_xlabel(f"Mean rank over {over} (1 is best)")
         axes.spines["bottom"].set_visible(False)
         axes.spines["left"].set_visible(False)
         axes.spines["top"].set_visible(True)

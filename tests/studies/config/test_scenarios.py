@@ -120,6 +120,9 @@ def test_they_run_beside_each_other_and_resume_to_the_same_table(
     assert all(name in table for name in ("plain", "strong", "three", "Mean ranks over 3 data sets"))
     facts = json.loads((tmp_path / "a" / "several" / "panel.json").read_text())
     assert len(facts) == 9
+    picture = (tmp_path / "a" / "several" / "panel.svg").read_text()
+    assert picture.startswith("<svg")
+    assert "Mean rank over data sets" in picture
     run_all(tmp_path / "s.toml", found[:1], False, False, tmp_path / "b", None)
     run_all(tmp_path / "s.toml", found, True, False, tmp_path / "b", None)
     assert (tmp_path / "b" / "several" / "panel.md").read_text() == table

@@ -182,7 +182,7 @@ def _unparsed(dataset: Any, keyword: str, vr: str) -> Any:
     """Return an element that pydicom has not parsed yet, if it is of type ``vr``; to parse numbers here is faster."""
     tag = _tag(keyword)
     stored = dataset.get_item(tag) if tag in dataset else None
-    return stored if stored is not None and stored.VR == vr and isinstance(stored.value, bytes) else None
+    return stored if getattr(stored, "VR", "") == vr and isinstance(stored.value, bytes) else None
 
 
 def whole_number(path: Path, dataset: Any, keyword: str, default: int | None = None) -> int:
@@ -254,7 +254,9 @@ def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = L
         if syntax.is_compressed and not syntax.is_deflated:
             _decodable(path, dataset, syntax, frames, (rows, columns))
         else:
-            bits = 8 * dict(zip(PIXELS, (0, 4, 8), strict=True))[keyword] or whole_number(path, dataset, "BitsAllocated")
+            bits = 8 * dict(zip(PIXELS, (0, 4, 8), strict=True))[keyword] or whole_number(
+                path, dataset, "BitsAllocated"
+            )
             share = 2 / 3 if element(dataset, "PhotometricInterpretation") == "YBR_FULL_422" else 1
             expected = math.ceil(math.ceil(frames * rows * columns * samples * bits / 8) * share)
             if (present := len(dataset[keyword].value or b"")) < expected:

@@ -19,7 +19,7 @@ Nothing is trained: the model is returned as it was.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -48,6 +48,14 @@ KINDS = (EXACT, NEAR)
 IMAGE_AXES = 3
 PADDED_TO = 64
 """Lists have a multiple of this length, so that they do not tell the exact number of images."""
+
+
+@runtime_checkable
+class Whole(Protocol):
+    """Data of which an index may yield a part of an image."""
+
+    def image(self, i: int) -> torch.Tensor:
+        """Return the whole input of example ``i``."""
 
 
 @savable("duplicate-search.State", 1)
@@ -174,10 +182,12 @@ def _common(theirs: torch.Tensor | None, ours: torch.Tensor | None) -> int:
 
 
 def _labels(kind: str, site: Site) -> Iterator[bytes]:
-    """Yield the label of each image of a site, of all roles. Rows of a table have no coarse label."""
-    for data in site.data.values():
+    """Yield the label of each image of a site, whatever its role. Rows of a table have no coarse label."""
+    for role, data in site.data.items():
+        if role == "public":  # all sites have the same
+            continue
         for i in range(len(data)):
-            image = data.image(i)
+            image = data.image(i) if isinstance(data, Whole) else data[torch.tensor([i])][0][0]
             label = exact_label(image) if kind == EXACT else coarse_label(image) if image.ndim >= IMAGE_AXES else None
             if label is not None:
                 yield label

@@ -98,6 +98,11 @@ def test_a_brighter_copy_is_nearly_equal_and_not_equal() -> None:
     assert set(found(sites, near=False).shared) == {"exact"}
 
 
+def test_public_images_are_everywhere_and_are_no_duplicates() -> None:
+    sites = {name: Site(name, {"public": Pictures([1, 2]), "train": Pictures([3])}) for name in ("a", "b")}
+    assert shared_by(found(sites, near=False), "exact") == {("a", "b"): 1}
+
+
 def test_rows_of_a_table_are_compared_by_their_values() -> None:
     class Rows(Pictures):
         def image(self, i: int) -> torch.Tensor:

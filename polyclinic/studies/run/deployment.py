@@ -254,6 +254,7 @@ def _info(
         "task": study.task.kind,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": [] if continuous else classes or [f"class {i}" for i in range(outputs)],
+        **({"ordered": True} if study.task.ordered else {}),
         **({"space": study.evaluation.space or "native"} if study.task.kind == "segmentation" else {}),
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,

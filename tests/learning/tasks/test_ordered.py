@@ -124,11 +124,11 @@ def test_a_study_of_grades_is_judged_by_kappa(tmp_path: Path, monkeypatch: pytes
 
 def test_an_order_is_never_guessed_from_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
-    file = archive(tmp_path, ["mild", "none", "severe"])
+    file = archive(tmp_path, ["mild", "absent", "severe"])
     study = study_config.read(file)
     with pytest.raises(DataError, match=r"classes = \[\.\.\.\] in \[data\]"):
         resolve(study, file.read_text())
-    listed = study_config.read(file, {"data.classes": ["none", "mild", "severe"]})
+    listed = study_config.read(file, {"data.classes": ["absent", "mild", "severe"]})
     assert resolve(listed, file.read_text()).task.ordered  # type: ignore[attr-defined]
     file = archive(tmp_path, ["0", "1"])
     with pytest.raises(DataError, match="has 2 classes"):

@@ -4,9 +4,12 @@ Files are made for the purpose and thrown away. One JSON object a line: name, va
 
 * ``<format>.cold`` and ``<format>.warm``: images a second, of a source that is new, and of one that finds its images in
   the cache (content hashes included in both). No goal: machines differ.
-* ``<format>.decode.over_bare``: the CPU time of reading the files into tensors, with all checks, over that of a bare loop
-  with the format's own decoder, measured in alternation. Goal: at most 2. Slices and pictures have 512 x 512 pixels, as CT
+* ``<format>.decode.over_bare``: the CPU time of reading the files into tensors as a study without steps does (pictures of
+  8 bits stay bytes), with all checks, over that of a bare loop with the format's own decoder, measured in alternation.
+  Goal: at most 2. Slices and pictures have 512 x 512 pixels, as CT
   has; checks take the same time for files of any size, so smaller ones have higher ratios (``--small``: 256 x 256).
+* ``<format>.floats.over_bare``: the same with pictures of 8 bits turned into floats of 0 to 1, as studies with steps need
+  them. No goal: the decoder's loop does not make floats.
 * ``<format>.cold.over_bare``: the CPU time of the cold reading, with its checks, hashing and the writing of the cache,
   over that of a bare loop with the format's own decoder, measured in alternation. No goal: it is paid once.
 * ``<format>.warm.over_read``: the wall time of the warm reading over that of reading and hashing the files and the
@@ -159,14 +162,16 @@ def one_format(name: str, make: Callable[[Path], tuple[Callable[[], Any], Callab
         root.mkdir()
         ours, bare = make(root)
         files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix not in (".csv", ".npz"))
-        decode, cold, over_bare, warm, over_read = [], [], [], [], []
+        decode, floats, cold, over_bare, warm, over_read = [], [], [], [], [], []
         for k in range(REPEATS):
             cache = Path(place) / f"cache{k}"
             os.environ["POLYCLINIC_CACHE"] = str(cache)
             floor = clocked(bare, time.process_time)
             if files:
-                took = clocked(lambda: [read_image([path]).pixels for path in files], time.process_time)
+                took = clocked(lambda: [read_image([path], as_bytes=True).pixels for path in files], time.process_time)
                 decode.append(took / floor)
+                took = clocked(lambda: [read_image([path]).pixels for path in files], time.process_time)
+                floats.append(took / floor)
             wall, cpu = time.perf_counter(), time.process_time()
             n = len(all_of(ours()))
             cold.append(n / (time.perf_counter() - wall))
@@ -180,6 +185,7 @@ def one_format(name: str, make: Callable[[Path], tuple[Callable[[], Any], Callab
     said(f"{name}.warm", statistics.median(warm))
     if decode:
         said(f"{name}.decode.over_bare", statistics.median(decode), 2)
+        said(f"{name}.floats.over_bare", statistics.median(floats))
     said(f"{name}.cold.over_bare", statistics.median(over_bare))
     if name != "npz":  # an archive is decoded anew each time: it is faster than a cache would be
         said(f"{name}.warm.over_read", statistics.median(over_read))

@@ -339,6 +339,45 @@ def drift(plan: Path, study: Path, *, set_: Set = None, json_: Json = False) -> 
 
 
 @app.command
+def duplicates(
+    study: Path,
+    *,
+    checkpoint: Path | None = None,
+    seed: int | None = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Count the images that pairs of sites share, by private set intersection. Exit code 1 means that some are shared.
+
+    On one machine the sites of the study exchange the same messages as hospitals do, and every number is shown. Of a
+    run between hospitals, numbers below 5 are hidden.
+
+    Args:
+        study: The study file.
+        checkpoint: The checkpoint of a run of the method duplicate-search between hospitals, in place of this machine's
+            data.
+        seed: The seed of simulated sites; the study's first seed by default.
+        set_: Change one value of the study, such as `--set data.path=/data/new`. May be given several times.
+    """
+    from polyclinic.studies.config import study_config
+    from polyclinic.studies.run import duplicate_counts
+
+    require_file(study)
+    with document(json_) as emit:
+        config = study_config.read(study, changes(set_ or []))
+        if checkpoint is None:
+            state = duplicate_counts.search(config.data, config.seeds[0] if seed is None else seed)
+        else:
+            state = duplicate_counts.read(checkpoint)
+        found = duplicate_counts.pairs(state, 0 if checkpoint is None else duplicate_counts.MIN_COUNT)
+        emit([asdict(pair) for pair in found])
+        for pair in found:
+            line(f"    {pair.line()}")
+    if any(pair.found for pair in found):
+        sys.exit(1)
+
+
+@app.command
 def deidentify(
     source: Path,
     destination: Path,

@@ -240,9 +240,10 @@ def picture_of(case: Case, *, as_bytes: bool = False) -> Picture:
         image, mask = turned(image, turn), None if mask is None else turned(mask, turn)
     pixels = image.array if image.array.ndim > SPATIAL else image.array[None]
     if not (as_bytes and pixels.dtype == torch.uint8):
-        byte = pixels.dtype == torch.uint8  # divided in one pass, with equal results
-        pixels = pixels if byte and image.full_scale is not None else pixels.float()
-        pixels = pixels if image.full_scale is None else pixels / image.full_scale
+        if image.full_scale is None:
+            pixels = pixels.float()
+        else:  # in one pass
+            pixels = torch.from_numpy(np.divide(pixels.numpy(), np.float32(image.full_scale), dtype=np.float32))
     labels = None if mask is None else mask.array.long()
     spacing: tuple[float, ...] | None = image.spacing_mm if image.measured else None
     kept = list(range(SPATIAL))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from polyclinic.evaluation.calibration import CALIBRATION
 from polyclinic.evaluation.metric import Kernel, Metric, Proportions
 from polyclinic.evaluation.survival_metrics import SURVIVAL
+from polyclinic.statistics import agreement
 from polyclinic.statistics.auc import auc_of, sums_by_score
 from polyclinic.statistics.undefined import Array, Undefined
 
@@ -111,6 +112,14 @@ def _brier(score: Array, target: NDArray[Any], weight: Array) -> Array:
     return mean_of(error[:, 1] if score.shape[1] == 2 else error.sum(1), weight)
 
 
+def _kappa(score: Array, target: NDArray[Any], weight: Array) -> Array:
+    return agreement.quadratic_kappa(np.argmax(score, axis=1), target, weight)
+
+
+def _grade_error(score: Array, target: NDArray[Any], weight: Array) -> Array:
+    return agreement.grade_error(np.argmax(score, axis=1), target, weight)
+
+
 def _mae(score: Array, target: NDArray[Any], weight: Array) -> Array:
     return mean_of(np.abs(score - target).mean(1), weight)
 
@@ -193,6 +202,14 @@ CLASSIFICATION: Mapping[str, Metric] = {
         Metric("brier", "Brier score", _brier, higher_is_better=False, scale="log"),
     )
 }
+ORDERED: Mapping[str, Metric] = {
+    m.name: m
+    for m in (
+        Metric("quadratic_kappa", "Kappa (quadratic weights)", _kappa),
+        Metric("grade_error", "Mean distance of grades", _grade_error, higher_is_better=False, scale="log"),
+    )
+}
+"""Metrics of ordered grades, in addition to those of classification."""
 REGRESSION: Mapping[str, Metric] = {
     m.name: m
     for m in (
@@ -230,17 +247,21 @@ PER_CASE: Mapping[str, Metric] = {
 IMAGE_QUALITY = ("psnr", "ssim", "nmse")
 
 
-def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
+def metrics_for(task: str, classes: int = 2, ordered: bool = False) -> Mapping[str, Metric]:
     """Return the metrics of a task by name, the most common first.
 
-    Observed/expected, slope and intercept are for two classes.
+    Observed/expected, slope and intercept are for two classes, kappa and the distance of grades for ordered ones.
 
     Raises:
         ValueError: If the task is unknown.
     """
     error = {"calibration_error": CALIBRATION["calibration_error"]}
     tables: dict[str, Mapping[str, Metric]] = {
-        "classification": {**CLASSIFICATION, **(CALIBRATION if classes == 2 else error)},
+        "classification": {
+            **(ORDERED if ordered else {}),
+            **CLASSIFICATION,
+            **(CALIBRATION if classes == 2 else error),
+        },
         "multilabel": {**CLASSIFICATION, **error},
         "regression": REGRESSION,
         "survival": SURVIVAL,

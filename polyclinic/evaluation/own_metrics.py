@@ -32,7 +32,7 @@ def metrics_of(info: RunInfo) -> Mapping[str, Metric]:
     Raises:
         ConfigError: If the primary metric is one of a package that is not installed here.
     """
-    found = metrics_with(info.task, len(info.classes) or 2, info.metrics)
+    found = metrics_with(info.task, len(info.classes) or 2, info.metrics, info.ordered)
     if isinstance(found.get(info.metric), NotHere):
         raise ConfigError(
             f"the metric {info.metric!r} of the run {info.name} is of a package, or a program, that is not here: "
@@ -41,9 +41,9 @@ def metrics_of(info: RunInfo) -> Mapping[str, Metric]:
     return found
 
 
-def metrics_with(task: str, classes: int, own: Iterable[OwnMetricInfo]) -> Mapping[str, Metric]:
-    """Return the metrics of a task by name, and those of packages."""
-    return {**metrics_for(task, classes), **{entry.name: _metric(entry, task) for entry in own}}
+def metrics_with(task: str, classes: int, own: Iterable[OwnMetricInfo], ordered: bool = False) -> Mapping[str, Metric]:
+    """Return the metrics of a task by name, and those of packages. ``ordered``: whether the classes are grades."""
+    return {**metrics_for(task, classes, ordered), **{entry.name: _metric(entry, task) for entry in own}}
 
 
 @lru_cache(maxsize=256)  # one object for one metric, since estimates are kept by metric

@@ -1411,6 +1411,17 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             exposes="it sends exact counts of the training images",
             fidelity="departs: sums in public bins in place of values of single images",
         ),
+        Entry(
+            "duplicate-search",
+            "statistics.duplicate_search:DuplicateSearch",
+            "counts of equal and nearly equal images of pairs of sites, without their hashes; trains nothing",
+            "Meadows 1986; Huberman et al. 1999",
+            "blinded points of its images' hashes, from which only the number that two sites share can be found",
+            stateful=True,
+            unseen=NOTHING,
+            exposes="it sends exact counts of shared images",
+            fidelity="departs: a server between the sites compares, and learns the counts in place of the sites",
+        ),
     ),
     "Communication: one-shot merging": (
         Entry(

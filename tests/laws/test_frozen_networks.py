@@ -40,7 +40,7 @@ REFUSED = {
     "last block": {name for name, (parts, _) in NEEDS.items() if "adapters" in parts},
 }
 """The methods that are refused, by what is trained; the reasons are in ``methods.frozen_networks``."""
-UNTRAINED = ("case-statistics", "frozen")
+UNTRAINED = ("case-statistics", "duplicate-search", "frozen")
 """The methods that train no model."""
 QUICK = ("fedavg", "scaffold", "fedbn", "ditto", "mime", "fedmic", "feddg", "fedirm", "data-vectors", "split", "fedmri")
 

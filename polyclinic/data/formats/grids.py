@@ -95,7 +95,7 @@ def _by_position(
     image: Volume, other: Volume, path: str | os.PathLike[str], what: str, tolerance_mm: float | None
 ) -> tuple[Volume, tuple[str, ...]]:
     relative = torch.linalg.solve(_directions(image.affine), _directions(other.affine))
-    stored, other = other.affine, turned(other, nearest_turn(relative))
+    stored, other = other.affine, turned(other, nearest_turn(tuple(map(tuple, relative.tolist()))))
     distance, usual = largest_distance(image, other), tolerance_of(image)
     if distance <= tolerance_of(image, tolerance_mm):
         notes = (f"the {what} is up to {distance:.2g} mm away from its image, within the declared tolerance",)

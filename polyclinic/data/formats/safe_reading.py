@@ -110,14 +110,14 @@ def regular_file(path: str | os.PathLike[str], limits: Limits = LIMITS) -> int:
 
 def read_whole(path: str | os.PathLike[str], limits: Limits = LIMITS) -> bytes:
     """Return the bytes of a regular file of at most ``limits.file_bytes``."""
-    regular_file(path, limits)
+    length = regular_file(path, limits)
     try:
         with open(path, "rb") as file:
-            data = file.read(limits.file_bytes + 1)
+            data = file.read(length + 1)
     except OSError as error:
         raise Unreadable(path, f"cannot be read ({type(error).__name__})") from None
-    if len(data) > limits.file_bytes:
-        raise Unreadable(path, f"grew over {size(limits.file_bytes)} while it was read")
+    if len(data) > length:
+        raise Unreadable(path, "grew while it was read: read it again when it is complete")
     return data
 
 

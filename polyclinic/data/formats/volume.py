@@ -7,6 +7,7 @@ One convention for all formats:
   patient's Right, y to Anterior, z to Superior), as in NIfTI. The readers convert the LPS of DICOM and most NRRD files.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -22,6 +23,7 @@ from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
 SPATIAL = 3
 MAX_LABEL = 32_767
 LABEL_ROUNDING = 1e-4
+_TO_RAS = np.array([[-1.0], [-1.0], [1.0], [1.0]])
 UNORIENTED = "no orientation is stated: left and right are a guess"
 
 
@@ -63,7 +65,7 @@ class Volume:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Distance between neighboring voxels along the array's axes (z, y, x), in millimeters."""
-        x, y, z = (float(n) for n in torch.linalg.vector_norm(self.affine[:3, :3], dim=0))
+        x, y, z = _lengths(self.affine)
         return z, y, x
 
     @property
@@ -84,14 +86,22 @@ Turn = tuple[tuple[int, int, int], tuple[int, ...]]
 """For each index axis x, y, z: the axis that it becomes, and whether it keeps (+1) or reverses (-1) its direction."""
 
 
+def _lengths(affine: Tensor) -> tuple[float, float, float]:
+    """Return the distance between neighboring voxels along the index axes x, y, z, in millimeters."""
+    x, y, z = zip(*affine[:3, :3].tolist(), strict=True)
+    return math.hypot(*x), math.hypot(*y), math.hypot(*z)
+
+
 def nearest_axes(affine: Tensor) -> Turn:
     """Return for each index axis x, y, z the nearest world axis, and whether it increases (+1) or decreases (-1)."""
-    return nearest_turn(affine[:3, :3] / torch.linalg.vector_norm(affine[:3, :3], dim=0))
+    lengths = _lengths(affine)
+    rows = affine[:3, :3].tolist()
+    return nearest_turn(tuple(tuple(v / mm for v, mm in zip(row, lengths, strict=True)) for row in rows))
 
 
-def nearest_turn(columns: Tensor) -> Turn:
-    """Return the permutation and signs nearest to a 3 x 3 matrix of direction cosines."""
-    cosines: list[list[float]] = columns.tolist()
+@functools.lru_cache(maxsize=64)  # files of one scanner have the same
+def nearest_turn(cosines: tuple[tuple[float, ...], ...]) -> Turn:
+    """Return the permutation and signs nearest to the rows of a 3 x 3 matrix of direction cosines."""
     orders = [(a, b, c) for a, b, c in itertools.permutations(range(3))]
     best = max(orders, key=lambda order: sum(abs(cosines[order[axis]][axis]) for axis in range(3)))
     return best, tuple(1 if cosines[best[axis]][axis] >= 0 else -1 for axis in range(3))
@@ -100,7 +110,7 @@ def nearest_turn(columns: Tensor) -> Turn:
 def turned(volume: Volume, turn: Turn) -> Volume:
     """Return the same voxels with index axes permuted and reversed. No voxel moves: the affine is adjusted."""
     axes, signs = turn
-    array, affine = volume.array, volume.affine.clone()
+    array, affine = volume.array, volume.affine.numpy().copy()
     lead = array.ndim - SPATIAL
     flips = []
     for axis, sign in enumerate(signs):
@@ -112,8 +122,8 @@ def turned(volume: Volume, turn: Turn) -> Volume:
     array = array.flip(flips) if flips else array
     source = [axes.index(new) for new in range(3)]  # the old index axis of each new one
     array = array.permute(*range(lead), *(lead + SPATIAL - 1 - source[new] for new in (2, 1, 0))).contiguous()
-    affine[:3, :3] = affine[:3, :3][:, source]
-    return replace(volume, array=array, affine=affine)
+    affine[:3, :3] = affine[:3, source]
+    return replace(volume, array=array, affine=torch.from_numpy(affine))
 
 
 def canonical(volume: Volume) -> Volume:
@@ -190,9 +200,12 @@ def as_image(
     scaled = stored
     if (slope, inter) != (1.0, 0.0):  # 32-bit integers lose digits in float32 before scaling
         wide = np.float64 if stored.dtype.itemsize > 2 else np.float32
-        scaled = stored.astype(wide) if slope == 1 else np.multiply(stored, slope, dtype=wide)
-        if inter:
-            scaled += inter
+        if slope == 1:
+            scaled = np.add(stored, inter, dtype=wide)
+        else:
+            scaled = np.multiply(stored, slope, dtype=wide)
+            if inter:
+                scaled += inter
     values = torch.from_numpy(scaled.astype(np.float32, copy=scaled is stored))
     if bounded:
         return values, ()
@@ -244,12 +257,11 @@ def affine_from(columns: np.ndarray[Any, Any], origin: np.ndarray[Any, Any]) -> 
     """Return a 4 x 4 affine from the steps along x, y, z (as columns [3, 3]) and the position of the first voxel, in
     mm.
     """
-    matrix = torch.eye(4, dtype=torch.float64)
-    matrix[:3, :3] = torch.as_tensor(np.array(columns, dtype=np.float64))
-    matrix[:3, 3] = torch.as_tensor(np.array(origin, dtype=np.float64))
-    return matrix
+    matrix = np.zeros((4, 4))
+    matrix[:3, :3], matrix[:3, 3], matrix[3, 3] = columns, origin, 1
+    return torch.from_numpy(matrix)
 
 
 def lps_to_ras(affine: Tensor) -> Tensor:
     """Convert an affine from LPS (DICOM) to RAS: the signs of the patient's x and y change."""
-    return torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64)) @ affine
+    return torch.from_numpy(affine.numpy() * _TO_RAS + 0.0)  # no negative zeros

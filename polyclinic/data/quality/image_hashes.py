@@ -6,16 +6,15 @@ constant term. Medical images of one kind have similar hashes, so every candidat
 small pictures after subtraction of their mean picture. Mirrored or rotated copies are not detected.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from polyclinic.data.formats.volume import Volume
+from polyclinic.learning.tasks import image_labels
+from polyclinic.learning.tasks.image_labels import SIDE, exact_label, low_frequencies
 
-SIDE = 32
 _LOW = 16
 _HASH = 0.60  # correlation of the signs: at most 1 in 5 differs; smooth images have few reliable signs
 _SAME = 0.985  # correlation of the small pictures
@@ -26,26 +25,14 @@ def content_hash(array: Tensor) -> str:
     """Return 32 hexadecimal digits that identify the voxels and the shape of an image, independent of its file
     format.
     """
-    numbers = np.ascontiguousarray(array.numpy().astype(np.float32, copy=False))
-    name = hashlib.blake2b(repr(numbers.shape).encode(), digest_size=16)
-    name.update(numbers.reshape(-1).view(np.uint8).data)
-    return name.hexdigest()
+    return exact_label(array).hex()
 
 
 def small_picture(volume: Volume, side: int = SIDE) -> np.ndarray:  # type: ignore[type-arg]
     """Return the middle slice along the axis with the fewest voxels, averaged over channels, as [side, side]
     float32.
     """
-    array = volume.array.float()
-    array = array.mean(0) if array.ndim == 4 else array
-    axis = int(np.argmin(array.shape))
-    flat = array.select(axis, array.shape[axis] // 2)[None, None]
-    shrink = torch.nn.functional.adaptive_avg_pool2d if min(flat.shape[-2:]) >= side else _grow
-    return shrink(flat, (side, side))[0, 0].numpy().astype(np.float32)
-
-
-def _grow(flat: Tensor, size: tuple[int, int]) -> Tensor:
-    return torch.nn.functional.interpolate(flat, size, mode="bilinear", align_corners=False)
+    return image_labels.small_picture(volume.array if volume.array.ndim == 4 else volume.array[None], side)
 
 
 def equal(hashes: Sequence[str]) -> list[list[int]]:
@@ -94,8 +81,6 @@ def _unit(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
 
 def _signs(pictures: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
     """Return the hash as +1 and -1 per frequency. Shape [n, 255]."""
-    from scipy.fft import dctn
-
-    low = dctn(pictures, axes=(1, 2), norm="ortho")[:, :_LOW, :_LOW].reshape(len(pictures), -1)[:, 1:]
+    low = low_frequencies(pictures, _LOW)
     middle = np.median(low, axis=1, keepdims=True)
     return np.where(low > middle, 1.0, -1.0).astype(np.float32)

@@ -57,7 +57,7 @@ def read_sheet(path: Path, sheet: str = "", limits: Limits = LIMITS) -> list[lis
         rows = _texts(path, chosen)
     height, width = len(rows), len(rows[0]) if rows else 0
     hidden = [f"row {row}" for row in survey.hidden_rows if row <= height]
-    hidden += [f"column {_letter(first - 1)}" for first in survey.hidden_columns if first <= width]
+    hidden += [f"column {_letters(first)}" for first in survey.hidden_columns if first <= width]
     problems = []
     if hidden:
         remedy = "show them if they belong to the table (clear its filter), or delete them"
@@ -234,13 +234,14 @@ def _text(cell: Any) -> str:
 
 def _place(row: int, column: int) -> str:
     """Return the name of a cell: ``"B3"`` for row 2 and column 1, counted from 0."""
-    return f"{_letter(column)}{row + 1}"
+    return f"{_letters(column + 1)}{row + 1}"
 
 
-def _letter(column: int) -> str:
-    """Return the letters of a column, counted from 0."""
-    rest, last = divmod(column, 26)
-    return (_letter(rest - 1) if rest else "") + chr(ord("A") + last)
+def _letters(column: int) -> str:
+    """Return the letters of a column, counted from 1."""
+    from openpyxl.utils import get_column_letter
+
+    return str(get_column_letter(column))
 
 
 def _some(places: Sequence[str]) -> str:

@@ -223,10 +223,10 @@ class OwnMetricInfo(_Line):
 class RunInfo(_Line):
     """``run.json``. With ``folds``, each method has one run per seed and fold of patients or sites.
 
-    ``training`` holds the settings of local training by method, with those of recipes; ``machines`` and ``attack``
-    describe simulated machines and attacks, ``start`` the start weights, ``space`` where masks were compared,
-    ``compare`` the declared comparisons, ``metrics`` the metrics of packages, ``inputs`` and ``outputs`` the shapes of
-    the network.
+    ``training`` holds the settings of local training by method, with those of recipes; ``ordered`` whether the
+    classes are grades, ``machines`` and ``attack`` simulated machines and attacks, ``start`` the start weights,
+    ``space`` where masks were compared, ``compare`` the declared comparisons, ``metrics`` the metrics of packages,
+    ``inputs`` and ``outputs`` the shapes of the network.
     """
 
     name: str
@@ -235,6 +235,7 @@ class RunInfo(_Line):
     created: str = ""
     task: TASKS
     classes: tuple[str, ...] = ()
+    ordered: bool = False
     space: Literal["", "native", "grid"] = ""
     metric: str
     higher_is_better: bool = True

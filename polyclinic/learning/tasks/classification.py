@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.tasks.task import Task
+from polyclinic.statistics import agreement
 from polyclinic.statistics.auc import auc_of
 
 
@@ -22,15 +24,26 @@ class Classification(Task):
     Attributes:
         class_weights: Weight of each class in the loss; equal by default.
         label_smoothing: Fraction of the target distribution that is spread over all classes.
+        ordered: Whether the classes are grades in ascending order. The loss is then ``ordered_loss``.
     """
 
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
+    ordered: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ordered and (self.class_weights is not None or self.label_smoothing):
+            raise ConfigError(
+                "class_weights and label_smoothing are for the cross-entropy of classes without an order: leave them "
+                "out, or ordered"
+            )
 
     kind: ClassVar[str] = "classification"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the cross-entropy."""
+        """Return the cross-entropy, or the loss of ordered grades."""
+        if self.ordered:
+            return ordered_loss(model(batch[0]).log_softmax(1), batch[1])
         weights = None if self.class_weights is None else torch.tensor(self.class_weights, device=batch[1].device)
         return F.cross_entropy(model(batch[0]), batch[1], weights, label_smoothing=self.label_smoothing)
 
@@ -43,7 +56,10 @@ class Classification(Task):
         return 1 / score.shape[1]
 
     def summary(self, outputs: Tree) -> dict[str, float]:
-        """Compute loss, accuracy, balanced accuracy, and AUC (one vs. rest, averaged over the classes present)."""
+        """Compute loss, accuracy, balanced accuracy, and AUC (one vs. rest, averaged over the classes present).
+
+        Of ordered grades also kappa with quadratic weights, if it is defined, and the mean distance of grades.
+        """
         score, target = outputs["score"], outputs["target"]
         right = score.argmax(1) == target
         present = target.unique().tolist()
@@ -56,7 +72,36 @@ class Classification(Task):
             "accuracy": float(right.float().mean()),
             "balanced_accuracy": sum(recalls) / len(recalls),
         }
-        return metrics | ({"auc": sum(areas) / len(areas)} if areas else {})
+        metrics |= {"auc": sum(areas) / len(areas)} if areas else {}
+        return metrics | self._agreement(score, target) if self.ordered else metrics
+
+    def _agreement(self, score: Tensor, target: Tensor) -> dict[str, float]:
+        """Return the metrics of ordered grades."""
+        grades = score.argmax(1).numpy(), target.numpy(), np.ones((1, len(target)))
+        kappa = float(agreement.quadratic_kappa(*grades)[0])
+        found = {
+            "loss": float(ordered_loss(score.clamp_min(1e-12).log(), target)),
+            "grade_error": float(agreement.grade_error(*grades)[0]),
+        }
+        return found if math.isnan(kappa) else {**found, "quadratic_kappa": kappa}
+
+
+def ordered_loss(log_p: Tensor, target: Tensor) -> Tensor:
+    """Return the ranked ignorance score: the sum over grades k of the cross-entropy of P(y > k), mean over examples.
+
+    Tödter and Ahrens, "Generalization of the ignorance score", Monthly Weather Review 2012,
+    https://doi.org/10.1175/MWR-D-11-00266.1, in nats. It is proper, as a sum of proper scores, and a prediction costs
+    more the farther it is from the truth. P(y > k), the sum of the probabilities of higher grades, never increases with
+    k. Of two grades it is the cross-entropy.
+
+    Args:
+        log_p: Log probabilities of the grades. Shape [b, K].
+        target: Grades from 0 to K - 1. Shape [b].
+    """
+    above = log_p.flip(1).logcumsumexp(1).flip(1)[:, 1:]  # log P(y > k) = log Σ_{j > k} p_j
+    below = log_p.logcumsumexp(1)[:, :-1]  # log P(y ≤ k)
+    higher = target[:, None] > torch.arange(log_p.shape[1] - 1, device=target.device)
+    return -torch.where(higher, above, below).sum(1).mean()
 
 
 @dataclass(frozen=True)

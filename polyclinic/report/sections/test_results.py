@@ -27,7 +27,10 @@ from polyclinic.report.page_blocks import Cell, Folded, Picture, Row, Section, T
 from polyclinic.statistics.paired_tests import FEWEST, Difference
 
 SHOWN = {  # of a task's metrics, those in the table of sites
-    "classification": ("auc", "balanced_accuracy", "sensitivity", "specificity", "brier"),
+    "classification": (
+        *("quadratic_kappa", "grade_error"),
+        *("auc", "balanced_accuracy", "sensitivity", "specificity", "brier"),
+    ),
     "multilabel": ("auc", "average_precision", "f1", "calibration_error"),
 }
 

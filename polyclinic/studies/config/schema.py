@@ -89,6 +89,12 @@ class TaskSpec(Table):
     """The weight of each class in the loss (classification)."""
     label_smoothing: Share | None = None
     """The share of label smoothing (classification)."""
+    ordered: bool | None = None
+    """Whether the classes are grades in ascending order, such as BI-RADS or Kellgren-Lawrence grades (classification).
+
+    The loss is then larger for predictions farther from the true grade, and kappa with quadratic weights is the usual
+    metric. Grades that are not whole numbers need ``classes`` in ``[data]``, in ascending order.
+    """
     center: float | None = None
     """Subtracted from targets before training (regression)."""
     spread: Positive | None = None
@@ -122,7 +128,7 @@ class TaskSpec(Table):
     ``lora`` the adapters and the head.
     """
 
-    UNSET: ClassVar[frozenset[str]] = frozenset({"batch_dice", "cuts", "hazards"})
+    UNSET: ClassVar[frozenset[str]] = frozenset({"batch_dice", "cuts", "hazards", "ordered"})
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
@@ -137,7 +143,7 @@ class TaskSpec(Table):
                 f'no installed package provides a loss called "{self.loss}"; there are {", ".join(losses) or "none"}'
             )
         allowed = {
-            "classification": {"class_weights", "label_smoothing"},
+            "classification": {"class_weights", "label_smoothing", "ordered"},
             "multilabel": set[str](),
             "segmentation": {"spacing_mm", "tolerance_mm", "window", "batch_dice"},
             "regression": {"center", "spread"},
@@ -146,6 +152,8 @@ class TaskSpec(Table):
         }[self.kind]
         if wrong := self.settings.keys() - allowed - {"loss"}:
             raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
+        if self.ordered and (self.class_weights is not None or self.label_smoothing):
+            raise ConfigError("class_weights and label_smoothing have no meaning for ordered grades: leave them out")
         if self.kind == "survival" and self.cuts is None:
             raise ConfigError("survival needs cuts, such as cuts = [365, 730, 1095] for times in days")
         if self.cuts and any(a >= b for a, b in zip(self.cuts, self.cuts[1:], strict=False)):
@@ -356,7 +364,7 @@ class CompareSpec(Table):
 
 METRICS = (
     *("auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse"),
-    *("c_index", "uno_c", "ibs"),
+    *("c_index", "uno_c", "ibs", "quadratic_kappa", "grade_error"),
 )
 """Metrics that can select the round."""
 

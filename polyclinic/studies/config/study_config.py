@@ -90,14 +90,14 @@ class Study(Table):
     def metric(self) -> str:
         """The score that decides, and that the report shows first."""
         usual = {"segmentation": "dice", "regression": "mae", "survival": "c_index", "reconstruction": "psnr"}
-        return self.evaluation.metric or usual.get(self.task.kind, "auc")
+        return self.evaluation.metric or usual.get(self.task.kind, "quadratic_kappa" if self.task.ordered else "auc")
 
     @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
         if self.metric in self.evaluation.own_metrics:
             return own_metric(self.metric).higher_is_better
-        return self.metric not in ("loss", "mae", "rmse", "nmse", "ibs")
+        return self.metric not in ("loss", "mae", "rmse", "nmse", "ibs", "grade_error")
 
     @property
     def hash(self) -> str:

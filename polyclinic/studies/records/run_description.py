@@ -136,6 +136,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "task": study.task.kind,
         "classes": list(data.info.classes),
+        **({"ordered": True} if study.task.ordered else {}),
         **({"space": space_of(study, data)} if study.task.kind == "segmentation" else {}),
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,

@@ -33,6 +33,8 @@ ONE_MACHINE = {
     "attack": "simulates an attack",
 }
 MEASURES = "case-statistics"
+UNTRAINED = (MEASURES, "duplicate-search")
+"""The methods that train no model, so that there is nothing to score."""
 NO_MODEL: dict[str, Any] = {
     "kind": "classification",
     "network": "mlp",
@@ -125,7 +127,7 @@ def how(study: Study) -> dict[str, Any]:
     """Return the settings that the requests of all method runs share."""
     best = {"metric": study.metric, "higher": study.higher_is_better} if study.evaluation.select == "best" else {}
     sent = {key: value for key, value in _own(study).items() if key in FROM_STUDY}
-    scored = any(method.name != MEASURES for method in study.methods)
+    scored = any(method.name not in UNTRAINED for method in study.methods)
     return {
         "sites_per_round": study.sites_per_round,
         "min_replies": study.min_replies,
@@ -252,6 +254,7 @@ def _info(
         "task": study.task.kind,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": [] if continuous else classes or [f"class {i}" for i in range(outputs)],
+        **({"ordered": True} if study.task.ordered else {}),
         **({"space": study.evaluation.space or "native"} if study.task.kind == "segmentation" else {}),
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,

@@ -231,7 +231,8 @@ class MethodRun:
         answers = evaluate(self.method, engine, best.state, self.tested, "predict/test")
         predictions = {site: {**outputs, **self._numbered(site, "test")} for site, outputs in answers.items()}
         scores: dict[str, float] = {}
-        table = metrics_with(self.study.task.kind, len(self.data.info.classes) or 2, own_metrics(self.study))
+        task, classes = self.study.task, len(self.data.info.classes) or 2
+        table = metrics_with(task.kind, classes, own_metrics(self.study), bool(task.ordered))
         for site, outputs in predictions.items():
             loss = self.method.task.summary(outputs).get("loss")
             arrays = {name: leaf.numpy() for name, leaf in outputs.items()}

@@ -4,6 +4,7 @@ The runner uses these objects, so that what was validated is what runs, and noth
 """
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -235,6 +236,8 @@ def _require_task(study: Study, data: Federated) -> None:
         )
     if kind == "survival" and not any(r.roles["train"].classes[1] for r in data.rows if not r.external):
         raise DataError("the training data of all sites contain no event, so survival cannot be learned")
+    if study.task.ordered:
+        _require_order(study, data)
     if kind == "classification":
         present = [
             any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))
@@ -242,3 +245,22 @@ def _require_task(study: Study, data: Federated) -> None:
         if sum(present) < 2:
             only = ", ".join(name for name, has in zip(data.info.classes, present, strict=True) if has) or "none"
             raise DataError(f"the training data of all sites contain one class only ({only}); at least two are needed")
+
+
+def _require_order(study: Study, data: Federated) -> None:
+    """Require that the order of grades is known: whole numbers in ascending order, or a list in the study.
+
+    Raises:
+        DataError: If it is not. The message says what to set.
+    """
+    names = data.info.classes
+    if len(names) < 3:
+        raise DataError(f"task.ordered: {data.info.name} has {len(names)} classes; an order matters for three or more")
+    if "classes" in study.data.options:
+        return
+    if all(re.fullmatch(r"\d+", name) for name in names) and list(names) == sorted(names, key=int):
+        return
+    raise DataError(
+        f"task.ordered: the order of the classes {', '.join(names[:10])} of {data.info.name} is not known: list them "
+        "in ascending order, with classes = [...] in [data]"
+    )

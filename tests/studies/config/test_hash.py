@@ -103,6 +103,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "batch_dice": True,
     "cuts": (1.0, 2.0),
     "hazards": "proportional",
+    "ordered": True,
     "own": ("acme-speckle",),
     "loop": "acme-loop",
 }

@@ -178,9 +178,19 @@ def states(dataset: Any, keyword: str) -> bool:
     return _tag(keyword) in dataset
 
 
+def _unparsed(dataset: Any, keyword: str, vr: str) -> Any:
+    """Return an element that pydicom has not parsed yet, if it is of type ``vr``; to parse numbers here is faster."""
+    tag = _tag(keyword)
+    stored = dataset.get_item(tag) if tag in dataset else None
+    return stored if getattr(stored, "VR", "") == vr and isinstance(stored.value, bytes) else None
+
+
 def whole_number(path: Path, dataset: Any, keyword: str, default: int | None = None) -> int:
     """Return an integer element, or ``default`` if it is missing or empty; refuse anything but one integer."""
     try:
+        stored = _unparsed(dataset, keyword, "US")
+        if stored is not None and len(stored.value) == 2:
+            return int.from_bytes(stored.value, "little" if stored.is_little_endian else "big")
         value = element(dataset, keyword)
         if value is None or value == "":
             if default is None:
@@ -196,10 +206,16 @@ def whole_number(path: Path, dataset: Any, keyword: str, default: int | None = N
 def numbers(path: Path, dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None:
     """Return ``count`` finite numbers from an element, or None if it is missing or empty."""
     try:
-        value = element(dataset, keyword)
-        if value is None or value == "" or (hasattr(value, "__len__") and len(value) == 0):
+        stored = _unparsed(dataset, keyword, "DS")
+        if stored is not None:
+            text = stored.value.strip(b" \0")
+            values = tuple(map(float, text.split(b"\\"))) if text else ()
+        else:
+            value = element(dataset, keyword)
+            value = () if value is None or value == "" else value
+            values = tuple(float(v) for v in value) if hasattr(value, "__iter__") else (float(value),)
+        if not values:
             return None
-        values = tuple(float(v) for v in value) if hasattr(value, "__iter__") else (float(value),)
     except Exception:
         raise Unreadable(path, f"its {keyword} is not a list of numbers") from None
     if len(values) != count or not all(math.isfinite(v) for v in values):
@@ -224,7 +240,7 @@ def image_shape(path: Path, dataset: Any, limits: Limits = LIMITS) -> tuple[int,
 
 def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = LIMITS) -> np.ndarray[Any, Any]:
     """Return stored values, color as RGB. Shape [frames, rows, columns] or [frames, rows, columns, 3], native byte
-    order.
+    order. The array may be a read-only view of the data set's bytes.
     """
     path, pydicom = Path(path), require_pydicom()
     with quiet(), refusing(path, "its pixels cannot be decoded"):
@@ -238,7 +254,9 @@ def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = L
         if syntax.is_compressed and not syntax.is_deflated:
             _decodable(path, dataset, syntax, frames, (rows, columns))
         else:
-            bits = 8 * dict(zip(PIXELS, (0, 4, 8), strict=True))[keyword] or int(dataset.BitsAllocated)
+            bits = 8 * dict(zip(PIXELS, (0, 4, 8), strict=True))[keyword] or whole_number(
+                path, dataset, "BitsAllocated"
+            )
             share = 2 / 3 if element(dataset, "PhotometricInterpretation") == "YBR_FULL_422" else 1
             expected = math.ceil(math.ceil(frames * rows * columns * samples * bits / 8) * share)
             if (present := len(dataset[keyword].value or b"")) < expected:
@@ -246,7 +264,11 @@ def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = L
         name, remedy = _DECODERS.get(str(syntax), ("", ""))
         hint = f"; a decoder for {name} may help: {remedy}" if remedy == _JPEG else ""
         with refusing(path, f"its pixels cannot be decoded{hint}"):
-            array = dataset.pixel_array
+            plain = _plain_type(path, dataset, syntax, keyword, samples)
+            if plain is not None:
+                array = np.frombuffer(dataset[keyword].value, plain, frames * rows * columns)
+            else:
+                array = pydicom.pixels.pixel_array(dataset, view_only=True)
             if element(dataset, "PhotometricInterpretation") == "PALETTE COLOR":
                 array = pydicom.pixels.apply_color_lut(array, dataset)
                 array = (array >> 8).astype(np.uint8) if array.dtype == np.uint16 else array
@@ -256,6 +278,17 @@ def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = L
         raise Unreadable(path, f"decodes to {array.shape}, not to the {wanted} that its header states")
     native: np.ndarray[Any, Any] = array.reshape(wanted)
     return native.astype(native.dtype.newbyteorder("="), copy=False)
+
+
+def _plain_type(path: Path, dataset: Any, syntax: Any, keyword: str, samples: int) -> np.dtype[Any] | None:
+    """Return the type of gray values that are stored as they are, so that no decoder is needed; None for others."""
+    bits = whole_number(path, dataset, "BitsAllocated")
+    signed = whole_number(path, dataset, "PixelRepresentation") if states(dataset, "PixelRepresentation") else None
+    gray = element(dataset, "PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
+    little = not syntax.is_compressed and syntax.is_little_endian
+    if keyword == "PixelData" and gray and little and samples == 1 and bits in (8, 16, 32) and signed in (0, 1):
+        return np.dtype(f"<{'ui'[signed]}{bits // 8}")
+    return None
 
 
 def _decodable(path: Path, dataset: Any, syntax: Any, frames: int, size: tuple[int, int]) -> None:

@@ -4,6 +4,7 @@ Standard: DICOM PS3.3, C.7.6.2 (Image Plane: equation C.7.6.2.1-1) and C.7.6.16 
 is accepted only if one affine places every slice: parallel planes, equal steps, no missing slices, no shear.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +39,8 @@ class Plane:
     @property
     def normal(self) -> np.ndarray[Any, Any]:
         """Unit vector perpendicular to the plane."""
-        return np.cross(self.across, self.down)
+        (a, b, c), (d, e, f) = self.across, self.down
+        return np.array([b * f - c * e, c * d - a * f, a * e - b * d])  # np.cross is 20 times slower for one pair
 
 
 def plane_of(path: Path, *sources: Any) -> Plane | None:
@@ -56,16 +58,17 @@ def plane_of(path: Path, *sources: Any) -> Plane | None:
     step = find("PixelSpacing", 2)
     if position is None or cosines is None or step is None:
         return None
-    across, down = np.array(cosines[:3]), np.array(cosines[3:])
-    lengths = np.linalg.norm(across), np.linalg.norm(down)
-    if abs(lengths[0] - 1) > 0.01 or abs(lengths[1] - 1) > 0.01 or abs(across @ down) > 0.01:
+    across, down = cosines[:3], cosines[3:]
+    lengths = math.hypot(*across), math.hypot(*down)
+    cosine = sum(a * d for a, d in zip(across, down, strict=True))
+    if abs(lengths[0] - 1) > 0.01 or abs(lengths[1] - 1) > 0.01 or abs(cosine) > 0.01:
         raise Unreadable(path, "its ImageOrientationPatient is not two perpendicular unit vectors")
     if min(step) <= 0:
         raise Unreadable(path, "its PixelSpacing is not positive")
     between = find("SpacingBetweenSlices", 1) or find("SliceThickness", 1)
     thickness = abs(between[0]) if between and between[0] else None
-    unit = across / lengths[0], down / lengths[1]
-    return Plane(position, tuple(map(float, unit[0])), tuple(map(float, unit[1])), (step[0], step[1]), thickness)
+    unit = tuple(v / lengths[0] for v in across), tuple(v / lengths[1] for v in down)
+    return Plane(position, *unit, (step[0], step[1]), thickness)
 
 
 def stack(
@@ -86,22 +89,26 @@ def stack(
         Unreadable: If slices share a position, are missing, unevenly spaced, rotated or sheared.
     """
     first = planes[0]
-    for plane in planes:
+    for plane in planes[1:]:
         turned = np.abs(np.subtract(plane.across + plane.down, first.across + first.down)).max() > 1e-3
         if turned or not np.allclose(plane.step, first.step, rtol=1e-3):
             raise Unreadable(path, "its slices differ in orientation or pixel spacing")
+    if len(planes) == 1:
+        notes = () if first.thickness else ("one slice without thickness: 1 mm is assumed",)
+        return [0], affine_of(first, first.normal * (first.thickness or 1.0)), notes
     heights = np.array([float(np.dot(plane.normal, plane.position)) for plane in planes])
     order = [int(i) for i in np.argsort(heights, kind="stable")]
     positions = np.array([planes[i].position for i in order])
-    notes: tuple[str, ...] = ()
-    if len(planes) == 1:
-        if first.thickness is None:
-            notes = ("one slice without thickness: 1 mm is assumed",)
-        across_slices = first.normal * (first.thickness or 1.0)
-    else:
-        across_slices = _even_steps(path, np.diff(heights[order]), positions, first.normal, tolerance_mm)
-    columns = np.stack([np.array(first.across) * first.step[1], np.array(first.down) * first.step[0], across_slices], 1)
-    return order, lps_to_ras(affine_from(columns, positions[0])), notes
+    across_slices = _even_steps(path, np.diff(heights[order]), positions, first.normal, tolerance_mm)
+    return order, affine_of(replace(first, position=planes[order[0]].position), across_slices), ()
+
+
+def affine_of(first: Plane, across_slices: np.ndarray[Any, Any]) -> Tensor:
+    """Return the affine of a volume from its first plane, and the step in mm from slice to slice."""
+    along_row = [v * first.step[1] for v in first.across]
+    along_column = [v * first.step[0] for v in first.down]
+    columns = np.array([along_row, along_column, across_slices]).T
+    return lps_to_ras(affine_from(columns, np.array(first.position)))
 
 
 def _even_steps(

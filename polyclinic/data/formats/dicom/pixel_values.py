@@ -35,7 +35,7 @@ def values_of(
     if stored.ndim == 4:
         if stored.dtype != np.uint8:
             raise Unreadable(path, f"is a color image of {stored.dtype.itemsize * 8} bits a channel; 8 are read")
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(stored, -1, 0))), "RGB", ()
+        return torch.from_numpy(np.require(np.moveaxis(stored, -1, 0), requirements=["C", "W"])), "RGB", ()
     notes: tuple[str, ...] = ()
     unscaled = stored
     with quiet(), refusing(path, "its values cannot be computed"):

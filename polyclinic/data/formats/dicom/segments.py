@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from polyclinic.data.formats.dicom.file import image_shape, open_dicom, quiet, stored_pixels, whole_number
-from polyclinic.data.formats.dicom.geometry import Plane, first_item, frame_planes, plane_of
+from polyclinic.data.formats.dicom.geometry import Plane, affine_of, first_item, frame_planes, plane_of
 from polyclinic.data.formats.grids import GridMismatch, tolerance_of
 from polyclinic.data.formats.polygons import inside
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, refusing
-from polyclinic.data.formats.volume import Volume, affine_from, lps_to_ras
+from polyclinic.data.formats.volume import Volume
 
 Labels = np.ndarray[Any, np.dtype[np.int16]]
 MOST_POINTS = 20_000
@@ -173,8 +173,7 @@ def _paint(
     tolerance_mm: float | None,
 ) -> None:
     """Paint the marked pixels [rows, columns] of one frame into the voxels at their position."""
-    columns = np.stack([np.array(plane.across) * plane.step[1], np.array(plane.down) * plane.step[0], plane.normal], 1)
-    affine = lps_to_ras(affine_from(columns, np.array(plane.position)))
+    affine = affine_of(plane, plane.normal)
     relative = torch.linalg.solve(image.affine, affine).numpy()
     start = np.rint(relative[:3, 3])
     steps = np.rint(relative[:3, :2])  # one voxel along one axis of the image for each column, and for each row

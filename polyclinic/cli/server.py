@@ -257,6 +257,7 @@ def run(
     sites: tuple[str, ...] = (),
     inputs: tuple[int, ...] = (),
     outputs: int = 0,
+    send_weights: bool = False,
     wait: bool = False,
     home: Home = HERE,
     json_: Json = False,
@@ -272,6 +273,8 @@ def run(
         sites: The participating sites; all admitted sites by default.
         inputs: Channels and size of an example, such as 1 32 32, instead of a survey.
         outputs: With inputs: the number of classes, labels or values.
+        send_weights: Send the study's start weights, once, to sites without them whose policies allow it
+            (limits.weights_megabytes).
         wait: Wait until all of it has ended.
     """
     server = _server(home)
@@ -281,9 +284,9 @@ def run(
     with document(json_) as emit:
         table = table_of(file)
         if "plan" in table:
-            queued = [queue_order(server, file, table, name, sites or tuple(admitted))]
+            queued = [queue_order(server, file, table, name, sites or tuple(admitted), send_weights)]
         else:
-            queued = queue_study(server, file, name, sites or tuple(admitted), inputs, outputs)
+            queued = queue_study(server, file, name, sites or tuple(admitted), inputs, outputs, send_weights)
         states = {}
         if not server_setup.is_up(server):
             hint("next     polyclinic server start")

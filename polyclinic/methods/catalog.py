@@ -667,6 +667,15 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the head; the adapters, which the server sees site by site",
             private=("dp-sgd",),
         ),
+        Entry(
+            "flora",
+            "adapters.flora:FLoRA",
+            "the sites' adapters, with ranks of their own, stacked and added to the layers",
+            "Wang et al. 2024 (NeurIPS)",
+            "the change of the head; the adapters, which the server sees site by site",
+            private=("dp-sgd",),
+            fidelity="departs: the server sends the changed layers instead of the stacked factors",
+        ),
     ),
     "Client end: domain adaptation": (
         Entry(

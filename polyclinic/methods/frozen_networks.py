@@ -7,18 +7,19 @@ trained normalization layer is FedAvg, and FedPer with only the head trained sha
 from collections.abc import Mapping
 from typing import Literal
 
-from polyclinic.learning.networks.adapters import is_factor
+from polyclinic.learning.networks.adapters import DOWN, is_factor
 from polyclinic.learning.networks.fine_tuning import FineTuned
 from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.learning.tasks.task import Task
 from polyclinic.methods.catalog import canonical
 
-Part = Literal["adapters", "body", "encoder", "head", "normalization", "statistics"]
+Part = Literal["adapters", "body", "encoder", "head", "layers", "normalization", "statistics"]
 WORDS: Mapping[Part, str] = {
     "adapters": "adapters ([task.lora])",
     "body": "tensors before the head",
     "encoder": "tensors of the encoder",
     "head": "tensors of the head",
+    "layers": 'weights of the layers that have adapters (train = ["adapters", "head", "*.base.weight"])',
     "normalization": 'normalization layers (train = [..., "norm:*"])',
     "statistics": 'running statistics of batch normalization (train = [..., "stats:*"])',
 }
@@ -50,6 +51,7 @@ NEEDS: Mapping[str, tuple[tuple[Part, ...], str]] = {
     "ffa-lora": (("adapters",), "one of their factors is trained"),
     "fedsa-lora": (("adapters",), "one of their factors is shared"),
     "flexlora": (("adapters",), "it averages their products"),
+    "flora": (("adapters", "layers"), "it adds their products to the layers"),
     "site-graph": (("body",), "they are shared, and the head stays at the sites"),
     "split": (("body",), "the sites train the first layers"),
     "u-split": (("body",), "the sites train the first layers"),
@@ -76,6 +78,7 @@ def frozen_problem(method: str, task: Task) -> str:
         "body": any(not network.in_head(leaf) for leaf in trained),
         "encoder": any(network.in_encoder(leaf) for leaf in trained),
         "head": any(network.in_head(leaf) for leaf in trained),
+        "layers": all(f"{leaf.removesuffix(DOWN)}.base.weight" in trained for leaf in trained if leaf.endswith(DOWN)),
         "normalization": bool(inspected.normalization & trained),
         "statistics": bool(inspected.running & trained),
     }

@@ -31,6 +31,7 @@ OPTIONS: Mapping[str, str] = {
     "bulyan": "corrupt = 0.0",
     "fl-mrcm": 'target = "e"',
     "fednorm": 'modalities = ["mr", "ct", "mr"]',
+    "flora": "ranks = [1, 2, 1]",
 }
 IMAGES = 'kind = "npz"\nsites = "site"\nmin_patients = 1\n'
 UNET = 'network = "unet"\noptions = { width = 2, norm = "batch" }'
@@ -45,7 +46,13 @@ KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
     "adapters": (
         IMAGES + 'external = ["d"]',
         'network = "cnn"\noptions = { width = 4, depth = 2 }\nweights = "given"\nlora = { rank = 2 }',
-        ADAPTERS,
+        [name for name in ADAPTERS if name != "flora"],
+    ),
+    "adapters and their layers": (
+        IMAGES + 'external = ["d"]',
+        'network = "cnn"\noptions = { width = 4, depth = 2 }\nweights = "given"\nlora = { rank = 2 }\n'
+        'train = ["adapters", "head", "*.base.weight"]',
+        ["flora"],
     ),
     "masks": (
         IMAGES
@@ -84,7 +91,7 @@ def npz(folder: Path, kind: str) -> Path:
     """Six sites with a few noisy images each, brighter where there is something to find."""
     rng, side, sites = (
         np.random.default_rng(0),
-        8 if kind in ("images", "adapters", "labels", "videos") else 16,
+        8 if kind in ("images", "adapters", "adapters and their layers", "labels", "videos") else 16,
         "abcdep",
     )
     n = (24 if side == 8 else 12) * len(sites)

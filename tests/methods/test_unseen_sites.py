@@ -79,6 +79,7 @@ SAME = {
         "rolora": "without adapters, which studies must have",
         "ffa-lora": "likewise",
         "flexlora": "likewise",
+        "flora": "likewise",
     },
     "fedavg-recomputed": {"silobn": "both recompute the statistics"},
     "balanced-softmax": {"fedrod": "its shared head is trained with this loss; the private one stays at the sites"},

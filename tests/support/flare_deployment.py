@@ -71,12 +71,20 @@ class Hospitals:
     """One server and some sites, each in a folder of its own under ``root``."""
 
     def __init__(
-        self, root: Path, count: int = 3, policy: str = POLICY, ports: dict[str, int] | None = None, **settings: int
+        self,
+        root: Path,
+        count: int = 3,
+        policy: str = POLICY,
+        ports: dict[str, int] | None = None,
+        sites: dict[str, Site] | None = None,
+        **settings: int,
     ) -> None:
-        """Makes them. ``ports``: where a site's way to the server begins, such as a proxy of a test."""
+        """Makes them. ``ports``: where a site's way to the server begins, such as a proxy of a test. ``sites``: their
+        data.
+        """
         self.root, self.faults, self.port = root, root / "faults", free_port()
         self.faults.mkdir(parents=True)
-        self.server, self.sites = ServerFolder(root / "server"), little_sites(count=count)
+        self.server, self.sites = ServerFolder(root / "server"), sites or little_sites(count=count)
         self.homes = {name: SiteFolder(root / name) for name in self.sites}
         inside = Path(__file__).parent / "inside"
         package = Path(polyclinic.__file__).parents[1]

@@ -18,11 +18,12 @@ class Proxy:
         rate: Bytes a second in each direction; without limit where None. ``delay``: seconds that each byte is on
             its way.
         stalled: Whether bytes are held back, as by a firewall that drops packets.
+        sent, received: Bytes that passed to ``target``, and from it.
     """
 
     def __init__(self, target: int = 0) -> None:
         self.target, self.rate, self.delay, self.stalled = target, None, 0.0, False
-        self.passed = 0
+        self.sent = self.received = 0
         self._open: set[socket.socket] = set()
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
@@ -62,13 +63,13 @@ class Proxy:
                 continue
             far.settimeout(None)
             self._open |= {near, far}
-            for one, other in ((near, far), (far, near)):
-                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+            for one, other, out in ((near, far, True), (far, near, False)):
+                threading.Thread(target=self._pass, args=(one, other, out), daemon=True).start()
 
-    def _pass(self, one: socket.socket, other: socket.socket) -> None:
+    def _pass(self, one: socket.socket, other: socket.socket, out: bool) -> None:
         """One direction: what is read waits on the line, and another thread lets it out when it is due."""
         line: queue.Queue[tuple[float, bytes]] = queue.Queue(ON_THE_LINE)
-        threading.Thread(target=self._let_out, args=(line, one, other), daemon=True).start()
+        threading.Thread(target=self._let_out, args=(line, one, other, out), daemon=True).start()
         with suppress(OSError), selectors.DefaultSelector() as ready:
             ready.register(one, selectors.EVENT_READ)
             while True:
@@ -82,7 +83,9 @@ class Proxy:
                 line.put((time.monotonic() + self.delay, block))
         line.put((0.0, b""))
 
-    def _let_out(self, line: "queue.Queue[tuple[float, bytes]]", one: socket.socket, other: socket.socket) -> None:
+    def _let_out(
+        self, line: "queue.Queue[tuple[float, bytes]]", one: socket.socket, other: socket.socket, out: bool
+    ) -> None:
         block = b""
         with suppress(OSError):
             while True:
@@ -95,7 +98,10 @@ class Proxy:
                 while self.stalled:
                     time.sleep(0.05)
                 other.sendall(block)
-                self.passed += len(block)
+                if out:
+                    self.sent += len(block)
+                else:
+                    self.received += len(block)
         for end in (one, other):
             self._open.discard(end)
             with suppress(OSError):

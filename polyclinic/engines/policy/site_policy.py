@@ -84,6 +84,7 @@ class Limits(_Table):
     min_patients: Count = 10
     min_cell: Count = 5
     megabytes_per_round: Amount = 2000.0
+    weights_megabytes: Amount = 0.0
     rounds: Count = 2000
     epochs: Count = 100
     steps: Count = 100_000
@@ -107,8 +108,13 @@ class Policy(_Table):
     limits: Limits = Limits()
     privacy: Privacy | None = None
 
-    def refusals(self, plan: Plan) -> list[str]:
+    def refusals(self, plan: Plan, sent: Mapping[str, Any] | None = None) -> list[str]:
         """Return why this policy would refuse ``plan``, one sentence per reason.
+
+        Args:
+            plan: The plan.
+            sent: Start weights that the server would send (``RunRequest.weights``). If they are allowed and not here,
+                the rest cannot be checked before they are.
 
         Raises:
             ValueError: If the plan cannot be built.
@@ -116,7 +122,8 @@ class Policy(_Table):
         packages = packages_in(asdict(plan))
         if refused := self.package_problems(packages):
             return refused  # building the method would import the package
-        if refused := self.weights_problems(plan):
+        refused = self.weights_problems(plan, sent or {})
+        if refused or awaited(plan):
             return refused  # the network cannot be built without them
         method = plan.build_method()
         found = [*_plan_problems(self, plan), *transform_problems(self.require.transforms, transforms_of(method))]
@@ -138,18 +145,29 @@ class Policy(_Table):
             if not any(allows(rule, package) for rule in self.allow.packages)
         ]
 
-    def weights_problems(self, plan: Plan) -> list[str]:
-        """Return why start weights of ``plan`` cannot be used at this site, one sentence per reason."""
-        wanted = plan.tuning.get("weights", {})
-        sha256 = wanted.get("sha256", "") if isinstance(wanted, Mapping) else ""
+    def weights_problems(self, plan: Plan, sent: Mapping[str, Any]) -> list[str]:
+        """Return why start weights of ``plan`` cannot be used at this site, one sentence per reason.
+
+        Args:
+            plan: The plan.
+            sent: Start weights that the server would send; empty for none.
+        """
+        sha256 = _weights_of(plan)
         if not sha256:
             return []
         if not {"*", sha256} & {*self.allow.weights}:
             return [f"the plan needs the start weights {sha256}, which the policy does not allow (allow.weights)"]
         try:
-            store.find(str(sha256))
+            store.find(sha256)
         except PolyclinicError as error:
-            return [str(error)]
+            if sent.get("sha256") != sha256 or not isinstance(error, store.UnknownWeights):
+                return [str(error)]
+            size, most = sent["bytes"] / 1e6, self.limits.weights_megabytes
+            if size > most:
+                return [
+                    f"the start weights {sha256[:12]}... are not here, the server would send {size:.1f} MB, and the "
+                    f"policy allows {most:g} (limits.weights_megabytes); `polyclinic site weights add` adds a file"
+                ]
         return []
 
     def survey_problems(self) -> list[str]:
@@ -373,6 +391,23 @@ def _leaves(reply: Reply) -> Iterator[tuple[str, Tree]]:
                 if kind == "m":
                     split.setdefault(own, {})[bare] = leaf
             yield from split.items()
+
+
+def awaited(plan: Plan) -> str:
+    """Return the hash of start weights that ``plan`` needs and this site does not have; empty if there are none."""
+    sha256 = _weights_of(plan)
+    try:
+        if sha256:
+            store.find(sha256)
+    except store.UnknownWeights:
+        return sha256
+    return ""
+
+
+def _weights_of(plan: Plan) -> str:
+    """Return the hash of the start weights that ``plan`` names; empty if it names none."""
+    wanted = plan.tuning.get("weights", {})
+    return str(wanted.get("sha256", "")) if isinstance(wanted, Mapping) else ""
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -35,7 +35,7 @@ class Imported:
     numbers: int
 
 
-def add(source: Path, card: Card, key: str = "") -> Imported:
+def add(source: Path, card: Card, key: str = "", sha256: str = "") -> Imported:
     """Convert ``source`` and add it to the store.
 
     Args:
@@ -43,9 +43,10 @@ def add(source: Path, card: Card, key: str = "") -> Imported:
             checkpoint of timm or nnU-Net, or a model of Polyclinic.
         card: What a person states. Empty fields are filled with what the source states itself.
         key: The entry of a file of ``torch.save`` that holds the tensors.
+        sha256: The hash that the converted file must have; empty for any.
 
     Raises:
-        NotImported: If the source is refused.
+        NotImported: If the source is refused, or has another hash. Nothing is added.
         ConfigError: If the card is not valid.
     """
     if not source.exists():
@@ -54,6 +55,8 @@ def add(source: Path, card: Card, key: str = "") -> Imported:
     with tempfile.TemporaryDirectory(dir=store.root(), prefix=".adding-") as folder:
         target = Path(folder) / store.FILE
         found = _converted(source, target, key)
+        if sha256 and (other := store.hash_of(target)) != sha256:
+            raise NotImported(f"{source}: its tensors have the hash {other[:12]}..., and {sha256[:12]}... was expected")
         stated = {name: value for name, value in found["card"].items() if not getattr(card, name)}
         complete = replace(
             card,

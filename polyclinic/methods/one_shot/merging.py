@@ -61,10 +61,10 @@ class Merging:
         return lengths_of(merged, ordered) if self.by_layer else merged
 
     def scales(self, count: int) -> tuple[float, ...]:
-        """Return the values of λ to try for ``count`` sites: 1/K, 2/K … 1; a quarter to 3/2 for means."""
+        """Return the values of λ to try for ``count`` = K sites: 1/4K, 1/2K, 3/4K, 1/K, 2/K … 1; ¼ to 3/2 for means."""
         if self.ties or self.by_layer:
             return (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-        return tuple(j / count for j in range(1, count + 1))
+        return tuple(j / count for j in (0.25, 0.5, 0.75, *range(1, count + 1)))
 
     def default(self, count: int) -> float:
         """Return λ without a search: that of the mean."""

@@ -65,8 +65,8 @@ def test_a_site_without_the_weights_refuses_before_anything_is_built(tmp_path: P
     sha256 = weights_of(NET).sha256
     plan = order(**tuning(sha256, train=["head"])).build_plan()
     policy = parse(b"")
-    assert policy.weights_problems(plan) == []
-    assert parse(f"[allow]\nweights = ['{sha256}']".encode()).weights_problems(plan) == []
+    assert policy.weights_problems(plan, {}) == []
+    assert parse(f"[allow]\nweights = ['{sha256}']".encode()).weights_problems(plan, {}) == []
     (reason,) = parse(b"[allow]\nweights = []").refusals(plan)
     assert reason == f"the plan needs the start weights {sha256}, which the policy does not allow (allow.weights)"
     store.remove(store.find(sha256))

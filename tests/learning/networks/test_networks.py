@@ -34,6 +34,7 @@ SMALL: dict[str, tuple[tuple[tuple[str, Any], ...], int]] = {
     "cnn": ((("width", 4), ("depth", 2)), 8),
     "attention-mil": ((("width", 4), ("attention", 3)), 5),
     "vit": ((*VIT, ("num_layers", 2), ("patch_size", 4)), 8),
+    "timm-vit": ((("width", 12), ("heads", 2), ("depth", 2), ("patch_size", 4)), 8),
     "nnunet": ((("width", 4),), 16),
     "resenc": ((("width", 4),), 16),
     "unet": ((("width", 4),), 32),

@@ -24,6 +24,7 @@ SMALL = {
         (1, 16, 16),
         (("hidden_size", 12), ("mlp_dim", 12), ("num_layers", 1), ("num_heads", 2), ("patch_size", 8)),
     ),
+    "timm-vit": ((1, 16, 16), (("width", 12), ("heads", 2), ("depth", 1), ("patch_size", 8))),
     "attention-mil": ((5, 6), (("width", 4), ("attention", 3))),
     "unet": ((1, 32, 32), (("width", 4),)),
     "segresnet": ((1, 16, 16), (("init_filters", 8),)),

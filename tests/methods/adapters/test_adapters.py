@@ -35,6 +35,8 @@ from polyclinic.methods.adapters.alternating import (
     rolora,
 )
 from polyclinic.methods.adapters.flexlora import FlexLoRA
+from polyclinic.methods.adapters.flora import LAYER, FLoRA, stacked
+from polyclinic.methods.frozen_networks import frozen_problem
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.fedprox import FedProx
 from polyclinic.methods.registry import Setting, build
@@ -52,8 +54,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYCLINIC_WEIGHTS", str(tmp_path / "weights"))
 
 
-def adapted(rank: int = 2) -> Classification:
-    return Classification(NET).with_network(FineTuned(NET, weights_of(NET), ("adapters", "head"), LowRank(rank=rank)))
+def adapted(rank: int = 2, train: tuple[str, ...] = ("adapters", "head")) -> Classification:
+    return Classification(NET).with_network(FineTuned(NET, weights_of(NET), train, LowRank(rank=rank)))
+
+
+WITH_LAYERS = ("adapters", "head", "*.base.weight")
+"""What FLoRA needs: the layers that have adapters change, too."""
 
 
 METHODS: dict[str, Any] = {
@@ -61,6 +67,7 @@ METHODS: dict[str, Any] = {
     "ffa-lora": ffa_lora,
     "fedsa-lora": fedsa_lora,
     "flexlora": FlexLoRA,
+    "flora": FLoRA,
     "fedavg": FedAvg,
 }
 OTHERS = ("fedper", "ditto", "scaffold", "fedadam", "krum")
@@ -84,7 +91,7 @@ def replies(method: Method[Any], state: Any, sites: dict[str, Site]) -> dict[str
 
 @pytest.mark.parametrize("name", [*METHODS, *OTHERS])
 def test_promises_with_adapters(name: str) -> None:
-    task, sites = adapted(), little_sites()
+    task, sites = adapted(train=WITH_LAYERS if name == "flora" else ("adapters", "head")), little_sites()
     method = build(name, Setting(task, LocalTraining(batch_size=8, lr=0.05), tuple(sites), rounds=3))
     check_method(method, task.first(0), sites, rounds=3)
 
@@ -133,7 +140,7 @@ def test_one_factor_leaves_in_a_round_and_the_other_keeps_its_bits() -> None:
 def test_without_adapters_they_are_fedavg_and_fedprox() -> None:
     task, sites = Classification(NET), little_sites()
     expected = states(FedAvg(task, LOCAL), task.first(0), sites, 2)[-1]
-    for make in (rolora, ffa_lora, FlexLoRA):
+    for make in (rolora, ffa_lora, FlexLoRA, FLoRA):
         got = states(make(task, LOCAL), task.first(0), sites, 2)[-1]
         assert all(torch.equal(leaf, got.params[name]) for name, leaf in expected.params.items())
     prox = states(FedProx(task, LOCAL, mu=0.5), task.first(0), sites, 2)[-1]
@@ -172,9 +179,102 @@ def test_flexlora_of_one_site_keeps_its_product() -> None:
     assert state[1].cut < 1e-4
 
 
-def test_a_weight_that_is_none_is_refused() -> None:
-    task, sites = adapted(), little_sites()
-    method = FlexLoRA(task, LOCAL)
+@pytest.mark.parametrize("ranks", [(), (1, 4, 2)])
+def test_flora_adds_the_mean_of_products_to_the_layers(ranks: tuple[int, ...]) -> None:
+    """Against sums in double precision, with ranks of the sites' own."""
+    task, sites = adapted(rank=4, train=WITH_LAYERS), little_sites()
+    method = FLoRA(task, LOCAL, tuple(sites), ranks)
+    for before, after in itertools.pairwise(states(method, task.first(0), sites, 2)):
+        sent = replies(method, before, sites)
+        weights = {s: len(site.data["train"]) for s, site in sites.items()}
+        own = {s: factors(dict(reply.gather("factors")[s])) for s, reply in sent.items()}
+        assert {s: len(next(iter(pairs.values()))[0]) for s, pairs in own.items()} == dict(
+            zip(sites, ranks or (4, 4, 4), strict=True)
+        )
+        for layer, (down, up) in factors(before.params).items():
+            assert not up.any()
+            mean = sum(
+                w / sum(weights.values()) * product(*(f.double() for f in own[s][layer])) for s, w in weights.items()
+            )
+            change = after.params[layer + LAYER].double() - before.params[layer + LAYER].double()
+            assert float(mean.norm()) > 1e-3  # type: ignore[union-attr]
+            assert float((change - 16 / 4 * mean).norm() / (4 * mean).norm()) < 1e-5  # type: ignore[operator,union-attr]
+            fresh, empty = factors(after.params)[layer]
+            assert not empty.any()
+            assert not torch.equal(fresh, down)
+            assert float(fresh.abs().max()) <= down[0].numel() ** -0.5
+
+
+def test_flora_sends_no_layer_and_a_site_trains_no_row_beyond_its_rank() -> None:
+    task, sites = adapted(rank=4, train=WITH_LAYERS), little_sites()
+    method = FLoRA(task, replace(LOCAL, optimizer="adamw", weight_decay=0.1), tuple(sites), (1, 4, 2))
+    state = method.init(task.first(0))
+    sent = replies(method, state, sites)["site-0"]
+    assert set(sent.mean("update").total) == {"head.weight", "head.bias"}
+    one = adapted(rank=1, train=WITH_LAYERS)
+    one = replace(one, network=replace(one.network, lora=LowRank(rank=1, alpha=4.0)))  # α / r as above
+    own = dict(sent.gather("factors")["site-0"])
+    start = {
+        n: leaf[:1] if n.endswith(A) else leaf[:, :1] if n.endswith(B) else leaf for n, leaf in state.params.items()
+    }
+    alone = replies(FLoRA(one, method.local), FLoRA(one, method.local).init(start), sites)["site-0"]
+    for name, leaf in dict(alone.gather("factors")["site-0"]).items():
+        torch.testing.assert_close(own[name], leaf, rtol=1e-3, atol=1e-6)
+
+
+def test_stacked_factors_have_the_mean_of_products() -> None:
+    rng = torch.Generator().manual_seed(0)
+    pairs = {
+        f"s{r}": (torch.randn(r, 3, 5, 5, generator=rng), torch.randn(6, r, 1, 1, generator=rng)) for r in (1, 2, 4)
+    }
+    shares = {"s1": 0.5, "s2": 0.2, "s4": 0.3}
+    a, b = stacked(pairs, shares)
+    assert (a.shape, b.shape) == ((7, 3, 5, 5), (6, 7, 1, 1))
+    mean = sum(shares[name] * product(*pair) for name, pair in pairs.items())
+    torch.testing.assert_close(product(a, b), mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "local", "message"),
+    [
+        ((1, 2), LOCAL, "ranks has 2 entries, and 3 sites train"),
+        ((1, 2, 5), LOCAL, r"from 1 to lora.rank = 4, not 5"),
+        ((0, 2, 4), LOCAL, r"from 1 to lora.rank = 4, not 0"),
+        ((1, 2, 4), DPSGD(noise=1.0, bound=1.0, unit="record"), "leave ranks out"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(ranks: tuple[int, ...], local: LocalTraining, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FLoRA(adapted(rank=4, train=WITH_LAYERS), local, ("a", "b", "c"), ranks)
+
+
+@pytest.mark.parametrize("kind", ["missing", "rank", "layer", "axes"])
+def test_factors_that_do_not_fit_are_refused_by_name(kind: str) -> None:
+    task, sites = adapted(rank=4, train=WITH_LAYERS), little_sites()
+    method = FLoRA(task, LOCAL)
+    state = method.init(task.first(0))
+    sent = replies(method, state, sites)
+    whole = sent["site-0"] + sent["site-1"]
+    own: Any = whole.parts["factors"].items["site-1"]  # type: ignore[union-attr]
+    name = next(key for key in own if key.endswith(A))
+    other = {"missing": None, "rank": own[name].repeat(2, 1, 1, 1), "layer": own[name][:, :, :1], "axes": own[name][0]}
+    if kind == "missing":
+        del own[name]
+    else:
+        own[name] = other[kind]
+    with pytest.raises(ValueError, match=r"site-1 sent factors for .* that do not fit the layer or its rank 4"):
+        method.server_update(state, whole, Site("server"))
+
+
+def test_flora_without_trained_layers_is_refused_before_the_first_round() -> None:
+    assert "flora needs trained weights of the layers" in frozen_problem("flora", adapted())
+    assert frozen_problem("flora", adapted(train=WITH_LAYERS)) == ""
+
+
+@pytest.mark.parametrize("kind", [FlexLoRA, FLoRA])
+def test_a_weight_that_is_none_is_refused(kind: Any) -> None:
+    task, sites = adapted(train=WITH_LAYERS), little_sites()
+    method = kind(task, LOCAL)
     state = method.init(task.first(0))
     sent = replies(method, state, sites)
     merged = sent["site-0"] + sent["site-1"]

@@ -67,7 +67,8 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             if refusal is not None:
                 return Shareable({"answer": refusal.to_json()})
             if call.size:
-                body = self._fetch(agent, cell, call, shareable, f"server.{fl_ctx.get_job_id()}", abort_signal)
+                fetch = self._fetch_weights if call.kind == "weights" else self._fetch
+                body = fetch(agent, cell, call, shareable, f"server.{fl_ctx.get_job_id()}", abort_signal)
             answer, file = agent.answer(call, body)
             attachment = file_transfer.offer(cell, file, 1) if file else {}
             return Shareable({"answer": answer.to_json(), **attachment})
@@ -92,3 +93,17 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         if file_transfer.fetch(cell, attachment, sender, path, call.size, abort_signal) != (call.size, call.sha256):
             raise BadMessage("the file is not the one that its message names")
         return take_in(agent.memory, path, call.number)
+
+    def _fetch_weights(
+        self, agent: SiteAgent, cell: Any, call: Call, attachment: Any, sender: str, stopped: Any
+    ) -> Path:
+        """Fetch start weights, after the part that came before an interruption; exceptions as of ``_fetch``."""
+        path = agent.memory.weights
+        if file_transfer.fetch(cell, attachment, sender, path, call.size, stopped, resume=True) != (
+            call.size,
+            call.sha256,
+        ):
+            path.unlink()
+            agent.memory.count_wrong_weights()
+            raise BadMessage("the file is not the one that its message names")
+        return path

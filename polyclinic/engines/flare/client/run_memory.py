@@ -94,6 +94,20 @@ class RunMemory:
         spare = tuple(Link(**link) for link in table.get("spare", ()))
         self.chain = Chain(int(table.get("confirmed", 0)), links, sent, spare)
 
+    @property
+    def weights(self) -> Path:
+        """The part of the start weights that the server has sent; it is continued after an interruption."""
+        return self.folder / "weights.received"
+
+    @property
+    def wrong_weights(self) -> int:
+        """Number of files that came as start weights and were not those of the study."""
+        return int(read_json(self.folder / "wrong-weights.json", default={"count": 0})["count"])
+
+    def count_wrong_weights(self) -> None:
+        """Record that another file came as start weights."""
+        write_private(self.folder / "wrong-weights.json", json.dumps({"count": self.wrong_weights + 1}))
+
     @cached_property
     def usage(self) -> Usage:
         """The record of requests and answers.

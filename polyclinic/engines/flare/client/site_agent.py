@@ -24,7 +24,7 @@ from polyclinic.engines.flare.client.run_memory import Link, OldMessage, RunMemo
 from polyclinic.engines.flare.client.run_status import RunStatus
 from polyclinic.engines.flare.client.training_process import Died, Stopped, TrainingProcess
 from polyclinic.engines.flare.protocol import message_limits, shared_journals
-from polyclinic.engines.flare.protocol.messages import VERSION, Answer, Call, printable
+from polyclinic.engines.flare.protocol.messages import VERSION, WAITS_FOR_WEIGHTS, Answer, Call, printable
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, hash_of, private_folder, read_toml
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.request_schedule import Request, Schedule
@@ -101,10 +101,18 @@ class SiteAgent:
         try:
             self._check(call)
             self._permitted()
-            limit = message_limits.round_limit(self.home.policy, DEFAULT_POLICY)
-            message_limits.check_call(call, self.order, limit, self._received)
-            message_limits.check_room(self.memory.folder, call.size, self._keep_free)
-            self._received.add(call)
+            key = "weights_megabytes" if call.kind == "weights" else "megabytes_per_round"
+            limit = message_limits.bytes_allowed(self.home.policy, DEFAULT_POLICY, key)
+            if call.kind == "weights":
+                wrong = self.memory.wrong_weights
+                message_limits.check_weights(call, self.order, limit, self.home.weights, wrong)
+                message_limits.check_room(
+                    self.home.path, 2 * call.size, self._keep_free
+                )  # as it came, and in the store
+            else:
+                message_limits.check_call(call, self.order, limit, self._received)
+                message_limits.check_room(self.memory.folder, call.size, self._keep_free)
+                self._received.add(call)
         except (Refusal, message_limits.TooMuch, SetupError, OSError) as error:
             reason = error.reason if isinstance(error, Refusal) else f"refused: {error}"
             self.status.came_of(call, reason)
@@ -123,6 +131,10 @@ class SiteAgent:
             self._check(call)
             match call.kind:
                 case "hello":
+                    self._hello()
+                    sent = Sent()
+                case "weights":
+                    self._take_weights(call, body)
                     self._hello()
                     sent = Sent()
                 case "end":
@@ -177,7 +189,22 @@ class SiteAgent:
             if problems:
                 raise Refusal("refused by the site's policy: " + "; ".join(problems))
             self._permitted()
+        if verdict["awaits"]:
+            raise Refusal(f"{WAITS_FOR_WEIGHTS} {verdict['awaits'][:12]}..., which the server sends")
         self._check_data()
+
+    def _take_weights(self, call: Call, body: Path | None) -> None:
+        """Add the start weights that the server sent to this site's store, after a strict read."""
+        self._permitted()
+        if body is None:
+            raise Refusal("refused: start weights without their file")
+        try:
+            self._train({"what": "weights", "file": str(body)}, call.deadline)
+        except Refusal:
+            self.memory.count_wrong_weights()
+            raise
+        about = {"run": call.run, "weights": call.sha256, "bytes": call.size, "server": call.head}
+        self.journal.write("start weights received", about)
 
     def _check_data(self) -> None:
         """Check that the local data fit this study. The details are shown only at this site."""

@@ -168,7 +168,7 @@ def describe(
         Section(SYNTHETIC) if an.rehearsal else None,
         _asked(item, others, here),
         _what_runs(methods) if methods else None,
-        _start_weights(methods),
+        _start_weights(methods, an.weights),
         _leaving(an, methods),
         _how(an, methods),
         _data(item, here),
@@ -237,8 +237,13 @@ def _what_runs(methods: Sequence[_Method]) -> Section:
     return section
 
 
-def _start_weights(methods: Sequence[_Method]) -> Section | None:
-    """Describe which start weights the study needs, and whether this site has them; None if it needs none."""
+def _start_weights(methods: Sequence[_Method], sent: Mapping[str, Any]) -> Section | None:
+    """Describe which start weights the study needs, and whether this site has them; None if it needs none.
+
+    Args:
+        methods: The methods.
+        sent: Start weights that the server sends to sites without them; empty for none.
+    """
     tunings = [method.plan.get("tuning", {}) for method in methods]
     if not (wanted := list(dict.fromkeys(t["weights"].get("sha256", "") for t in tunings if t.get("weights")))):
         return None
@@ -249,6 +254,11 @@ def _start_weights(methods: Sequence[_Method]) -> Section | None:
         try:
             item = store.find(str(sha256))
         except PolyclinicError:
+            if sent.get("sha256") == sha256:
+                section.say(f"{sha256}: NOT here. The server sends the file once, after an approval:")
+                section.say(f"{sent['name']}, {sent['bytes'] / 1e6:.1f} MB; as the server states, license", depth=2)
+                section.say(f"{sent['license']}; {sent['source'] or 'no source stated'}", depth=2)
+                continue
             section.say(f"{sha256}: NOT here. Add the file that the coordinator names:")
             section.say("polyclinic site weights add FILE", depth=2)
             continue

@@ -33,6 +33,7 @@ from polyclinic.engines.policy.site_ledger import ledger_for
 from polyclinic.engines.request_schedule import marks_problem
 from polyclinic.engines.site_description import Describe, read_description
 from polyclinic.engines.site_runtime import marks_of, minibatches, work
+from polyclinic.learning.weights import importer, store
 from polyclinic.methods.plugins import packages_in
 from polyclinic.secure_aggregation import contents, layout_of
 from polyclinic.secure_aggregation.session_keys import ProtocolError
@@ -95,6 +96,8 @@ class Training:
             match command["what"]:
                 case "check":
                     return self._check()
+                case "weights":
+                    return self._weights(command)
                 case "schedule":
                     batches = minibatches(self.method, self.site)
                     return {"lost": "", "jobs": [job.to_table() for job in self.method.jobs], "batches": batches}
@@ -132,7 +135,7 @@ class Training:
         policy, name = policies.read(self.home.policy), self.settings["site"]
         survey, notes = self.order.mode == "survey", list[str]()
         problems = [*data_restrictions.refused(self.order.data)]
-        problems += policy.survey_problems() if survey else policy.refusals(self.plan)
+        problems += policy.survey_problems() if survey else policy.refusals(self.plan, self.order.weights)
         if self.order.study and not self.order.of_study:
             problems.append(f"the {'survey' if survey else 'run'} is not part of the study that it names")
         if name not in self.order.everyone:
@@ -142,12 +145,27 @@ class Training:
                 f"{arm['label']} is refused here: {problem}" for problem in self._arm_problems(policy, arm["plan"])
             ]
         automatic = not survey and self.order.method_hash in policy.approve.automatically
-        return {"lost": "", "problems": problems, "automatic": automatic, "notes": list(dict.fromkeys(notes))}
+        notes, awaits = list(dict.fromkeys(notes)), "" if survey else policies.awaited(self.plan)
+        return {"lost": "", "problems": problems, "automatic": automatic, "notes": notes, "awaits": awaits}
+
+    def _weights(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """Add the start weights in a file to this site's store, if they have the hash that the run request states."""
+        stated = self.order.weights
+        taken = {item.card.name: item.sha256 for item in store.stored()}
+        free = taken.get(stated["name"], stated["sha256"]) == stated["sha256"]
+        called = stated["name"] if free else f"{stated['name'][:48]}-{stated['sha256'][:12]}"
+        card = store.Card(called, stated["license"], stated["source"])
+        try:
+            importer.add(Path(command["file"]), card, sha256=stated["sha256"])
+        except importer.NotImported as error:
+            log.warning("%s", error)
+            return {"lost": "refused: the file that came is not the start weights of the study", "seconds": 0.0}
+        return {"lost": "", "seconds": 0.0}
 
     def _arm_problems(self, policy: policies.Policy, plan: Mapping[str, Any]) -> list[str]:
         """Return why the policy would refuse a method run of a study, as far as its plan is known."""
         try:
-            return policy.refusals(replace(self.order, plan={**PLACEHOLDER, **plan}).build_plan())
+            return policy.refusals(replace(self.order, plan={**PLACEHOLDER, **plan}).build_plan(), self.order.weights)
         except (ValueError, TypeError) as error:
             return [f"it cannot be built here: {error}"]
 

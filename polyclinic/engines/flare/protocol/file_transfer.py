@@ -57,10 +57,12 @@ def fetch(
     limit: int,
     stopped: Any = None,
     moved: Callable[[str], None] | None = None,
+    resume: bool = False,
 ) -> tuple[int, str]:
     """Write the file that accompanies a message from the process ``sender`` to ``path``; return its length and SHA-256.
 
-    ``moved`` is called at every block with ``sender``.
+    ``moved`` is called at every block with ``sender``. With ``resume`` a part that came before is continued after its
+    last byte, if the first block is the same, and is kept on failure.
 
     Raises:
         OSError: If the file cannot be fetched or is longer than ``limit`` bytes.
@@ -74,7 +76,7 @@ def fetch(
         return len(body), hashlib.sha256(body).hexdigest()
     if not (isinstance(ref, str) and isinstance(at, str)) or at != sender:
         raise BadMessage(f"no file of {sender} accompanies its message")
-    consumer = _ToFile(path, limit, lambda: moved(sender) if moved else None)
+    consumer = _ToFile(path, limit, lambda: moved(sender) if moved else None, resume)
     try:
         with consumer:
             download_object(
@@ -86,10 +88,12 @@ def fetch(
                 abort_signal=stopped,
             )
     except BaseException:
-        path.unlink(missing_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
         raise
     if consumer.problem:
-        path.unlink(missing_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
         raise OSError(consumer.problem)
     return consumer.size, consumer.hasher.hexdigest()
 
@@ -97,27 +101,42 @@ def fetch(
 class _ToFile(Consumer):  # type: ignore[misc]
     """Consumer that writes blocks to a file as they arrive."""
 
-    def __init__(self, path: Path, limit: int, moved: Callable[[], None]) -> None:
+    def __init__(self, path: Path, limit: int, moved: Callable[[], None], resume: bool) -> None:
         super().__init__()
         self.path, self.limit, self.moved = path, limit, moved
         self.size, self.hasher, self.problem = 0, hashlib.sha256(), "it did not arrive"
+        self._earlier = path.stat().st_size if resume and path.exists() else 0
 
     def __enter__(self) -> "_ToFile":
-        self.file = open(self.path, "wb")
+        self.file = open(self.path, "r+b" if self._earlier else "wb")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
     def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
-        """Write a block."""
+        """Write a block, and return where the next one begins."""
         self.moved()
+        if self._earlier:
+            earlier, self._earlier = self._earlier, 0
+            if isinstance(data, bytes) and len(data) <= earlier <= self.limit and self.file.read(len(data)) == data:
+                self._continue()
+                return {"received_bytes": self.size}
+            self.file.seek(0)
+            self.file.truncate()
         if not isinstance(data, bytes) or self.size + len(data) > self.limit:
             raise OSError(f"more than the {self.limit} bytes that were announced came")
         self.file.write(data)
         self.hasher.update(data)
         self.size += len(data)
         return {"received_bytes": self.size}
+
+    def _continue(self) -> None:
+        """Keep the part that came before, and continue after it."""
+        self.file.seek(0)
+        while block := self.file.read(BLOCK):
+            self.hasher.update(block)
+            self.size += len(block)
 
     def download_failed(self, ref_id: str, reason: str) -> None:
         """Record that FLARE gave up."""

@@ -21,7 +21,9 @@ from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.errors import PolicyRefusal
 
 CARRIES = ("do", "look", "secure")
-"""Call kinds that may include a file, and whose answers may."""
+"""Call kinds that may include a request as a file, and whose answers may."""
+WRONG_FILES = 3
+"""Number of files sent as start weights that were not those of the study, after which a site takes no more."""
 KEEP_FREE = 500
 """Megabytes of disk that stay free unless the settings say otherwise (``keep_free_megabytes``)."""
 REPLY_FACTOR, REPLY_EXTRA = 8, 64 * 2**20
@@ -55,22 +57,27 @@ def check_room(folder: Path, size: int, keep_free: float = KEEP_FREE) -> None:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def round_limit(policy: Path, default: Path) -> int:
-    """Return the bytes that may travel each way in a round, from the policy file or else from the ``default`` policy.
+def bytes_allowed(policy: Path, default: Path, key: str) -> int:
+    """Return the bytes that ``limits.KEY`` of the policy file, or else of the ``default`` policy, allows.
+
+    Args:
+        policy: The site's policy file.
+        default: The policy file with the defaults.
+        key: ``megabytes_per_round``, each way in a round, or ``weights_megabytes``, for start weights.
 
     Raises:
         SetupError: If the policy cannot be read. No file is then accepted.
     """
     for path in (policy, default):
         try:
-            value = tomllib.loads(read_small(path)).get("limits", {}).get("megabytes_per_round")
+            value = tomllib.loads(read_small(path)).get("limits", {}).get(key)
         except (OSError, tomllib.TOMLDecodeError, AttributeError) as error:
             raise SetupError(f"the policy cannot be read: {error}") from None
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise SetupError("the policy's megabytes_per_round is not a number")
+                raise SetupError(f"the policy's {key} is not a number")
             return int(value * 1e6)
-    raise SetupError("the default policy does not set megabytes_per_round")
+    raise SetupError(f"the default policy does not set {key}")
 
 
 class Received:
@@ -125,6 +132,32 @@ def check_call(call: Call, order: RunRequest, limit: int, received: Received) ->
             f"a file of {call.size / 1e6:g} MB{earlier}, and the policy allows {limit / 1e6:g} "
             "(limits.megabytes_per_round)"
         )
+
+
+def check_weights(call: Call, order: RunRequest, limit: int, store: Path, wrong: int) -> None:
+    """Check that this site may receive the file of ``call`` as the start weights of its study.
+
+    Args:
+        call: A call of the kind ``weights``.
+        order: The run request, which states the file's hash and size.
+        limit: The policy's bytes for start weights.
+        store: The folder of the site's start weights.
+        wrong: Number of wrong files that have come.
+
+    Raises:
+        TooMuch: If it may not.
+    """
+    stated = order.weights
+    if not stated or (call.sha256, call.size) != (stated["sha256"], stated["bytes"]):
+        raise TooMuch("the file is not the start weights that the study states")
+    if call.size > limit:
+        raise TooMuch(
+            f"start weights of {call.size / 1e6:g} MB, and the policy allows {limit / 1e6:g} (limits.weights_megabytes)"
+        )
+    if (store / call.sha256).exists():
+        raise TooMuch("the start weights are here already")
+    if wrong >= WRONG_FILES:
+        raise TooMuch(f"{wrong} files came as start weights that were not those of the study")
 
 
 class Rate:

@@ -14,7 +14,9 @@ from polyclinic.errors import ProtocolError
 
 VERSION = 2
 MAX_MESSAGE = 2**20
-KINDS = ("hello", "do", "look", "secure", "end")
+KINDS = ("hello", "weights", "do", "look", "secure", "end")
+WAITS_FOR_WEIGHTS = "waits for the start weights"
+"""The beginning of the reason why a site without start weights, which the server may send, does not take part yet."""
 STAGES = ("", "advertise", "share", "mask", "agree", "reveal")
 
 
@@ -91,7 +93,8 @@ class Call(_Message):
     """Request from the server to a site.
 
     Attributes:
-        kind: ``hello`` (may this run?), ``do`` (the request in the file), ``look`` (the same from the site state of
+        kind: ``hello`` (may this run?), ``weights`` (the same, with the study's start weights as the file), ``do`` (the
+            request in the file), ``look`` (the same from the site state of
             ``keep``, for scores only), ``secure`` (a stage of a secure sum of its result) or ``end`` (the run is over).
         order: SHA-256 of the run request that the call belongs to.
         round: Round of the request. ``job``: its job.
@@ -130,6 +133,8 @@ class Call(_Message):
             raise BadMessage("a look is for scores and predictions, and nothing else")
         if self.kind in ("do", "look", "secure") and not (self.after < self.number and self.size):
             raise BadMessage("a request has a file and a number above those before it")
+        if self.kind == "weights" and not self.size:
+            raise BadMessage("a call of the kind 'weights' has a file")
         if self.kind in ("hello", "end") and self.size:
             raise BadMessage(f"a call of the kind {self.kind!r} has no file")
         if not 0 <= self.deadline < 1e9:

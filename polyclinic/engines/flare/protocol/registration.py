@@ -5,16 +5,26 @@ in code.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from polyclinic.core.rounds import TooFewReplies
 from polyclinic.engines.flare.protocol.expected_signers import Signers
-from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call, printable
+from polyclinic.engines.flare.protocol.messages import (
+    VERSION,
+    WAITS_FOR_WEIGHTS,
+    Answer,
+    BadMessage,
+    Call,
+    printable,
+)
 from polyclinic.engines.flare.protocol.rpc import Carrier
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
 PARTING = 5.0
+SENDINGS = 3
+"""How often start weights are sent to one site in one attempt at a run."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,9 @@ class Registration:
         pause: Raises if the run must stop.
         poll: Seconds between two calls to a site that waits.
         signers: The sites' keys; every answer must be signed by one of them.
+        weights: The file of start weights for sites without them; None if the run request states none.
         missing: Filled by ``register``: sites that do not take part, with the reason.
+        sent: Filled by ``register``: how often start weights were sent to a site.
     """
 
     order: RunRequest
@@ -36,7 +48,9 @@ class Registration:
     pause: Callable[[], None]
     poll: float
     signers: Signers
+    weights: Path | None = None
     missing: dict[str, str] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
 
 
 def register(about: Registration, sites: Sequence[str], kind: Literal["hello", "end"] = "hello") -> tuple[str, ...]:
@@ -60,7 +74,11 @@ def register(about: Registration, sites: Sequence[str], kind: Literal["hello", "
             number += 1
             asked_at = time.monotonic()
             fresh = [name for name in waiting if name not in open_calls]
-            about.carrier.post([_call(about.order, kind, name, number, head) for name in fresh], None)
+            poor = _without_weights(about, fresh, waiting)
+            others = [name for name in fresh if name not in poor]
+            about.carrier.post([_call(about.order, kind, name, number, head) for name in others], None)
+            if poor:
+                about.carrier.post([_call(about.order, "weights", name, number, head) for name in poor], about.weights)
             open_calls |= dict.fromkeys(fresh, number)
             if kind == "hello":
                 about.say("greeting", "", waiting=waiting)
@@ -82,8 +100,22 @@ def register(about: Registration, sites: Sequence[str], kind: Literal["hello", "
     return tuple(sorted(ready))
 
 
+def _without_weights(about: Registration, sites: Sequence[str], waiting: Mapping[str, str]) -> list[str]:
+    """Return those of ``sites`` to which start weights are sent now, and record this."""
+    if about.weights is None:
+        return []
+    poor = [
+        name for name in sites if waiting[name].startswith(WAITS_FOR_WEIGHTS) and about.sent.get(name, 0) < SENDINGS
+    ]
+    for name in poor:
+        about.sent[name] = about.sent.get(name, 0) + 1
+        about.journal.write("start weights sent", {"site": name, "weights": about.order.weights["sha256"]})
+    return poor
+
+
 def _call(order: RunRequest, kind: str, site: str, number: int, head: str) -> Call:
-    return Call(VERSION, order.run, number, site, head, 0, "", kind, order.hash, 0, "", 0, 0, 0, 0.0, "")
+    size, sha256 = (order.weights["bytes"], order.weights["sha256"]) if kind == "weights" else (0, "")
+    return Call(VERSION, order.run, number, site, head, size, sha256, kind, order.hash, 0, "", 0, 0, 0, 0.0, "")
 
 
 def _process(

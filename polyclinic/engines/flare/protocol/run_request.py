@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from polyclinic.engines.plan import Plan
 
 MAX_ORDER = 2**18
+HASH = re.compile(r"[0-9a-f]{64}")
+WEIGHTS_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 LABEL = re.compile(r"([a-z0-9][a-z0-9.+-]{0,40})?")
 OF_DATA = ("inputs", "outputs")
 PLACEHOLDER: Mapping[str, Any] = {"inputs": [1, 16, 16], "outputs": 2}
@@ -62,6 +64,8 @@ class RunRequest:
         study: The study that the run is part of: ``name``, ``hash`` and ``arms`` (its method runs), each with
             ``label``, ``plan`` without what only the sites' data determine, and ``external`` if it has such sites. A
             person approves them together.
+        weights: The start weights that the server sends once to sites without them: ``sha256`` and ``bytes`` of the
+            file, and ``name``, ``license`` and ``source`` as the server states them; empty if it sends none.
     """
 
     run: str
@@ -81,10 +85,14 @@ class RunRequest:
     external: tuple[str, ...] = ()
     best: dict[str, Any] = field(default_factory=dict)
     study: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the run request as canonical JSON."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        table = asdict(self)
+        if not self.weights:  # run requests without them keep their hash
+            del table["weights"]
+        return json.dumps(table, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "RunRequest":
@@ -228,7 +236,7 @@ def _checked(given: Any) -> dict[str, Any]:
         name(given["run"], "a run's name")
     except SetupError as error:
         raise InvalidRunRequest(str(error)) from None
-    for key in ("plan", "data", "identities", "best", "study"):
+    for key in ("plan", "data", "identities", "best", "study", "weights"):
         if not isinstance(given.get(key, {}), dict):
             raise InvalidRunRequest(f"the field {key!r} must be a table")
     given["external"] = _names(given.get("external", ()))
@@ -243,6 +251,7 @@ def _checked(given: Any) -> dict[str, Any]:
         )
     _check_best(given.get("best", {}))
     _check_study(given.get("study", {}))
+    _check_weights(given.get("weights", {}))
     integers = {"sites_per_round": True, "passes": True, "min_replies": False, "buffer": False, "score_every": False}
     for key, optional in integers.items():
         value, least = given.get(key, 1), 0 if key == "score_every" else 1
@@ -302,6 +311,25 @@ def _check_study(study: Mapping[str, Any]) -> None:
             raise InvalidRunRequest("one of the study's arms has an invalid label")
         if not isinstance(arm["plan"].get("method"), str):
             raise InvalidRunRequest("the plan of one of the study's arms names no method")
+
+
+def _check_weights(weights: Mapping[str, Any]) -> None:
+    if not weights:
+        return
+    if weights.keys() != {"sha256", "bytes", "name", "license", "source"}:
+        raise InvalidRunRequest("the field 'weights' must contain sha256, bytes, name, license and source")
+    if not isinstance(weights["sha256"], str) or not HASH.fullmatch(weights["sha256"]):
+        raise InvalidRunRequest("the field 'weights': sha256 must be 64 lowercase hexadecimal digits")
+    if type(weights["bytes"]) is not int or not 0 < weights["bytes"] < 2**40:
+        raise InvalidRunRequest("the field 'weights': bytes must be an integer above 0")
+    if not isinstance(weights["name"], str) or not WEIGHTS_NAME.fullmatch(weights["name"]):
+        raise InvalidRunRequest(
+            "the field 'weights': name must be at most 63 lowercase letters, digits, dots, hyphens and underscores"
+        )
+    if not _text(weights["license"]) or not (weights["source"] == "" or _text(weights["source"])):
+        raise InvalidRunRequest(
+            "the field 'weights': license and source must be printable texts of at most 100 characters"
+        )
 
 
 def _text(value: Any) -> bool:

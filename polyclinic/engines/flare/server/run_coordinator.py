@@ -37,6 +37,7 @@ from polyclinic.engines.flare.protocol.rpc import AWAY, Carrier, Count, Ended
 from polyclinic.engines.flare.protocol.run_records import Records
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
+from polyclinic.engines.flare.server import sent_weights
 from polyclinic.engines.flare.server.job_queue import FAILED, FINISHED, INTERRUPTED
 from polyclinic.engines.flare.server.participation import Participation
 from polyclinic.engines.flare.server.remote_federation import FlareFederation
@@ -140,8 +141,9 @@ class RunCoordinator:
         # A single reference to the state, so that the previous one is freed when the next arrives.
         self._at = at or RunCheckpoint(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
         del at
+        weights = sent_weights.file_of(self.order)
         registration = Registration(
-            self.order, self.carrier, self.journal, self._say, self._pause, self.poll, self.signers
+            self.order, self.carrier, self.journal, self._say, self._pause, self.poll, self.signers, weights
         )
         ready = register(registration, self.members)
         away = {

@@ -480,7 +480,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("segmentation",),
             stateful=True,
             exposes=NOT_BY_EXAMPLE,
-            fidelity="departs: the study's network with both added modules, instead of the published multi_lcnet.py",
+            fidelity="departs: the second head is trained in every round; a softmax over classes instead of sigmoids",
         ),
         Entry(
             "fedproto",

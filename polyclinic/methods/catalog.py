@@ -839,7 +839,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "multitask.fmtl:fmtl",
             "shared experts, private gates and towers",
             "Huang et al. 2023",
-            "the change of the encoder and of the experts",
+            "the change of the encoder and of the experts; of gates and towers too if sites share a disorder",
             tasks=("classification",),
             stateful=True,
             private=BOTH,

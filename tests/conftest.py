@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,12 @@ settings.load_profile("shared machine")
 
 
 class Rows:
-    """Inputs and targets in memory, the least that a site's data must be."""
+    """Inputs and targets in memory, the least that a site's data must be, as slices of a volume and frames of videos."""
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.x, self.y = x, y
+        self.positions: Any = torch.arange(len(y)) / max(len(y), 1)
+        self.videos: Any = torch.arange(len(y)) // 4
 
     def __len__(self) -> int:
         return len(self.y)

@@ -43,6 +43,7 @@ class Entry:
             "gaussian" if replies pass a clip and noise (or the sparse vector technique).
             ``tests/attacks/test_release_audit.py`` verifies this for every method by the release audit.
         exposes: What DP-SGD does not cover, or why it cannot be used; empty if it covers everything.
+        network: The network that it is for; any if empty.
         stacks: Whether it takes all images of a site at once, so that these must be in memory (no ``patch`` in
             ``[data]``).
         fixed: Arguments that distinguish this name from others of the same class. They are not options.
@@ -64,6 +65,7 @@ class Entry:
     uplink: tuple[str, ...] = ()
     private: tuple[Way, ...] = ()
     exposes: str = ""
+    network: str = ""
     stacks: bool = False
     fixed: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
@@ -786,7 +788,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Zhou et al. 2021 (ICLR)",
             private=("gaussian",),
             exposes=NOT_BY_EXAMPLE,
-            fidelity="departs: the places are the first resolutions of the encoder instead of named blocks",
+            fidelity="departs: without residual blocks, the places are the first resolutions of the encoder",
         ),
         Entry(
             "fedfa",
@@ -912,7 +914,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Lu et al. 2022 (MedIA)",
             "the change of the model, with noise",
             private=BOTH,
-            fidelity="departs: the noise is added at the sites instead of the server",
+            network="attention-mil",
+            fidelity="departs: the noise is added at the sites and averaged, and so is smaller than in the official code",
         ),
         Entry(
             "fedcy",
@@ -1114,7 +1117,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Xia et al. 2021",
             "the change of the model, which the server sees site by site, and gradients",
             exposes="it sends exact gradients of the validation loss",
-            fidelity="departs: gradients are computed at the server; running statistics are omitted",
+            fidelity="departs: gradients are computed at the server, with batch statistics in place of running ones",
         ),
         Entry(
             "fedmix-weights",

@@ -69,7 +69,9 @@ def table(heading: str) -> list[tuple[str, ...]]:
 
 def small(norm: str = "batch", classes: int = 2) -> Classification:
     """A task with a small convolutional network."""
-    return Classification(Network("cnn", (1, 8, 8), classes, (("depth", 2), ("norm", norm), ("width", 8 if norm == "group" else 4))))
+    return Classification(
+        Network("cnn", (1, 8, 8), classes, (("depth", 2), ("norm", norm), ("width", 8 if norm == "group" else 4)))
+    )
 
 
 def apart(found: Tree, published: Tree, start: Tree | None = None) -> float:

@@ -138,7 +138,7 @@ class _Calibrated(nn.Module):
 
 
 def disagreement(own: Tensor, predictions: Tensor, others: Tensor) -> Tensor:
-    """Return ``√(Σ_k o_k (p_k − p)² / Σ_k o_k)`` [b, C, *spatial], divided by its largest value in each image and class.
+    """Return ``√(Σ_k o_k (p_k − p)² / Σ_k o_k)`` [b, C, *spatial], divided by its largest value by image and class.
 
     Args:
         own: p, the site's own probabilities [b, C, *spatial].

@@ -12,28 +12,26 @@ from torch.nn import functional as F
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.latent import encoded, head_width, represent
-from polyclinic.learning.networks.model_tree import cached_model, load, params_of
+from polyclinic.learning.networks.latent import encoded
+from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.adversarial import Discriminator
-from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.fourier import crop, restyle, spectrum
 from polyclinic.methods.class_imbalance.fedetf import fedetf
 from polyclinic.methods.class_imbalance.logit_adjustment import LogitAdjusted
 from polyclinic.methods.domain_adaptation.fedalign import FedAlign
 from polyclinic.methods.domain_adaptation.fedharmony import FedHarmony
 from polyclinic.methods.domain_adaptation.mrcm import MRCM
+from polyclinic.methods.harmonization.feature_styles import blocks
 from polyclinic.methods.harmonization.fedfa import FedFA, relative
-from polyclinic.methods.harmonization.feature_styles import stages
 from polyclinic.methods.harmonization.harmofl import HarmoFL
 from polyclinic.methods.label_noise.two_groups import higher_group
-from polyclinic.methods.optimization.fedavg import FedAvg
-from tests.conftest import blobs, little_sites
+from tests.conftest import little_sites
 from tests.support.agreement import minibatches, ready
 from tests.support.departures import LOCAL, NAMES, apart, departs, moves, small
 from tests.support.few_labels import run
 
-MODEL = "the global model after {} rounds, relative to its change"
+MODEL = "the global model after {}, relative to its change"
 SCORES = "largest difference of a predicted probability"
 
 
@@ -53,7 +51,9 @@ class WithoutTrue(LogitAdjusted):
         return Reply({"update": self.update(end, start, site)}), memory
 
 
-@departs("fedlc", "the softmax is over all classes, the true one included", MODEL.format(2) + "; three classes")
+@departs(
+    "fedlc", "the softmax is over all classes, the true one included", MODEL.format("2 rounds") + "; three classes"
+)
 def fedlc_denominator() -> float:
     task, sites = small(classes=3), little_sites(classes=3)
     start = task.first()
@@ -154,9 +154,7 @@ def fedalign_lockstep() -> float:
     return apart(second, published, start)
 
 
-@departs(
-    "fedharmony", "no Gaussians in the first round, where the published code has zeros", MODEL.format(1)
-)
+@departs("fedharmony", "no Gaussians in the first round, where the published code has zeros", MODEL.format("1 round"))
 def fedharmony_first_round() -> float:
     task, sites, start = small(), little_sites(), small().first()
     method = FedHarmony(task, NAMES, LOCAL)
@@ -173,7 +171,8 @@ def fedharmony_first_round() -> float:
 @departs(
     "fedharmony",
     "as many features of others as of its own",
-    MODEL.format(2) + "; the published code draws all numbers at random, with the size of the minibatch in total",
+    MODEL.format("2 rounds")
+    + "; the published code draws all numbers at random, with the size of the minibatch in total",
 )
 def fedharmony_counts() -> float:
     task, sites, start = small(), little_sites(), small().first()
@@ -188,7 +187,9 @@ def fedharmony_counts() -> float:
     def drawn(self: Any, request: Any, others: list[int], count: int, generator: torch.Generator) -> Any:
         rest = size["batch"] - size["own"]
         first = int(rng.integers(0, rest + 1))
-        parts = [draw(self, request, [k], n, generator) for k, n in zip(others, (first, rest - first), strict=True) if n]
+        parts = [
+            draw(self, request, [k], n, generator) for k, n in zip(others, (first, rest - first), strict=True) if n
+        ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     found = moves(FedHarmony(task, NAMES, LOCAL), sites, start, 2)
@@ -208,7 +209,7 @@ def _spatial(network: Any, model: Any, x: Tensor) -> Tensor:
     return kept[0].flatten(1)
 
 
-@departs("fl-mrcm", "features are averaged over space before the discriminator", MODEL.format(2))
+@departs("fl-mrcm", "features are averaged over space before the discriminator", MODEL.format("2 rounds"))
 def mrcm_space() -> float:
     task, sites, start = small("group"), little_sites(), small("group").first()
     found = moves(MRCM(task, NAMES, LOCAL), sites, start, 2)
@@ -219,8 +220,10 @@ def mrcm_space() -> float:
             return _spatial(network, model.eval(), data[which][0])
 
     where = "polyclinic.methods.domain_adaptation.mrcm."
-    with patch(where + "encoded", _spatial), patch(where + "encode_all", latent), patch(
-        where + "encoded_width", lambda _: width
+    with (
+        patch(where + "encoded", _spatial),
+        patch(where + "encode_all", latent),
+        patch(where + "encoded_width", lambda _: width),
     ):
         published = moves(MRCM(task, NAMES, LOCAL), sites, start, 2)
     return apart(found, published, start)
@@ -254,7 +257,7 @@ class AfterFirst(HarmoFL):
         return reply, memory
 
 
-@departs("harmofl", "amplitudes are averaged before the first round", MODEL.format(1))
+@departs("harmofl", "amplitudes are averaged before the first round", MODEL.format("1 round"))
 def harmofl_first_round() -> float:
     start = small().first()
     found, published = (moves(kind(small(), LOCAL), little_sites(), start, 1) for kind in (HarmoFL, AfterFirst))
@@ -262,7 +265,11 @@ def harmofl_first_round() -> float:
     return apart(*(tree.select(m, shared.__contains__) for m in (found, published, start)))
 
 
-@departs("harmofl", "the window is the whole spectrum instead of one frequency", "harmonized noise images, relative to their change")
+@departs(
+    "harmofl",
+    "the window is the whole spectrum instead of one frequency",
+    "harmonized noise images, relative to their change",
+)
 def harmofl_window() -> float:
     rng = torch.Generator().manual_seed(0)
     x, other = (torch.randn(8, 1, 32, 32, generator=rng) + k for k in (1.0, 2.0))
@@ -272,16 +279,12 @@ def harmofl_window() -> float:
 
 @departs(
     "mixstyle",
-    "the places are the first resolutions of the encoder instead of named blocks",
-    "number of the paper's places (after the blocks layer1 and layer2 of a residual network) that are others here",
+    "without residual blocks, the places are the first resolutions of the encoder",
+    "number of the paper's places (after layer1 and layer2) that are others here in a residual network",
 )
 def mixstyle_places() -> float:
-    network = Network("resnet10", (1, 64, 64), 2)
-    found = [name for name, _ in stages(network)[:2]]
-    model = network()
-    inside = [name for name, _ in model.named_modules()]
-    published = [next(n for n in inside if n.endswith(f"layer{k}")) for k in (1, 2)]
-    return float(sum(not name.startswith(place) for name, place in zip(found, published, strict=True)))
+    found = blocks(Network("resnet10", (1, 64, 64), 2))[:2]
+    return float(sum(name != f"layer{k}" for k, name in enumerate(found, 1)))
 
 
 @departs(

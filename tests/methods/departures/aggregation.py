@@ -37,7 +37,9 @@ def centered_clipping_momentum() -> float:
     return float((sums[0] - sums[1]).norm() / sums[1].norm())
 
 
-@departs("dos", "compares updates instead of models", "largest difference of a site's weight among five, in points of 1")
+@departs(
+    "dos", "compares updates instead of models", "largest difference of a site's weight among five, in points of 1"
+)
 def dos_models() -> float:
     task, sites = small(), little_sites(count=5)
     start = task.first()

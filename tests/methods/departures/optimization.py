@@ -29,7 +29,7 @@ from tests.support.departures import LOCAL, NAMES, apart, departs, moves, small
 from tests.support.few_labels import run
 
 STATISTICS = "running statistics after 1 round, relative to their change"
-MODEL = "the global model after {} rounds, relative to its change"
+MODEL = "the global model after {}, relative to its change"
 
 
 def _statistics(method: Any) -> float:
@@ -68,7 +68,11 @@ class OwnSteps(FedCM):
         return after._replace(direction=tree.scale(own, -1.0))
 
 
-@departs("fedcm", "K is the mean number of local steps if sites differ", MODEL.format(3) + "; sites of 2, 2 and 3 steps")
+@departs(
+    "fedcm",
+    "K is the mean number of local steps if sites differ",
+    MODEL.format("3 rounds") + "; sites of 2, 2 and 3 steps",
+)
 def fedcm_steps() -> float:
     start = small().first()
     found, published = (moves(kind(small(), LOCAL), little_sites(), start, 3) for kind in (FedCM, OwnSteps))
@@ -84,7 +88,9 @@ def _opposed() -> Any:
     }
 
 
-@departs("fedexp", "ε is not multiplied by the number of sites", MODEL.format(1) + "; three sites that disagree")
+@departs(
+    "fedexp", "ε is not multiplied by the number of sites", MODEL.format("1 round") + "; three sites that disagree"
+)
 def fedexp_epsilon() -> float:
     start = small().first()
     found, published = (moves(FedExP(small(), LOCAL, e, True), _opposed(), start) for e in (1e-3, 3e-3))
@@ -110,7 +116,9 @@ class Held(Changing):
             return super().learn(deputy, round, memory, site)
 
 
-@departs("prr-fl", "the direction of distillation is decided once per round", MODEL.format(3) + "; 4 epochs a round")
+@departs(
+    "prr-fl", "the direction of distillation is decided once per round", MODEL.format("3 rounds") + "; 4 epochs a round"
+)
 def prrfl_decisions() -> float:
     start, local = small().first(), replace(LOCAL, epochs=4, lr=0.02)
     found, published = (moves(kind(small(), 3, local), little_sites(), start, 3) for kind in (Held, Changing))
@@ -251,9 +259,7 @@ def fedpidavg_increase() -> float:
     sums = {k: sum((a[k] for a in amounts), torch.zeros(()).double()) for k in amounts[0]}
     found = [method.weight(a, sums) for a in amounts]
     drops, totals = [a - b for a, b in losses], [sum(own) for own in losses]
-    published = [
-        0.45 / 3 + 0.45 * d / sum(drops) + 0.1 * m / sum(totals) for d, m in zip(drops, totals, strict=True)
-    ]
+    published = [0.45 / 3 + 0.45 * d / sum(drops) + 0.1 * m / sum(totals) for d, m in zip(drops, totals, strict=True)]
     return max(abs(a / sum(found) - b) for a, b in zip(found, published, strict=True))
 
 
@@ -264,19 +270,25 @@ class CutAfterBias(FedLWS):
         sent = reply.gather("update")
         changes = {s: {n: leaf for n, leaf in c.items() if n in state.params} for s, c in sent.items()}
         sizes = [next(float(leaf) for n, leaf in c.items() if n not in state.params) for c in sent.values()]
-        mean = {n: sum(w * c[n] for w, c in zip(sizes, changes.values(), strict=True)) / sum(sizes) for n in state.params}
+        mean = {
+            n: sum(w * c[n] for w, c in zip(sizes, changes.values(), strict=True)) / sum(sizes) for n in state.params
+        }
         moved, group = dict(tree.shift(state.params, mean)), list[str]()
         for name in state.params:
             group.append(name)
             if name.endswith("bias") or name == list(state.params)[-1]:
-                by = self.shrinkage(*(tree.select(t, group.__contains__) for t in (state.params, mean, *changes.values())))
+                by = self.shrinkage(
+                    *(tree.select(t, group.__contains__) for t in (state.params, mean, *changes.values()))
+                )
                 moved |= {n: moved[n] * by for n in group}
                 group = []
         return state._replace(round=state.round + 1, params=moved)
 
 
 @departs(
-    "fedlws", "a layer is a module; running statistics are not shrunk", "trained weights after 3 rounds, relative to their change"
+    "fedlws",
+    "a layer is a module; running statistics are not shrunk",
+    "trained weights after 3 rounds, relative to their change",
 )
 def fedlws_layers() -> float:
     start, learned = small().first(), trained(small())

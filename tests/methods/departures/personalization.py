@@ -1,7 +1,7 @@
 """Departures of personalized methods and of adaptation at each site."""
 
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
-from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.composite import Composed
-from polyclinic.learning.networks.latent import encode_all, head_width, pooled, represent
-from polyclinic.learning.networks.model_tree import cached_model, load, trainable
+from polyclinic.learning.networks.latent import head_width, pooled, represent
+from polyclinic.learning.networks.model_tree import cached_model, trainable
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.objectives.distillation_loss import answers
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.fourier import crop, restyle, spectrum
@@ -25,6 +25,7 @@ from polyclinic.methods.local_adaptation.fedala import FedALA
 from polyclinic.methods.local_adaptation.fedsoup import FedSoup
 from polyclinic.methods.local_adaptation.per_fedavg import PerFedAvg
 from polyclinic.methods.multitask.gated_experts import begin
+from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization import routing_network
 from polyclinic.methods.personalization.boundary_features import boundary_contrast, edges
 from polyclinic.methods.personalization.cfl import bipartition
@@ -32,14 +33,16 @@ from polyclinic.methods.personalization.fedmri import fedmri
 from polyclinic.methods.personalization.fedproto import FedProto
 from polyclinic.methods.personalization.fedsm import FedSM
 from polyclinic.methods.personalization.iopfl import IOPFL
+from polyclinic.methods.personalization.lcfed import LCFed
 from polyclinic.methods.personalization.moon import Moon
 from tests.conftest import blobs, little_sites, segmentation_sites
 from tests.support.agreement import minibatches, ready
 from tests.support.departures import LOCAL, NAMES, apart, departs, moves, small
 from tests.support.few_labels import run
 
-MODEL = "the global model after {} rounds, relative to its change"
+MODEL = "the global model after {}, relative to its change"
 SCORES = "largest difference of a predicted probability"
+UNET = Segmentation(Network("unet", (1, 16, 16), 2, (("norm", "batch"), ("width", 2))))
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,11 @@ def _projection(network: Any, model: Any, x: Tensor) -> Tensor:
     return z
 
 
-@departs("moon", "no projection head", "the encoder after 2 rounds, relative to its change; the published head has 256 outputs")
+@departs(
+    "moon",
+    "no projection head",
+    "the encoder after 2 rounds, relative to its change; the published head has 256 outputs",
+)
 def moon_projection() -> float:
     task, sites = small(), little_sites()
     wide = task.with_network(Projected(task.network))
@@ -113,24 +120,34 @@ def _published_contrast(features: Tensor, masks: Tensor, temperature: float) -> 
     losses = []
     for i in range(len(e)):
         apart_from = torch.logsumexp(z[i][label != label[i]], 0)
-        losses += [torch.logaddexp(z[i, j], apart_from) - z[i, j] for j in range(len(e)) if j != i and label[j] == label[i]]
+        losses += [
+            torch.logaddexp(z[i, j], apart_from) - z[i, j] for j in range(len(e)) if j != i and label[j] == label[i]
+        ]
     return torch.stack(losses).mean()
 
 
-@departs("feddg", "the boundary contrast compares rims alone", "value of the contrast of 8 images, relative")
+@departs(
+    "feddg", "the boundary contrast compares rims alone", "value of the contrast of 10 images after 4 rounds, relative"
+)
 def feddg_contrast() -> float:
-    rng = torch.Generator().manual_seed(0)
-    masks = segmentation_sites()["site-0"].data["train"].y[:8]
-    features = torch.randn(8, 16, 16, 16, generator=rng) + masks[:, None]
-    found, published = (f(features, masks, 0.05) for f in (boundary_contrast, _published_contrast))
+    sites = segmentation_sites()
+    params = moves(FedAvg(UNET, LocalTraining(1, 5, "adam", 0.01)), sites, UNET.first(), 4)
+    data = sites["site-0"].data["train"]
+    with torch.no_grad():
+        features = represent(UNET.network, cached_model(UNET, params).eval(), data.x)[0]
+    found, published = (f(features, data.y, 0.05) for f in (boundary_contrast, _published_contrast))
     return float((found - published).abs() / published)
 
 
-@departs("fedsm", "a small selector instead of VGG-11", "its number of parameters relative to VGG-11 (images of one channel, 3 sites)")
+@departs(
+    "fedsm",
+    "a small selector instead of VGG-11",
+    "its number of parameters relative to VGG-11 (images of one channel, 3 sites)",
+)
 def fedsm_selector() -> float:
     """VGG-11: eight 3 × 3 convolutions and three linear layers."""
     channels = [1, 64, 128, 256, 256, 512, 512, 512, 512]
-    vgg = sum(9 * a * b + b for a, b in zip(channels[:-1], channels[1:], strict=True))
+    vgg = sum(9 * a * b + b for a, b in pairwise(channels))
     vgg += sum(a * b + b for a, b in ((512 * 49, 4096), (4096, 4096), (4096, 3)))
     return tree.size(FedSM(small(), NAMES).selecting.first()) / vgg
 
@@ -208,7 +225,9 @@ def iopfl_rotation() -> float:
     return float((found[0] - found[1]).abs().max())
 
 
-@departs("iop-fl", "predictions after the last pass", SCORES + " between the last step on a batch of 8 and the last pass")
+@departs(
+    "iop-fl", "predictions after the last pass", SCORES + " between the last step on a batch of 8 and the last pass"
+)
 def iopfl_last_pass() -> float:
     method, state, site = _outside()
     params = method.adapted_model(method.evaluation_request(state), {}, site, "test")
@@ -225,16 +244,42 @@ def iopfl_last_pass() -> float:
     return float((outputs(method.prediction_task, params, site.data["test"])["score"] - published).abs().max())
 
 
-UNET = Segmentation(Network("unet", (1, 16, 16), 2, (("norm", "batch"), ("width", 2))))
-
-
 @departs(
-    "fedmri", "compares with the own last encoder unless others = true", "the encoder after 3 rounds, relative to its change"
+    "fedmri",
+    "compares with the own last encoder unless others = true",
+    "the encoder after 3 rounds, relative to its change",
 )
 def fedmri_others() -> float:
     sites, start, local = segmentation_sites(), UNET.first(), LocalTraining(1, 5, "adam", 1e-3)
     found, published = (moves(fedmri(UNET, local, others=o), sites, start, 3) for o in (False, True))
     return apart(*(tree.select(m, UNET.network.in_encoder) for m in (found, published, start)))
+
+
+@departs("lc-fed", "a softmax over classes instead of sigmoids", SCORES + " of the first head after 4 rounds")
+def lcfed_softmax() -> float:
+    sites, local = segmentation_sites(), LocalTraining(1, 5, "adam", 0.01)
+    params = moves(FedAvg(UNET, local), sites, UNET.first(), 4)
+    z, _ = answers(UNET, params, sites["site-0"].data["test"])
+    return float((z.softmax(1)[:, 1] - z[:, 1].sigmoid()).abs().max())
+
+
+@departs(
+    "lc-fed",
+    "the second head is trained in every round",
+    "mean difference of a predicted probability of a site after 4 rounds from a second head that starts at the end and "
+    "takes as many steps",
+)
+def lcfed_rounds() -> float:
+    sites, rounds = segmentation_sites(), 4
+    method = LCFed(UNET, NAMES, LocalTraining(1, 5, "adam", 0.01), head_steps=2)
+    step, engine = run(method, sites, UNET.first(), rounds)
+    site, request = sites["site-0"], method.evaluation_request(step.state)
+    found = method.site_model(request, engine.memory["site-0"])
+    longer = replace(method.local, epochs=rounds)
+    fresh = {**found, **method._fresh()}
+    end = longer.fit(method.prediction_task, fresh, site, 0, trainable=lambda n: n.startswith("calibrate."))
+    one, two = (answers(method.prediction_task, m, site.data["test"])[0].softmax(1) for m in (found, end))
+    return float((one - two).abs().mean())
 
 
 @departs(
@@ -269,7 +314,11 @@ class Dropping(PerFedAvg):
         return torch.stack([p.sum() for p in model.parameters()]).sum() * 0
 
 
-@departs("per-fedavg", "minibatches that are not full are halved", MODEL.format(2) + "; 2 × 4 examples, sites of 12, 17 and 22")
+@departs(
+    "per-fedavg",
+    "minibatches that are not full are halved",
+    MODEL.format("2 rounds") + "; 2 × 4 examples, sites of 12, 17 and 22",
+)
 def per_fedavg_halves() -> float:
     start, local = small().first(), replace(LOCAL, batch_size=4)
     found, published = (moves(kind(small(), local), little_sites(), start, 2) for kind in (PerFedAvg, Dropping))
@@ -299,9 +348,7 @@ def per_fedavg_differences() -> float:
     there = [p - alpha * g for p, g in zip(weights, slope(weights, first), strict=True)]
     v = slope(there, second)
     up, down = (slope([p + s * delta * d for p, d in zip(weights, v, strict=True)], first) for s in (1, -1))
-    published = torch.cat(
-        [(g - alpha * (a - b) / (2 * delta)).flatten() for g, a, b in zip(v, up, down, strict=True)]
-    )
+    published = torch.cat([(g - alpha * (a - b) / (2 * delta)).flatten() for g, a, b in zip(v, up, down, strict=True)])
     return float((found - published).norm() / published.norm())
 
 
@@ -313,7 +360,11 @@ class OwnStatistics(FedALA):
         return {**start, **{n: leaf for n, leaf in own.items() if "running" in n}}, weights
 
 
-@departs("fedala", "running statistics are the shared model's", "a site's running statistics after 3 rounds, relative to their change")
+@departs(
+    "fedala",
+    "running statistics are the shared model's",
+    "a site's running statistics after 3 rounds, relative to their change",
+)
 def fedala_statistics() -> float:
     start, ends = small().first(), []
     for kind in (FedALA, OwnStatistics):

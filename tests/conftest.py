@@ -119,3 +119,18 @@ def segmentation_sites(count: int = 3) -> dict[str, Site]:
         )
         for k in range(count)
     }
+
+
+def finding_sites(count: int = 3) -> dict[str, Site]:
+    """``count`` sites with three findings of each image, of which each site labels all but one in its training images."""
+
+    def labeled(data: Any, missing: int | None) -> Rows:
+        y = torch.stack([data.y == 0, data.y == 1, data.x.flatten(1).mean(1) > 0.5], 1).float()
+        if missing is not None:
+            y[:, missing] = torch.nan
+        return Rows(data.x, y)
+
+    return {
+        name: Site(name, {role: labeled(d, k % 3 if role == "train" else None) for role, d in site.data.items()})
+        for k, (name, site) in enumerate(little_sites(count=count).items())
+    }

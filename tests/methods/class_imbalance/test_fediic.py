@@ -79,7 +79,7 @@ def test_a_round_is_the_published_one(kind: str, monkeypatch: pytest.MonkeyPatch
             each.append(F.cross_entropy(model(s.data["train"].x), s.data["train"].y, reduction="none"))
             labels.append(s.data["train"].y)
         head = next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 3)
-        centers = prototypes(model.get_submodule("projector")(head.weight))
+    centers = prototypes(model.get_submodule("projector")(head.weight))
     y_all, l_all = torch.cat(labels), torch.cat(each)
     hard = torch.stack([l_all[y_all == c].sum() / (1e-5 + (y_all == c).sum()) for c in range(3)])
     torch.testing.assert_close(asked.known["losses"], hard, rtol=1e-4, atol=1e-5)
@@ -109,4 +109,4 @@ def test_it_is_fedavg_without_its_terms_and_refuses_other_heads(monkeypatch: pyt
     found, plain = moves(method, even, task.first()), moves(FedAvg(task, LOCAL), even, task.first())
     assert close({n: found[n] for n in plain}, plain)
     with pytest.raises(ConfigError, match="one linear layer"):
-        FedIIC(Classification(Network("unet", (1, 16, 16), 2, (("width", 2),)))).init({})
+        FedIIC(Classification(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))).init({})

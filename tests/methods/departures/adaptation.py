@@ -16,17 +16,24 @@ from polyclinic.learning.networks.latent import encoded
 from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.adversarial import Discriminator
-from polyclinic.learning.training.fourier import crop, restyle, spectrum
+from polyclinic.learning.tasks.classification import MultiLabel
+from polyclinic.learning.training.augmentation import STRONG
+from polyclinic.learning.training.fourier import compose, crop, restyle, spectrum
 from polyclinic.methods.class_imbalance.fedetf import fedetf
+from polyclinic.methods.class_imbalance.fediic import FedIIC
 from polyclinic.methods.class_imbalance.logit_adjustment import LogitAdjusted
 from polyclinic.methods.domain_adaptation.fedalign import FedAlign
 from polyclinic.methods.domain_adaptation.fedharmony import FedHarmony
 from polyclinic.methods.domain_adaptation.mrcm import MRCM
+from polyclinic.methods.harmonization.adain import AdaIN
+from polyclinic.methods.harmonization.fda import FDA
 from polyclinic.methods.harmonization.feature_styles import blocks
 from polyclinic.methods.harmonization.fedfa import FedFA, relative
 from polyclinic.methods.harmonization.harmofl import HarmoFL
+from polyclinic.methods.label_noise.fedcorr import FedCorr
+from polyclinic.methods.label_noise.fedmlp import FedMLP
 from polyclinic.methods.label_noise.two_groups import higher_group
-from tests.conftest import little_sites
+from tests.conftest import finding_sites, little_sites
 from tests.support.agreement import minibatches, ready
 from tests.support.departures import LOCAL, NAMES, apart, departs, moves, small
 from tests.support.few_labels import run
@@ -295,3 +302,126 @@ def mixstyle_places() -> float:
 def fedfa_channels() -> float:
     step, _ = run(FedFA(small(), LOCAL, probability=1.0), little_sites(), small().first(), 3)
     return max(float((relative(v) - 1).abs().max()) / 2 for v in step.state.variance.values())
+
+
+@departs(
+    "adain",
+    "applied to images instead of features of a trained network",
+    "output of a random 3 × 3 convolution, relative to the change by AdaIN of that output",
+)
+def adain_features() -> float:
+    method, rng = AdaIN(small()), torch.Generator().manual_seed(0)
+    x, y = (torch.randn(8, 1, 16, 16, generator=rng) * s + s for s in (1.0, 2.0))
+    kernel = torch.randn(4, 1, 3, 3, generator=rng)
+    h, g = F.conv2d(x, kernel), F.conv2d(y, kernel)
+    found, published = F.conv2d(method.restyled(x, method.styles(y)), kernel), method.restyled(h, method.styles(g))
+    return float((found - published).norm() / (published - h).norm())
+
+
+@departs(
+    "fda",
+    "on images with unequal sides, the window is as large a share of the longer axis",
+    "restyled noise images of 32 × 64 pixels (β = 0.1), relative to their change; 0 with equal sides",
+)
+def fda_window() -> float:
+    method = FDA(small().with_network(Network("cnn", (1, 32, 64), 2, (("depth", 2), ("width", 4)))), beta=0.1)
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(4, 1, 32, 64, generator=rng) + k for k in (1.0, 2.0))
+    found = method.restyled(x, method.styles(y))
+    (own, phase), (other, _) = spectrum(x), spectrum(y)
+    b = int(0.1 * 32)
+    near = [torch.minimum(torch.arange(n), n - torch.arange(n)) <= b for n in (32, 64)]
+    published = compose(torch.where(near[0][:, None] & near[1], other, own), phase)
+    return float((found - published).norm() / (published - x).norm())
+
+
+class Colored:
+    """Views with other colors, as strong augmentation here has."""
+
+    view = staticmethod(STRONG.view)
+
+
+@departs(
+    "fediic",
+    "the views of an image keep its colors",
+    MODEL.format("2 rounds") + "; noise, contrast and brightness vary",
+)
+def fediic_views() -> float:
+    start, method = small().first(), FedIIC(small(), replace(LOCAL, lr=0.02), width=16)
+    found = moves(method, little_sites(), start, 2)
+    with patch("polyclinic.methods.class_imbalance.fediic.WEAK", Colored):
+        published = moves(method, little_sites(), start, 2)
+    return apart(*(tree.select(m, start.__contains__) for m in (found, published, start)))
+
+
+@departs(
+    "fedmlp",
+    "the views of an image keep its colors",
+    MODEL.format("3 rounds") + "; noise, contrast and brightness vary",
+)
+def fedmlp_views() -> float:
+    sites = finding_sites()
+    task = MultiLabel(small(classes=3).network)
+    method, start = FedMLP(task, 10, LOCAL), task.first()
+    found = moves(method, sites, start, 3)
+    with patch("polyclinic.methods.label_noise.fedmlp.WEAK", Colored):
+        published = moves(method, sites, start, 3)
+    return apart(found, published, start)
+
+
+@departs(
+    "fedcorr",
+    "mixtures start from one division",
+    "share of 20 sets of 40 losses (30 % higher by 2 standard deviations) whose share of wrong labels differs by more than 0.05",
+)
+def fedcorr_mixtures() -> float:
+    from sklearn.mixture import GaussianMixture
+
+    rng, differ = np.random.default_rng(0), 0
+    for _ in range(20):
+        x = rng.normal(size=(40, 1)) + np.repeat([2.0, 0.0], [12, 28])[:, None]
+        mixture = GaussianMixture(2, random_state=13).fit(x)
+        published = float((mixture.predict(x) == mixture.means_[:, 0].argmax()).mean())
+        differ += abs(float(higher_group(torch.from_numpy(x)).double().mean()) - published) > 0.05
+    return differ / 20
+
+
+@departs(
+    "fedcorr",
+    "all sites of a round train from the same model",
+    MODEL.format("1 round") + ", from that of sites that train one after the other",
+)
+def fedcorr_turns() -> float:
+    task, sites, start = small(), little_sites(), small().first()
+    found, published = moves(FedCorr(task, 10, LOCAL, mixup=False), sites, start, 1), start
+    for site in sites.values():
+        published = LOCAL.fit(task, published, site, 0)
+    return apart(found, published, start)
+
+
+@departs(
+    "feda3i",
+    "the mixture starts from one division",
+    "share of 20 sets of 12 sites (half of each kind, 2 standard deviations apart) that are divided otherwise",
+)
+def feda3i_mixture() -> float:
+    from sklearn.mixture import GaussianMixture
+
+    rng, differ = np.random.default_rng(0), 0
+    for _ in range(20):
+        x = rng.normal(size=(12, 2)) + np.repeat([[2.0, 0.0], [0.0, 2.0]], 6, 0)
+        mixture = GaussianMixture(2, random_state=0).fit(x)
+        large = mixture.predict(x) == (mixture.means_[:, 0] - mixture.means_[:, 1]).argmax()
+        differ += not np.array_equal(higher_group(torch.from_numpy(x * [1.0, -1.0])).numpy(), large)
+    return differ / 20
+
+
+@departs(
+    "feda3i",
+    "the weight of quality grows by layers instead of blocks",
+    "largest difference of the weight α in the published U-Net, in points of 1",
+)
+def feda3i_layers() -> float:
+    """Its blocks: one, four down and four up of two convolutions and two normalizations each, those up with one more."""
+    layers = [k for k, count in enumerate([4, 4, 4, 4, 4, 5, 5, 5, 5, 1]) for _ in range(count)]
+    return max(abs(i / (len(layers) - 1) - block / 9) for i, block in enumerate(layers))

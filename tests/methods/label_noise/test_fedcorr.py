@@ -77,33 +77,33 @@ def test_two_minibatches_of_the_first_stage_are_the_published_ones(kind: str, mi
 
 
 def flipped(count: int = 5) -> tuple[dict[str, Site], torch.Tensor]:
-    """Sites of which the first has 40 % wrong labels, and its true ones."""
-    rng, sites = torch.Generator().manual_seed(0), {}
+    """Sites with four classes, the first with about half of its labels wrong; and the true labels."""
+    rng, sites, truth = torch.Generator().manual_seed(0), {}, torch.arange(80) % 4
     for k in range(count):
-        y = torch.arange(60) % 2
-        x = torch.randn(60, 4, generator=rng) + 3 * y[:, None]
-        wrong = torch.rand(60, generator=rng) < (0.4 if k == 0 else 0.0)
-        sites[f"site-{k}"] = Site(f"site-{k}", {"train": Rows(x, torch.where(wrong, 1 - y, y))})
-    return sites, torch.arange(60) % 2
+        x = torch.randn(80, 8, generator=rng) + 4 * torch.eye(4, 8)[truth]
+        wrong = torch.rand(80, generator=rng) < (0.5 if k == 0 else 0.0)
+        other = (truth + torch.randint(1, 4, (80,), generator=rng)) % 4
+        sites[f"site-{k}"] = Site(f"site-{k}", {"train": Rows(x, torch.where(wrong, other, truth))})
+    return sites, truth
 
 
 def test_a_site_with_wrong_labels_is_found_corrects_them_and_pauses() -> None:
     sites, truth = flipped()
-    task = Classification(Network("mlp", (4,), 2, (("width", 16),)))
-    method = FedCorr(task, 10, LocalTraining(epochs=5, batch_size=10, lr=0.1), first=0.3, second=0.3, mixup=False)
-    step, engine = run(method, sites, task.first(), 3)
-    state = step.state
-    assert state.noisy == ("site-0",)
-    assert 0.2 < state.levels["site-0"] < 0.6
-    assert method.request(state).recipients == ("site-1", "site-2", "site-3", "site-4")
-    given = sites["site-0"].data["train"].y
-    later = engine.memory["site-0"]["labels"]["y"]
-    before, after = ((y != truth).float().mean() for y in (given, later))
-    assert after < before - 0.1
-    step, engine = run(method, sites, task.first(), 7)
-    assert float((engine.memory["site-0"]["labels"]["y"] != truth).float().mean()) < 0.05
+    task = Classification(Network("mlp", (8,), 4, (("width", 32),)))
+    local = LocalTraining(epochs=5, batch_size=10, lr=0.1)
+    method = FedCorr(task, 10, local, first=0.2, second=0.3, mixup=False)
+    wrong, begun = [], float((sites["site-0"].data["train"].y != truth).float().mean())
+    for rounds in (1, 2, 6):
+        step, engine = run(method, sites, task.first(), rounds)
+        wrong.append(float((engine.memory["site-0"]["labels"]["y"] != truth).float().mean()))
+        assert step.state.noisy == ("site-0",)
+        assert "labels" not in engine.memory["site-1"]
+        if rounds == 2:
+            assert method.request(step.state).recipients == ("site-1", "site-2", "site-3", "site-4")
+    assert begun > 0.4
+    assert begun > wrong[0] > wrong[1] > wrong[2]
+    assert wrong[2] < 0.05
     assert method.request(step.state).recipients is None
-    assert all("labels" not in engine.memory[n] for n in sites if n != "site-0")
 
 
 def test_later_stages_and_mixing_nothing_are_fedavg(task: Classification, sites: dict[str, Site]) -> None:

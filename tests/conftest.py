@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,12 @@ settings.load_profile("shared machine")
 
 
 class Rows:
-    """Inputs and targets in memory, the least that a site's data must be."""
+    """Inputs and targets in memory, the least that a site's data must be, as slices of a volume and frames of videos."""
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.x, self.y = x, y
+        self.positions: Any = torch.arange(len(y)) / max(len(y), 1)
+        self.videos: Any = torch.arange(len(y)) // 4
 
     def __len__(self) -> int:
         return len(self.y)
@@ -115,4 +118,19 @@ def segmentation_sites(count: int = 3) -> dict[str, Site]:
             {role: discs(10 * k + i, n + 2 * k, 0.3 * k) for i, (role, n) in enumerate(roles.items())} | public,
         )
         for k in range(count)
+    }
+
+
+def finding_sites(count: int = 3) -> dict[str, Site]:
+    """``count`` sites with three findings of each image, of which each site labels all but one in its training images."""
+
+    def labeled(data: Any, missing: int | None) -> Rows:
+        y = torch.stack([data.y == 0, data.y == 1, data.x.flatten(1).mean(1) > 0.5], 1).float()
+        if missing is not None:
+            y[:, missing] = torch.nan
+        return Rows(data.x, y)
+
+    return {
+        name: Site(name, {role: labeled(d, k % 3 if role == "train" else None) for role, d in site.data.items()})
+        for k, (name, site) in enumerate(little_sites(count=count).items())
     }

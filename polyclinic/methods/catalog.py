@@ -43,6 +43,7 @@ class Entry:
             "gaussian" if replies pass a clip and noise (or the sparse vector technique).
             ``tests/attacks/test_release_audit.py`` verifies this for every method by the release audit.
         exposes: What DP-SGD does not cover, or why it cannot be used; empty if it covers everything.
+        network: The network that it is for; any if empty.
         stacks: Whether it takes all images of a site at once, so that these must be in memory (no ``patch`` in
             ``[data]``).
         fixed: Arguments that distinguish this name from others of the same class. They are not options.
@@ -64,6 +65,7 @@ class Entry:
     uplink: tuple[str, ...] = ()
     private: tuple[Way, ...] = ()
     exposes: str = ""
+    network: str = ""
     stacks: bool = False
     fixed: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
@@ -480,7 +482,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("segmentation",),
             stateful=True,
             exposes=NOT_BY_EXAMPLE,
-            fidelity="departs: the study's network with both added modules, instead of the published multi_lcnet.py",
+            fidelity="departs: the second head is trained in every round; a softmax over classes instead of sigmoids",
         ),
         Entry(
             "fedproto",
@@ -619,6 +621,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             exposes=NOT_BY_EXAMPLE,
             fidelity=EXACT,
         ),
+        Entry(
+            "fediic",
+            "class_imbalance.fediic:FedIIC",
+            "contrasts within and across sites, and margins for rare and difficult classes",
+            "Wu et al. 2023 (MICCAI)",
+            "the change of the model and, as sums, losses and numbers of examples by class",
+            tasks=("classification",),
+            exposes="it sends exact losses by class",
+            fidelity="departs: the views of an image keep its colors",
+        ),
     ),
     "Client end: noisy labels": (
         Entry(
@@ -630,6 +642,38 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification",),
             exposes="it sends exact losses by class",
             fidelity="departs: the mixture starts from one division of the sites instead of nine random ones",
+        ),
+        Entry(
+            "fedcorr",
+            "label_noise.fedcorr:FedCorr",
+            "finds sites with wrong labels, which correct them",
+            "Xu et al. 2022 (CVPR)",
+            "the change of the model; the mean dimension of predictions and the share of wrong labels, separate by site",
+            tasks=("classification",),
+            stateful=True,
+            exposes="it sends exact numbers that follow from predictions for all training patients",
+            fidelity="departs: mixtures start from one division; all sites of a round train from the same model",
+        ),
+        Entry(
+            "feda3i",
+            "label_noise.feda3i:FedA3I",
+            "balances sites whose masks are too large and too small",
+            "Wu et al. 2024 (AAAI)",
+            "the change of the model, which the server sees site by site, and, once, losses at the edges of masks",
+            tasks=("segmentation",),
+            exposes="it sends exact losses at the edges of masks",
+            fidelity="departs: the mixture starts from one division; the weight of quality grows by layers instead of blocks",
+        ),
+        Entry(
+            "fedmlp",
+            "label_noise.fedmlp:FedMLP",
+            "sites that label different findings complete each other's labels",
+            "Sun et al. 2024 (MICCAI)",
+            "the change of the model, and mean features of images with and without each finding",
+            tasks=("multilabel",),
+            stateful=True,
+            exposes="it sends exact mean features",
+            fidelity="departs: the views of an image keep its colors",
         ),
     ),
     "Client end: adapters of pretrained networks": (
@@ -795,7 +839,25 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Zhou et al. 2021 (ICLR)",
             private=("gaussian",),
             exposes=NOT_BY_EXAMPLE,
-            fidelity="departs: the places are the first resolutions of the encoder instead of named blocks",
+            fidelity="departs: without residual blocks, the places are the first resolutions of the encoder",
+        ),
+        Entry(
+            "adain",
+            "harmonization.adain:AdaIN",
+            "images take mean and deviation from images of other sites",
+            "Huang and Belongie 2017 (ICCV)",
+            "mean and deviation of some images, once, separate by site and shown to the other sites; then the change of the model",
+            exposes="it sends exact statistics of single images",
+            fidelity="departs: applied to images instead of features of a trained network",
+        ),
+        Entry(
+            "fda",
+            "harmonization.fda:FDA",
+            "images take low-frequency amplitudes from images of other sites",
+            "Yang and Soatto 2020 (CVPR)",
+            "low-frequency amplitudes of some images, once, separate by site and shown to the other sites; then the change of the model",
+            exposes="it sends exact amplitudes of single images",
+            fidelity="departs: on images with unequal sides, the window is as large a share of the longer axis",
         ),
         Entry(
             "fedfa",
@@ -848,7 +910,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "multitask.fmtl:fmtl",
             "shared experts, private gates and towers",
             "Huang et al. 2023",
-            "the change of the encoder and of the experts",
+            "the change of the encoder and of the experts; of gates and towers too if sites share a disorder",
             tasks=("classification",),
             stateful=True,
             private=BOTH,
@@ -921,7 +983,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Lu et al. 2022 (MedIA)",
             "the change of the model, with noise",
             private=BOTH,
-            fidelity="departs: the noise is added at the sites instead of the server",
+            network="attention-mil",
+            fidelity="departs: the noise is added at the sites and averaged, and so is smaller than in the official code",
         ),
         Entry(
             "fedcy",
@@ -1123,7 +1186,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Xia et al. 2021",
             "the change of the model, which the server sees site by site, and gradients",
             exposes="it sends exact gradients of the validation loss",
-            fidelity="departs: gradients are computed at the server; running statistics are omitted",
+            fidelity="departs: gradients are computed at the server, with batch statistics in place of running ones",
         ),
         Entry(
             "fedmix-weights",
@@ -1176,7 +1239,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "numbers of examples and losses, as sums, and the change of the model",
             stateful=True,
             exposes=EXACT_LOSS,
-            fixed={"ratio": True, "gamma": 0.0},
+            fixed={"ratio": True, "gamma": 0.0, "since_first": False},
             defaults={"alpha": 0.5, "beta": 0.5},
             fidelity="departs: a term whose sum is 0 is omitted",
         ),
@@ -1188,8 +1251,19 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "numbers of examples and losses, as sums, and the change of the model",
             stateful=True,
             exposes=EXACT_LOSS,
-            fixed={"ratio": False},
+            fixed={"ratio": False, "since_first": False},
             fidelity="departs: an increase of the loss counts as 0; no choice of sites by a Poisson distribution",
+        ),
+        Entry(
+            "fedpid",
+            "aggregation.pid_weights:PIDWeights",
+            "weights by size, last decrease and total decrease of losses (FeTS 2024)",
+            "Mächler et al. 2024",
+            "numbers of examples and losses, as sums, and the change of the model",
+            stateful=True,
+            exposes=EXACT_LOSS,
+            fixed={"ratio": False, "since_first": True},
+            fidelity=ABSTRACT,
         ),
         Entry(
             "fedawa",

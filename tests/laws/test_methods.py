@@ -9,26 +9,29 @@ from polyclinic.core.method import Method
 from polyclinic.core.site import Site
 from polyclinic.engines.local.worker_pool import Workers
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.classification import Classification, MultiLabel
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.catalog import METHODS
 from polyclinic.methods.registry import Setting, build
 from polyclinic.testing import check_engine, check_method
-from tests.conftest import little_sites, segmentation_sites
+from tests.conftest import finding_sites, little_sites, segmentation_sites
 
 IMAGES = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("dropout", 0.2))))
+FINDINGS = MultiLabel(Network("cnn", (1, 8, 8), 3, (("width", 4), ("depth", 2))))
 MASKS = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 FEW_STEPS = {"lc-fed": {"head_steps": 2}, "stain-norm": {"exchanges": 2, "epochs": 1}, "vafl": {"epochs": 2}}
 """Options of methods that take hundreds of steps by default; the laws hold for any number of them."""
 
 
-def case(name: str) -> tuple[Method[Any], Classification | Segmentation, dict[str, Site]]:
+def case(name: str) -> tuple[Method[Any], Classification | MultiLabel | Segmentation, dict[str, Site]]:
     """The method called ``name`` on the kind of task it is for, and sites with such data."""
     kinds = METHODS[name].tasks
-    image = not kinds or "classification" in kinds
-    task, sites = (IMAGES, little_sites()) if image else (MASKS, segmentation_sites())
+    task: Classification | MultiLabel | Segmentation = IMAGES
+    sites = little_sites()
+    if kinds and "classification" not in kinds:
+        task, sites = (FINDINGS, finding_sites()) if "multilabel" in kinds else (MASKS, segmentation_sites())
     return build(name, Setting(task, LOCAL, tuple(sites), rounds=5), FEW_STEPS.get(name)), task, sites
 
 

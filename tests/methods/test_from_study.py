@@ -35,13 +35,19 @@ OPTIONS: Mapping[str, str] = {
 }
 IMAGES = 'kind = "npz"\nsites = "site"\nmin_patients = 1\n'
 UNET = 'network = "unet"\noptions = { width = 2, norm = "batch" }'
+OTHER = ("histofl", "fcl", "fedcy")
+"""Methods for classification that need bags, heights or videos."""
 ADAPTERS = [name for name, (parts, _) in NEEDS.items() if "adapters" in parts]
 # By kind of data: the [data] table, the [task] table, and the methods that are run on it.
 KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
     "images": (
         IMAGES + 'external = ["d"]\npublic = ["p"]\nunlabeled = 0.25\nannotations = { c = "none" }',
         'network = "cnn"\noptions = { width = 4, depth = 2, dropout = 0.2 }',
-        [n for n, e in METHODS.items() if (not e.tasks or "classification" in e.tasks) and n not in ADAPTERS],
+        [
+            n
+            for n, e in METHODS.items()
+            if (not e.tasks or "classification" in e.tasks) and n not in (*ADAPTERS, *OTHER)
+        ],
     ),
     "adapters": (
         IMAGES + 'external = ["d"]',
@@ -60,7 +66,7 @@ KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
         'kind = "segmentation"\n' + UNET,
         ["fedavg", "fedmix", "fedsemi", "fcl", "feddf", "feddg", "fedsm", "iop-fl"],
     ),
-    "masks of all": (IMAGES, 'kind = "segmentation"\n' + UNET, ["lc-fed", "ditto", "fedbn"]),
+    "masks of all": (IMAGES, 'kind = "segmentation"\n' + UNET, ["lc-fed", "ditto", "fedbn", "feda3i"]),
     "fast scans": (
         IMAGES + 'accelerate = 4.0\ncenter = 0.2\nexternal = ["d"]',
         'kind = "reconstruction"\n' + UNET,
@@ -75,7 +81,7 @@ KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
     "labels": (
         IMAGES + 'public = ["p"]',
         'kind = "multilabel"\noptions = { width = 4, depth = 2 }',
-        ["site-graph", "fedmd", "split", "u-split", "fedni"],
+        ["site-graph", "fedmd", "split", "u-split", "fedni", "fedmlp"],
     ),
 }
 SLOW = ("images", "masks", "masks of all", "fast scans", "labels")

@@ -46,6 +46,7 @@ NAMES = (
     "fedlws",
     "feddg-ga",
     "fednoro",
+    "fedcorr",
     "fedrdn",
 )
 
@@ -116,6 +117,9 @@ def test_only_gathers_that_say_so_must_be_alike() -> None:
         "fedlws",
         "feddg-ga",
         "fednoro",
+        "feda3i",
+        "fedcorr",
+        "adain",
         "fedrdn",
     ],
 )

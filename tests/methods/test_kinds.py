@@ -23,6 +23,7 @@ MINE = [
     *("private-heads", "fedmix", "teacher-student", "fedmd", "feddf", "fedni", "histofl"),
     *("fine-tuned", "fedbabu", "per-fedavg", "fedala", "fedsoup", "fedsam", "fedlesam", "fedspeed", "fedcm", "fedexp"),
     *("feddecorr", "fedrdn", "fedcostwavg", "fedpidavg", "fedawa", "fedlws", "feddg-ga"),
+    *("fedpid", "adain", "fda", "feda3i", "fedmlp"),
 ]
 SMALL = (("depth", 2), ("width", 4))
 TASKS = {

@@ -6,8 +6,8 @@ https://arxiv.org/abs/2104.10195.
 
 Departure: in the paper each site receives all models and computes ∂L_val/∂α itself. Here a site receives only their
 mean θ(α) and replies with ∇L_val(θ); the server, which has the models, computes ``∂L/∂α_k = ⟨∇L_val(θ), θ_k⟩``. The
-result is the same for a K-th of the download and one additional gradient of upload. Running statistics are omitted from
-it.
+result is the same for a K-th of the download and one additional gradient of upload. Batch normalization uses the
+statistics of its inputs instead of running ones.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,11 @@
-"""FedCostWAvg and FedPIDAvg: a site's weight grows with the decrease of its loss; winners of FeTS 2021 and 2022.
+"""FedCostWAvg, FedPIDAvg and FedPID: a site's weight grows with the decrease of its loss; entries of FeTS 2021 to 2024.
 
 Mächler, Ezhov, Kofler, Shit, Paetzold, Loehr, Zimmer, Wiestler and Menze, "FedCostWAvg: A new averaging for better
 Federated Learning", 2021, equations 1 and 2, https://arxiv.org/abs/2111.08649; Mächler, Ezhov, Shit and Paetzold,
 "FedPIDAvg: A PID controller inspired aggregation method for Federated Learning", 2023, equations 2 to 5,
-https://arxiv.org/abs/2304.12117. The loss is that of the site's trained model on its training examples.
+https://arxiv.org/abs/2304.12117; Mächler, Grimberg, Ezhov, Nickel, Shit, Naccache and Paetzold, "FedPID: An Aggregation
+Method for Federated Learning", 2024, https://arxiv.org/abs/2411.02152, of which the abstract was available: in place of
+a sum of losses, the decrease since the first round. The loss is that of the site's trained model on its examples.
 
 Each term is divided by a sum over sites. As in ``fedmix-weights``, sites therefore first send numbers, which are
 summed, and then their weighted changes, so that those of a single site remain hidden under secure summation.
@@ -44,13 +46,14 @@ class PIDWeights(Method[State]):
     """FedAvg with weights ``α s_i / Σ s + β k_i / Σ k + γ m_i / Σ m``.
 
     s is the number of examples, k the decrease of the loss since the last round (a ratio in FedCostWAvg, a difference
-    in FedPIDAvg), and m the sum of the last six losses.
+    in the others), and m the sum of the last six losses (FedPID: the decrease since the first round).
 
     Attributes:
         alpha: α, the weight of the share of examples.
         beta: β, the weight of the share of the decrease.
         gamma: γ, the weight of the share of the sum of losses.
         ratio: Whether the decrease is the ratio of two losses instead of their difference.
+        since_first: Whether m is the decrease since the first round.
     """
 
     task: Task
@@ -59,6 +62,7 @@ class PIDWeights(Method[State]):
     beta: float = 0.45
     gamma: float = 0.1
     ratio: bool = False
+    since_first: bool = False
 
     def __post_init__(self) -> None:
         if min(self.alpha, self.beta, self.gamma) < 0 or not self.alpha:
@@ -84,9 +88,10 @@ class PIDWeights(Method[State]):
             return Reply({"update": WeightedMean.of(memory["change"], share)}), kept
         end = self.local.fit(self.task, start, site, request.round)
         past = memory["losses"]["last"].tolist() if "losses" in memory else []
-        losses = [*past, risk(self.task, end, site, request.round)][-WINDOW:]
+        losses = [*past, risk(self.task, end, site, request.round)]
         amounts = self.amounts(len(site.data["train"]), losses)
-        kept = {"amounts": amounts, "change": tree.sub(end, start), "losses": {"last": torch.tensor(losses).double()}}
+        last = losses[:1] + losses[1:][-1:] if self.since_first else losses[-WINDOW:]
+        kept = {"amounts": amounts, "change": tree.sub(end, start), "losses": {"last": torch.tensor(last).double()}}
         return Reply({"amounts": WeightedMean(amounts, 1.0)}), {**memory, **kept}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
@@ -95,10 +100,11 @@ class PIDWeights(Method[State]):
         return State(state.round + 1, reply.mean("update").apply_to(state.params), {})
 
     def amounts(self, examples: int, losses: list[float]) -> Tree:
-        """Return s, k and m of a site with these last losses, the newest at the end."""
+        """Return s, k and m of a site with these losses, the newest at the end."""
         now, before = losses[-1], losses[-2] if len(losses) > 1 else None
         drop = 0.0 if before is None else before / max(now, 1e-12) if self.ratio else max(before - now, 0.0)
-        found = {"size": float(examples), "drop": drop, "sum": sum(losses)}
+        total = max(losses[0] - now, 0.0) if self.since_first else sum(losses[-WINDOW:])
+        found = {"size": float(examples), "drop": drop, "sum": total}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
     def weight(self, own: Tree, sums: Tree) -> float:

@@ -45,6 +45,13 @@ def stages(network: Network) -> tuple[tuple[str, int], ...]:
     return tuple(found[size] for size in sorted(found, reverse=True))
 
 
+def blocks(network: Network) -> tuple[str, ...]:
+    """Return the places after the blocks of a residual network, ``layer1`` and so on; all stages of other networks."""
+    names = [name for name, _ in stages(network)]
+    first = [k for k, name in enumerate(names) if name.rpartition(".")[2] == "layer1"]
+    return tuple(names[first[0] :] if first else names)
+
+
 @contextmanager
 def changed(model: nn.Module, names: Sequence[str], change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Replace the output of the modules ``names`` by ``change(name, output)`` within the context."""

@@ -2,8 +2,9 @@
 
 Zhou, Yang, Qiao and Xiang, "Domain Generalization with MixStyle", ICLR 2021, equations 3 to 6,
 https://arxiv.org/abs/2104.02008, with federated averaging: a common baseline for unseen hospitals. As in the published
-code, statistics have no gradient, and each place mixes with probability 1/2. Departure: the places are the ends of the
-first resolutions of the encoder, whereas the paper names blocks of a residual network.
+code, statistics have no gradient, each place mixes with probability 1/2, and the places are the ends of the first
+blocks of a residual network. Departure: in other networks, which the paper does not use, they are the ends of the first
+resolutions of the encoder.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from polyclinic.core.tree import Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.training.dp_sgd import refuse_private
-from polyclinic.methods.harmonization.feature_styles import changed, moments, stages, standardized
+from polyclinic.methods.harmonization.feature_styles import blocks, changed, moments, stages, standardized
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -27,7 +28,7 @@ class MixStyle(FedAvg):
     """FedAvg whose feature maps have statistics ``λ · own + (1 − λ) · another image's``, λ ~ Beta(α, α).
 
     Attributes:
-        blocks: Number of places, from the input on.
+        blocks: Number of places, from the input on; 2 in the published code.
         probability: Probability with which a place mixes a minibatch; 0.5 in the paper.
         alpha: α; 0.1 in the paper.
     """
@@ -43,7 +44,7 @@ class MixStyle(FedAvg):
         stages(self.task.network)  # refuses networks without feature maps
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        start, places = request.trees["params"], [name for name, _ in stages(self.task.network)[: self.blocks]]
+        start, places = request.trees["params"], blocks(self.task.network)[: self.blocks]
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             with changed(model, places, lambda _, x: self.mixed(x)):

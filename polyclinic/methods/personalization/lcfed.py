@@ -1,8 +1,9 @@
 """LC-Fed: site-specific channel selection, and heads calibrated where sites disagree.
 
 Wang, Jin and Wang, "Personalizing Federated Medical Image Segmentation via Local Calibration", ECCV 2022, Algorithm 1.
-https://arxiv.org/abs/2207.04655. After the published code. Departure: its two stages are run in every round instead of
-one after the other: the head alone for some steps, then the whole network, then the second head on fixed features.
+https://arxiv.org/abs/2207.04655. After the published code. Departures: its two stages are run in every round instead of
+one after the other: the head alone for some steps, then the whole network, then the second head on fixed features; both
+modules are added to the study's network, and probabilities are a softmax over classes.
 """
 
 from dataclasses import dataclass, replace

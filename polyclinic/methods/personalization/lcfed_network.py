@@ -1,8 +1,8 @@
 """The two network parts of LC-Fed: channel selection for a site, and a head that uses the disagreement between sites.
 
 Wang, Jin and Wang, "Personalizing Federated Medical Image Segmentation via Local Calibration", ECCV 2022, sections 3.2
-and 3.3. https://arxiv.org/abs/2207.04655. After the published code; probabilities are a softmax over classes, and a
-window larger than the image is reduced to it.
+and 3.3. https://arxiv.org/abs/2207.04655. After the published code (``multi_lcnet.py``). Departure: probabilities are a
+softmax over classes, the background included, instead of one sigmoid for each foreground class.
 """
 
 from dataclasses import dataclass
@@ -71,14 +71,15 @@ class _Selection(nn.Module):
 class Calibrated(Composed):
     """A trained segmentation network ``net.…`` and a second head ``calibrate.…`` on its features.
 
-    The features are multiplied with two maps for every class: the disagreement between the heads of all sites, stored
-    in the buffer ``heads`` [sites, size], and the first head's probability of the class. If the buffer ``use`` is 0,
-    the network predicts without the second head. Only the second head can be trained.
+    The features are multiplied with two blurred maps for every class: the peaks of the disagreement of the heads of the
+    other sites, stored in the buffer ``heads`` [sites, size], with the first head, and the first head's probability of
+    the class. If the buffer ``use`` is 0, the network predicts without the second head. Only the second head can be
+    trained.
 
     Attributes:
         features: Number of features that enter the head.
         sites: Number of heads.
-        window: Window of the blur, in pixels.
+        window: Window of the blur and of the search for peaks, in pixels.
     """
 
     features: int
@@ -99,7 +100,7 @@ class _Calibrated(nn.Module):
         self.net, self.window, dims = build.network(), build.window, len(build.inputs) - 1
         self.place = head_name(build.network, self.net)
         conv = nn.Conv2d if dims == 2 else nn.Conv3d
-        self.calibrate = conv(2 * build.outputs * build.features, build.outputs, 1)
+        self.calibrate = conv(2 * build.outputs * build.features, build.outputs, 3, padding=1)
         self.leaves = {name: leaf.shape for name, leaf in params_of(self.net).items() if build.in_head(name)}
         size = sum(shape.numel() for shape in self.leaves.values())
         self.register_buffer("heads", torch.zeros(build.sites, size))
@@ -121,10 +122,9 @@ class _Calibrated(nn.Module):
             if not bool(self.use):
                 return first
             predictions = torch.stack([self._head(head, flat, given[-1]).softmax(1) for flat in self.heads])
-            # U = std over sites of their heads' predictions
-            own = first.softmax(1)
-            maps = torch.cat([predictions.std(0) if len(predictions) > 1 else own, own], 1)
-            weighed = torch.cat([given[-1] * spread(m, self.window) + given[-1] for m in maps.split(1, 1)], 1)
+            own, others = first.softmax(1), 1 - self.net.get_buffer("site")
+            maps = torch.cat([peaks(disagreement(own, predictions, others), self.window), own], 1)
+            weighed = torch.cat([given[-1] * blurred(m, self.window) + given[-1] for m in maps.split(1, 1)], 1)
         found: Tensor = self.calibrate(weighed)
         return found
 
@@ -137,20 +137,32 @@ class _Calibrated(nn.Module):
         return found
 
 
-def spread(attention: Tensor, window: int = 31) -> Tensor:
-    """Return each map of [b, 1, *spatial], blurred, scaled to [0, 1], and at least its original value.
+def disagreement(own: Tensor, predictions: Tensor, others: Tensor) -> Tensor:
+    """Return ``√(Σ_k o_k (p_k − p)² / Σ_k o_k)`` [b, C, *spatial], divided by its largest value by image and class.
 
-    The blur is a Gaussian with standard deviation ``√2 · window / 9``.
+    Args:
+        own: p, the site's own probabilities [b, C, *spatial].
+        predictions: p_k, those by the head of each site [sites, b, C, *spatial].
+        others: o [sites], 1 for the other sites.
     """
-    side = min(window, *(2 * ((n - 1) // 2) + 1 for n in attention.shape[2:]))
-    offset = torch.arange(side, device=attention.device) - side // 2
-    kernel = (-0.5 * (offset / (2**0.5 * window / 9)).square()).exp()
-    kernel, conv = kernel / kernel.sum(), F.conv2d if attention.ndim == 4 else F.conv3d
-    blurred = attention
+    weight = others.view(-1, *[1] * own.ndim) / others.sum().clamp_min(1)
+    apart = (weight * (predictions - own).square()).sum(0).sqrt()
+    largest = apart.flatten(2).amax(2).view(*apart.shape[:2], *[1] * (apart.ndim - 2))
+    return apart / largest.clamp_min(1e-12)
+
+
+def peaks(maps: Tensor, window: int = 31, least: float = 0.2) -> Tensor:
+    """Return 1 where [b, C, *spatial] is the largest value of a window around it and above ``least``, and else 0."""
+    pool = F.max_pool2d if maps.ndim == 4 else F.max_pool3d
+    return ((maps == pool(maps, window, 1, window // 2)) & (maps > least)).to(maps)
+
+
+def blurred(attention: Tensor, window: int = 31, sigma: float = 6.0) -> Tensor:
+    """Return [b, 1, *spatial] filtered by a Gaussian of height 1 and standard deviation ``sigma``, in pixels."""
+    offset = torch.arange(window, device=attention.device) - window // 2
+    kernel, conv = (-0.5 * (offset / sigma).square()).exp(), F.conv2d if attention.ndim == 4 else F.conv3d
     for axis in range(attention.ndim - 2):
         shape = [1] * (attention.ndim - 2)
-        shape[axis] = side
-        blurred = conv(blurred, kernel.view(1, 1, *shape), padding=[n // 2 for n in shape])
-    flat = blurred.flatten(1)
-    low, high = (bound.view(-1, *[1] * (attention.ndim - 1)) for bound in (flat.amin(1), flat.amax(1)))
-    return torch.maximum((blurred - low) / (high - low + 1e-8), attention)
+        shape[axis] = window
+        attention = conv(attention, kernel.view(1, 1, *shape), padding=[n // 2 for n in shape])
+    return attention

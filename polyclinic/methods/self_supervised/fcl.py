@@ -21,6 +21,7 @@ from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import DataError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_momentum import follow_
 from polyclinic.learning.networks.model_tree import cached_model
@@ -78,6 +79,11 @@ class FCL(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, data, rng = request.trees["whole"], all_inputs(site.data), site.rng(request.round, "views")
         key, place = cached_model(self.contrast, start, site.device, "key"), partitions(data.parts, self.parts)
+        if len(place) and not bool((place >= 0).any()):
+            raise DataError(
+                f"fcl compares slices at the same height, and no image of site {site.name!r} has one: set position in "
+                "[data], use volumes that are cut into slices, or choose fedmoco"
+            )
         nothing = {"keys": torch.zeros(0, self.contrast.width), "places": torch.zeros(0, dtype=torch.long)}
         queue, remote = dict(memory.get("queue", nothing)), self._others(request.trees["features"], site.name, nothing)
 

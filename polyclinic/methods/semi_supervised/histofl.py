@@ -4,7 +4,8 @@ Lu, Chen, Kong, Lipkova, Singh, Williamson, Chen and Mahmood, "Federated learnin
 gigapixel whole slide images", Medical Image Analysis 76:102298, 2022, https://arxiv.org/abs/2009.10190, with the
 official settings (https://github.com/mahmoodlab/HistoFL). A slide is a bag of patch features with one label; use the
 network ``attention-mil``. The site adds to every weight ``α · std · N(0, 1)``, with the standard deviation of its
-tensor; biases and running statistics have no noise. Departure: the official code adds the noise at the server.
+tensor; biases and running statistics have no noise. Departure: the official code adds the noise of all sites at the
+server without their weights; here it is averaged with the sites' weights, and of K equal sites a K-th of that.
 
 **This noise is not calibrated**: nothing is clipped and no privacy budget can be computed from it. For a guarantee,
 send FedAvg through ``clip`` and ``gaussian`` instead.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polyclinic.errors import DataError
+
 
 def cycle_back(u: Tensor, v: Tensor, temperature: float = 0.1) -> Tensor:
     """Return the cross-entropy of finding each moment of one video again after a cycle through another.
@@ -28,11 +30,14 @@ def cycle_back(u: Tensor, v: Tensor, temperature: float = 0.1) -> Tensor:
 def clip(data: Any, frames: int, rng: torch.Generator, other_than: int | None = None) -> tuple[Tensor, int]:
     """Return up to ``frames`` frames of one video of ``data``, in order, and the number of the video.
 
-    ``data.videos`` gives the video of each example as a number; examples are in temporal order. A data set without it
-    is one video.
+    ``data.videos`` gives the video of each example as a number; examples are in temporal order.
+
+    Raises:
+        DataError: If the videos are not known.
     """
-    videos = getattr(data, "videos", None)
-    of = torch.zeros(len(data), dtype=torch.long) if videos is None else torch.as_tensor(videos)
+    if (videos := getattr(data, "videos", None)) is None:
+        raise DataError("fedcy compares the frames of videos, and these images name none: set video in [data]")
+    of = torch.as_tensor(videos)
     names = [name for name in of.unique().tolist() if name != other_than] or of.unique().tolist()
     name = names[int(torch.randint(len(names), (), generator=rng))]
     mine = (of == name).nonzero()[:, 0]

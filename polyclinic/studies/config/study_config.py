@@ -219,6 +219,9 @@ def _together(study: Study) -> list[Problem]:
         if entry.tasks and study.task.kind not in entry.tasks:
             says = f"{method.name} is for {' and '.join(entry.tasks)}, not for {study.task.kind}"
             problems.append(Problem(("methods", i, "name"), says))
+        if entry.network and study.task.network != entry.network:
+            says = f'{method.name} is for network = "{entry.network}" in [task], not for "{study.task.network}"'
+            problems.append(Problem(("methods", i, "name"), says))
         if entry.stacks and study.data.options.get("patch"):
             says = f"{method.name} takes all images of a site at once, and patch in [data] leaves them on disk"
             problems.append(Problem(("methods", i, "name"), says))

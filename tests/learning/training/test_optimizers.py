@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[3]
     [
         ("sgd", torch.optim.SGD, {}),
         ("sgd", torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.01}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
         ("adam", torch.optim.Adam, {"weight_decay": 0.01}),
         ("adamw", torch.optim.AdamW, {"weight_decay": 0.01}),
     ],

@@ -79,6 +79,26 @@ def test_fedpidavg_is_the_published_weighting(kind: str) -> None:
     agree(ran(method, task.first(), sites, 8)[0].params, weighted(task, sites, 8, weights), 2e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fedpid_weighs_by_the_decrease_since_the_first_round(kind: str) -> None:
+    """0.45 s / S + 0.45 k / K + 0.1 m / M, with k = c(t − 1) − c(t) and m = c(0) − c(t), increases as 0."""
+    task, sites = place(kind)
+    method = build("fedpid", Setting(task, LOCAL, tuple(sites), 4))
+
+    def weights(s: Any, c: Any) -> Any:
+        p = 0.45 * s / s.sum()
+        if len(c) > 1:
+            for share, drop in ((0.45, c[-2] - c[-1]), (0.1, c[0] - c[-1])):
+                drop = drop.clip(min=0)
+                p = p + (share * drop / drop.sum() if drop.sum() > 0 else 0.0)
+        return p
+
+    state, _ = ran(method, task.first(), sites, 4)
+    agree(state.params, weighted(task, sites, 4, weights))
+    other, _ = ran(build("fedpidavg", Setting(task, LOCAL, tuple(sites), 4)), task.first(), sites, 4)
+    assert not close(state.params, other.params)
+
+
 def test_with_the_size_alone_it_is_fedavg_and_a_rise_counts_as_nothing(
     task: Classification, sites: dict[str, Site]
 ) -> None:

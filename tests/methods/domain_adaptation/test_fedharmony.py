@@ -11,7 +11,7 @@ from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.latent import encoded
-from polyclinic.learning.networks.model_tree import cached_model
+from polyclinic.learning.networks.model_tree import cached_model, load
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.adversarial import confusion
 from polyclinic.learning.tasks.classification import Classification
@@ -21,6 +21,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import equal
 from tests.conftest import Rows, little_sites
 from tests.methods.test_features_of_networks import NETWORKS
+from tests.support.agreement import KINDS, agree, change, minibatches, place, ready, restore, statistics
 
 NAMES = ("site-0", "site-1", "site-2")
 
@@ -63,6 +64,50 @@ def test_confusion_is_the_mean_of_minus_log_softmax() -> None:
     even = confusion(torch.zeros(3, 4))
     assert float(even) == pytest.approx(np.log(4))
     assert float(confusion(torch.randn(50, 4))) > float(even)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_minibatches_are_the_published_three_updates(kind: str) -> None:
+    """Task and distance, then the classifier, then the encoder at half the rate: with PyTorch's optimizers."""
+    task, sites = place(kind)
+    local, site, start = LocalTraining(steps=2, batch_size=8, lr=0.05), sites["site-1"], task.first()
+    method = FedHarmony(task, NAMES, local, mu=0.3)
+    rng = torch.Generator().manual_seed(2)
+    gaussians = {
+        n: {
+            "mean": torch.randn(method.judge.features, generator=rng),
+            "std": torch.rand(method.judge.features, generator=rng),
+        }
+        for n in NAMES
+    }
+    request = method.request(method.init(start)._replace(gaussians=gaussians))
+    reply, _ = method.site_update(request, {}, site)
+
+    model, judge = ready(task, start), load(method.judge.model(), method.judge.first())
+    inside = [p for n, p in model.named_parameters() if task.network.in_encoder(n)]
+    learn, guess = (torch.optim.SGD(m.parameters(), 0.05) for m in (model, judge))
+    forget, drawing = torch.optim.SGD(inside, 0.025), site.rng(0, "gaussians")
+    for step, (x, y) in enumerate(minibatches(local, site)):
+        gap = torch.stack([(p - start[n]).square().sum() for n, p in model.named_parameters()]).sum()
+        learn.zero_grad()
+        (F.cross_entropy(model(x), y) + (0.3 * gap.sqrt() if step else 0.0)).backward()
+        learn.step()
+        kept = statistics(model)
+        own = encoded(task.network, model, x)
+        others = [
+            g["mean"] + g["std"] * torch.randn(4, len(g["mean"]), generator=drawing)
+            for g in (gaussians["site-0"], gaussians["site-2"])
+        ]
+        places = torch.tensor([1] * 8 + [0] * 4 + [2] * 4)
+        guess.zero_grad()
+        F.cross_entropy(judge(torch.cat([own.detach(), *others])), places).backward()
+        guess.step()
+        forget.zero_grad()
+        (-judge(own).log_softmax(1).mean()).backward()
+        forget.step()
+        restore(model, kept)  # the second pass does not count
+    agree(reply.mean("update").value, change(model, start))
+    agree(reply.mean("judge").value, change(judge, method.judge.first()))
 
 
 def test_the_first_round_is_uniform_fedavg(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:

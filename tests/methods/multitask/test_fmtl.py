@@ -1,6 +1,6 @@
 """Gated experts and the supervised contrast by their equations, what stays private, and sites with fewer classes."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_it_begins_with_the_studys_encoder(task: Classification) -> None:
 
 
 def test_gates_and_towers_stay_and_experts_travel(task: Classification, sites: dict[str, Site]) -> None:
-    method = Evaluated(fmtl(task, LOCAL), task)
+    method = Evaluated(fmtl(task, LOCAL, tuple(sites)), task)
     step, engine = run(method, sites, task.first(0), 3)
     sent = step.reply.mean("update").total
     assert any("experts" in name for name in sent)
@@ -82,6 +82,33 @@ def test_gates_and_towers_stay_and_experts_travel(task: Classification, sites: d
     assert not near(own[0], own[1])
     scores = evaluate(method, engine, step.state, engine.sites)
     assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
+
+
+def gates(method: Any, sites: dict[str, Site], first: Any, rounds: int = 3) -> tuple[Any, list[Any]]:
+    """The state after some rounds, and the gate and the tower with which each site predicts."""
+    step, engine = run(method, sites, first, rounds)
+    request = method.request(step.state)
+    models = [method.site_model(request.for_site(name), engine.memory.get(name, {})) for name in sites]
+    return step.state, [{n: x for n, x in model.items() if ".gate." in n or ".tower." in n} for model in models]
+
+
+def test_gates_and_towers_belong_to_disorders(task: Classification, sites: dict[str, Site]) -> None:
+    """With a disorder for each site it is the method with private gates; with one for all, FedAvg of the network."""
+    names, first = tuple(sites), task.first(0)
+    (alone, ours), (together, _), (private, theirs) = (
+        gates(fmtl(task, LOCAL, names, disorders=d), sites, first) for d in (names, ("asd",) * 3, ())
+    )
+    assert near(alone.shared, {n: x for n, x in private.params.items() if n in alone.shared})
+    assert all(near(one, two) for one, two in zip(ours, theirs, strict=True))
+    mixed = gated(task, 4, 32)
+    plain, _ = run(FedAvg(cast(Any, WithContrast(mixed, 0.1, 0.1)), LOCAL), sites, begin(mixed, first), 3)
+    assert near(together.params, plain.state.params)
+    assert not near(together.params, alone.params)
+    _, (one, other, same_disorder) = gates(fmtl(task, LOCAL, names, disorders=("asd", "adhd", "asd")), sites, first)
+    assert same(one, same_disorder)
+    assert not near(one, other)
+    with pytest.raises(ValueError, match="disorders: 2 for 3 sites"):
+        fmtl(task, LOCAL, names, disorders=("asd", "adhd"))
 
 
 def test_private_heads_of_a_classifier_are_fedper(task: Classification, sites: dict[str, Site]) -> None:

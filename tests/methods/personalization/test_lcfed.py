@@ -1,7 +1,9 @@
-"""LC-Fed's two parts by hand, its limits, and evaluation inside and outside."""
+"""LC-Fed's two parts against the published steps, its limits, and evaluation inside and outside."""
 
 import numpy as np
+import pytest
 import torch
+from scipy import ndimage, signal
 from torch.nn import functional as F
 
 from polyclinic.core import tree
@@ -15,42 +17,73 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.lcfed import LCFed
-from polyclinic.methods.personalization.lcfed_network import spread
+from polyclinic.methods.personalization.lcfed_network import blurred, disagreement, peaks
 from tests.conftest import segmentation_sites
 
 TASK = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def test_the_blur_is_a_gaussian_and_never_lowers() -> None:
-    attention = torch.rand(2, 1, 40, 41, generator=torch.Generator().manual_seed(0))
-    found = spread(attention, 9)
-    k = np.exp(-0.5 * (np.arange(-4, 5) / 2**0.5) ** 2)
-    kernel = torch.from_numpy(np.outer(k, k) / np.outer(k, k).sum()).float()
-    blurred = F.conv2d(attention, kernel[None, None], padding=4)
-    for i in range(2):
-        b = (blurred[i] - blurred[i].min()) / (blurred[i].max() - blurred[i].min())
-        torch.testing.assert_close(found[i], torch.maximum(b, attention[i]), rtol=1e-4, atol=1e-5)
-    assert spread(torch.rand(1, 1, 8, 8)).shape == (1, 1, 8, 8)  # a window larger than the image is cut
-    assert spread(torch.rand(1, 1, 6, 7, 8)).shape == (1, 1, 6, 7, 8)
+def test_peaks_and_blur_are_scipys() -> None:
+    rng = torch.Generator().manual_seed(0)
+    for shape in ((2, 3, 40, 41), (1, 2, 9, 12, 10)):
+        maps, flat = torch.rand(*shape, generator=rng), (1, 1)
+        found = peaks(maps, 7, 0.9)
+        window = (*flat, *[7] * (len(shape) - 2))
+        largest = ndimage.maximum_filter(maps.numpy(), size=window, mode="constant", cval=-np.inf)
+        assert np.array_equal(found.numpy(), (maps.numpy() == largest) & (maps.numpy() > 0.9))
+        assert 0 < float(found.mean()) < 0.1
+        k = np.exp(-0.5 * (np.arange(-3, 4) / 2.0) ** 2)
+        expected = maps[:, :1].numpy()
+        for axis in range(2, len(shape)):
+            expected = ndimage.correlate1d(expected, k, axis, mode="constant")
+        torch.testing.assert_close(blurred(maps[:, :1], 7, 2.0), torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
+    assert peaks(torch.rand(1, 1, 8, 8)).shape == blurred(torch.rand(1, 1, 8, 8)).shape == (1, 1, 8, 8)
 
 
-def test_the_second_head_by_hand() -> None:
-    method = LCFed(TASK, NAMES, LocalTraining())
-    state = method.init(TASK.first())
-    heads = {"heads": torch.randn(3, method.request(state).trees["heads"]["heads"].shape[1])}
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_second_head_is_the_published_one(dims: int) -> None:
+    """Against the published steps in NumPy and SciPy: disagreement, its peaks, two blurred maps and a 3 × 3 filter."""
+    shape = (1, *[16] * dims)
+    task = Segmentation(Network("unet", shape, 2, (("width", 2), ("norm", "batch"))))
+    method = LCFed(task, NAMES, LocalTraining())
+    state = method.init(task.first())
+    rng = torch.Generator().manual_seed(0)
+    heads = {"heads": torch.randn(3, method.request(state).trees["heads"]["heads"].shape[1], generator=rng)}
     net = {**state.params, "site": torch.tensor([0.0, 1.0, 0.0])}
     params = {**tree.prefixed("net", net), **heads, **method._fresh(), "use": torch.ones(())}
     model = cached_model(method.prediction_task, params).eval()
-    x = torch.randn(2, 1, 16, 16)
+    x = torch.randn(2, *shape, generator=rng)
     with torch.no_grad():
         f, z = represent(method.selecting.network, cached_model(method.selecting, net, slot="alone").eval(), x)
         weight, bias = heads["heads"].split([f.shape[1] * 2, 2], 1)
-        said = [F.conv2d(f, w.view(2, -1, 1, 1), b).softmax(1).numpy() for w, b in zip(weight, bias, strict=True)]
-        maps = [*np.split(np.std(said, 0, ddof=1), 2, 1), *np.split(z.softmax(1).numpy(), 2, 1)]
-        weighed = torch.cat([f * spread(torch.from_numpy(m)) + f for m in maps], 1)
-        expected = F.conv2d(weighed, params["calibrate.weight"], params["calibrate.bias"])
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        conv = F.conv2d if dims == 2 else F.conv3d
+        said = [
+            conv(f, w.view(2, -1, *[1] * dims), b).softmax(1).double().numpy()
+            for w, b in zip(weight, bias, strict=True)
+        ]
+        own = z.softmax(1).double().numpy()
+        apart = np.sqrt(((said[0] - own) ** 2 + (said[2] - own) ** 2) / 2)
+        apart = apart / apart.max(axis=tuple(range(2, 2 + dims)), keepdims=True)
+        near = ndimage.maximum_filter(apart, size=(1, 1, *[31] * dims), mode="constant")
+        points = (apart == near) * (apart > 0.2)
+        grid = np.meshgrid(*[np.arange(-15, 16)] * dims, indexing="ij")
+        kernel = np.exp(-sum(g**2 for g in grid) / (2 * 6.0**2))
+        weighed = []
+        for maps in (points.astype(float), own):
+            for c in range(2):
+                soft = [signal.fftconvolve(image, kernel, "same") for image in maps[:, c]]
+                weighed.append(f.double() * torch.from_numpy(np.stack(soft))[:, None] + f)
+        expected = conv(torch.cat(weighed, 1).float(), params["calibrate.weight"], params["calibrate.bias"], padding=1)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert points.sum() > 0
+
+
+def test_an_unseen_site_disagrees_with_all_heads_and_one_site_with_none() -> None:
+    own, all_heads = torch.zeros(1, 2, 4, 4), torch.stack([torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4)])
+    assert disagreement(own, all_heads, torch.tensor([1.0, 0.0])).max() == 0
+    assert disagreement(own, all_heads, torch.tensor([1.0, 1.0])).min() == 1
+    assert disagreement(own, all_heads[:1], torch.zeros(1)).max() == 0
 
 
 def test_the_site_decides_the_channels() -> None:

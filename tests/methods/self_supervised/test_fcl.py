@@ -9,6 +9,7 @@ import torch
 from scipy.special import logsumexp
 
 from polyclinic.core.site import Site
+from polyclinic.errors import DataError
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.contrastive import Contrast, alike, partitions
 from polyclinic.learning.tasks.classification import Classification
@@ -36,9 +37,9 @@ def with_positions(sites: Any) -> Any:
 
 
 def test_partitions_cut_a_volume_evenly_and_are_unknown_without_positions() -> None:
-    data = Rows(torch.zeros(5, 1), torch.zeros(5))
-    data.positions = [0.0, 0.24, 0.25, 0.99, 1.0]
-    assert partitions((data, Rows(torch.zeros(2, 1), torch.zeros(2))), 4).tolist() == [0, 0, 1, 3, 3, -1, -1]
+    data, unknown = Rows(torch.zeros(5, 1), torch.zeros(5)), Rows(torch.zeros(2, 1), torch.zeros(2))
+    data.positions, unknown.positions = [0.0, 0.24, 0.25, 0.99, 1.0], None
+    assert partitions((data, unknown), 4).tolist() == [0, 0, 1, 3, 3, -1, -1]
     assert partitions((), 4).tolist() == []
     assert alike(torch.tensor([1, -1]), torch.tensor([1, -1, 2, 1])).tolist() == [[1, 0, 0, 1], [0, 0, 0, 0]]
 
@@ -115,3 +116,11 @@ def test_slices_of_one_part_become_alike(task: Classification) -> None:
         return float((k @ k.T)[near].mean() - (k @ k.T)[far].mean())
 
     assert gap(step.state.whole) > gap(start) + 0.05
+
+
+def test_images_without_a_height_are_refused(task: Classification, sites: dict[str, Site]) -> None:
+    method = fcl(task, LocalTraining(batch_size=8), 4)
+    for data in sites["site-0"].data.values():
+        data.positions = None
+    with pytest.raises(DataError, match="site 'site-0' has one: set position in"):
+        method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])

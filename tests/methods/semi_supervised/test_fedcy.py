@@ -8,6 +8,7 @@ import torch
 from scipy.special import logsumexp, softmax
 
 from polyclinic.core.site import Site
+from polyclinic.errors import DataError
 from polyclinic.learning.networks.latent import encoded
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.classification import Classification
@@ -61,7 +62,8 @@ def test_clips_are_in_order_and_of_one_video() -> None:
         assert second != name
         names.add(name)
     assert names == {0, 1, 2}
-    plain, name = clip(Rows(data.x, data.y), 50, rng)
+    data.videos = torch.zeros(30, dtype=torch.long)
+    plain, name = clip(data, 50, rng)
     assert (len(plain), name) == (30, 0)
 
 
@@ -103,3 +105,10 @@ def test_moments_become_findable(task: Classification) -> None:
         return float(cycle_back(h[:24], h[24:]))
 
     assert loss(end.state.params) < loss(start) - 0.1
+
+
+def test_images_of_no_video_are_refused() -> None:
+    data = videos()
+    data.videos = None
+    with pytest.raises(DataError, match="set video in"):
+        clip(data, 4, Site("s").rng("c"))

@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from torch.nn import functional as F
 
 from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.latent import head_name, represent
 from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
@@ -16,6 +20,7 @@ from polyclinic.methods.semi_supervised.fedirm import FedIRM, drops
 from polyclinic.testing import close
 from tests.conftest import little_sites
 from tests.methods.test_features_of_networks import NETWORKS
+from tests.support.agreement import KINDS, place, ready
 from tests.support.few_labels import half_labeled, near, only_labels, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
@@ -95,3 +100,32 @@ def test_a_networks_own_dropout_is_used_alone(task: Classification) -> None:
         FedIRM(task, 10, LocalTraining(), dropout=0.0)
     with pytest.raises(ConfigError, match="probability"):
         FedIRM(task, 10, LocalTraining(), dropout=1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_unlabeled_images_is_the_published_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equations 2 to 6 in NumPy, from the logits of one pass, of the teacher, and of ten passes with dropout."""
+    monkeypatch.setattr("polyclinic.methods.semi_supervised.fedirm.WEAK", STILL)
+    task, sites = place(kind, 3)
+    method = FedIRM(task, 10, LOCAL, confidence=0.34, entropy=0.99)
+    x, shared = sites["site-0"].data["unlabeled"].x, torch.rand(3, 3).softmax(1)
+    model, teacher = ready(task, task.first(0)), ready(task, task.first(1))
+    torch.manual_seed(3)
+    found = float(method.alone(model, teacher, x, shared, torch.Generator()).detach())
+
+    head = model.get_submodule(head_name(task.network, model))
+    with torch.no_grad():
+        z, q = model(x).double().numpy(), softmax(teacher(x).double().numpy(), 1)
+        h = represent(task.network, model, x)[0]
+        torch.manual_seed(3)
+        passes = np.mean([head(F.dropout(h, 0.2)).double().numpy() for _ in range(10)], 0)
+    p, mean = softmax(z, 1), softmax(passes, 1)
+    sure = (p.max(1) >= 0.34) & (-(mean * np.log(mean)).sum(1) < 0.99 * np.log(3))
+    assert 0 < sure.sum() <= len(x)
+    kl = []
+    for c in range(3):
+        mine = sure & (p.argmax(1) == c)
+        if mine.any():
+            row, other = softmax(z[mine].mean(0) / 2.0), shared[c].double().numpy()
+            kl.append((row * np.log(row / other) + other * np.log(other / row)).sum() / 2)
+    assert found == pytest.approx(((p - q) ** 2).sum(1).mean() + np.mean(kl), rel=1e-4)

@@ -39,12 +39,9 @@ def test_every_method_has_a_study() -> None:
     for name, entry in METHODS.items():
         kind = entry.tasks[0] if entry.tasks else "classification"
         head, _, rest = STUDY.partition("[[")
-        network = (
-            '[task]\nkind = "segmentation"\nnetwork = "unet"\n'
-            if kind == "segmentation"
-            else f'[task]\nkind = "{kind}"\n'
-        )
-        text = with_method(f"{head}{network}[[{rest}", name)
+        network = entry.network or ("unet" if kind == "segmentation" else "cnn")
+        task = f'[task]\nkind = "{kind}"\nnetwork = "{network}"\n'
+        text = with_method(f"{head}{task}[[{rest}", name)
         assert ("Published settings are not recorded" in text) == (name not in PUBLISHED)
 
 
@@ -58,4 +55,6 @@ def test_the_command_writes_it_and_a_mistake_leaves_the_folder_empty(
         app(["new", "t.toml", "--method", "mon"], result_action="return_value")
     with pytest.raises(BadStudy, match="lc-fed is for segmentation"):
         app(["new", "t.toml", "--method", "lc-fed"], result_action="return_value")
+    with pytest.raises(BadStudy, match='histofl is for network = "attention-mil"'):
+        app(["new", "t.toml", "--method", "histofl"], result_action="return_value")
     assert not Path("t.toml").exists()

@@ -13,6 +13,7 @@ from torch import Tensor
 from polyclinic.core.tree import Tree
 from polyclinic.data.federation import Federated
 from polyclinic.data.splits import Fold
+from polyclinic.engines.site_runtime import repeatable
 from polyclinic.evaluation.records.method_runs import LINEAR_FOLDER, LINEAR_LOCAL, LINEAR_POOLED, arm_name
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import outputs
@@ -45,15 +46,25 @@ def write_linear_baselines(
         numbers: A number for each patient.
     """
     for label, file in files.items():
-        models, leaves = _alone(task, data) if label == LINEAR_LOCAL else _pooled(task, data), dict[str, Tensor]()
-        for site in tested_sites([s for s in data.sites if s in models], data.external, fold):
-            if test := data.sites[site].get("test"):
-                predicted = outputs(task, models[site], test)
-                patients = torch.tensor([numbers[patient] for patient in test.patients])
-                leaves |= {f"{site}/{name}": leaf for name, leaf in {**predicted, "patient": patients}.items()}
+        with repeatable():
+            models = _alone(task, data) if label == LINEAR_LOCAL else _pooled(task, data)
+            leaves = _predictions(task, models, data, fold, numbers)
         if leaves:
             file.parent.mkdir(exist_ok=True)
             write_tensors(file, leaves)
+
+
+def _predictions(
+    task: Task, models: Mapping[str, Tree], data: Federated, fold: Fold | None, numbers: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return the predictions for the test patients of each site that has a model."""
+    leaves: dict[str, Tensor] = {}
+    for site in tested_sites([s for s in data.sites if s in models], data.external, fold):
+        if test := data.sites[site].get("test"):
+            predicted = outputs(task, models[site], test)
+            patients = torch.tensor([numbers[patient] for patient in test.patients])
+            leaves |= {f"{site}/{name}": leaf for name, leaf in {**predicted, "patient": patients}.items()}
+    return leaves
 
 
 def _alone(task: Task, data: Federated) -> dict[str, Tree]:

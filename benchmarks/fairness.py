@@ -70,7 +70,9 @@ def answer(found: Results, tests: Mapping[str, Mapping[str, Difference]], unit: 
     text = f"Fairer than FedAvg by this definition: {', '.join(f'`{k}`' for k in fairer) or 'none'}. "
     text += f"{'; '.join(parts)}. " if parts else f"No method was shown to differ from FedAvg at any {unit}. "
     held = ", ".join(f"`{c.method}`" for c in found.result.declared if c.method in kept)
-    return text + (f"Not worse in the mean by more than one point: {held}." if held else "Non-inferiority was not shown.")
+    return text + (
+        f"Not worse in the mean by more than one point: {held}." if held else "Non-inferiority was not shown."
+    )
 
 
 def section(found: Results, title: str, unit: str) -> str:

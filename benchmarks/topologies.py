@@ -179,7 +179,9 @@ def order(found: Mapping[str, Sequence[Mapping[str, float]]], rounds: int) -> st
     text = ORDER.format(splits=splits) + "\n".join(lines)
     text += f"\n\nFedAvg, which has no order, calls {level_of(ill['fedavg'])} % ill.\n\n## Killed mergers\n\n"
     text += f"Swarm learning without deputies, whose elected site is killed with a probability of {DEATHS:g} after its work: "
-    text += f"{died:.1f} were killed per run; in {idle:.0f} of {rounds * splits} rounds no site was left to merge, and all "
+    text += (
+        f"{died:.1f} were killed per run; in {idle:.0f} of {rounds * splits} rounds no site was left to merge, and all "
+    )
     return text + "runs completed.\n"
 
 

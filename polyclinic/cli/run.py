@@ -200,8 +200,8 @@ def demo(
 
     `heart`: does a hospital with few labeled patients gain from federating? Coronary artery disease at three hospitals
     that train and one that only tests, by logistic regression. `nodules`: lung nodules of LIDC-IDRI as radiologists
-    outlined them, benign or malignant, at sites that are groups of scanning protocols; no difference between the methods
-    is shown. Each takes a minute or two on two cores.
+    outlined them, benign or malignant, at sites that are groups of scanning protocols; no difference between the
+    methods is shown. Each takes a minute or two on two cores.
 
     Args:
         study: The study.

@@ -79,7 +79,7 @@ class Federated:
 
     @property
     def pooled(self) -> Mapping[str, Dataset]:
-        """Training and validation examples of all training sites together, by role; a role without examples is absent."""
+        """Training and validation examples of all training sites together, by role."""
         parts = [self.sites[name] for name in self.training]
         filled = {role: [part[role] for part in parts if len(part.get(role, ()))] for role in ("train", "val")}
         return {role: concat(examples) for role, examples in filled.items() if examples}

@@ -1,8 +1,8 @@
 """The linear baselines, and methods that are not above them.
 
-A network, and federating it, must be better than what a hospital has without either: a regularized linear model of its own
-patients. The second baseline is the same model of all sites' patients in one place. They are fitted by simulated runs
-of tables (``studies.run.linear_baselines``).
+A network, and federating it, must be better than what a hospital has without either: a regularized linear model of its
+own patients. The second baseline is the same model of all sites' patients in one place. They are fitted by simulated
+runs of tables (``studies.run.linear_baselines``).
 """
 
 from collections.abc import Iterator, Sequence

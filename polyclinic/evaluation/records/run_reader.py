@@ -198,9 +198,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(path, info, lines, arms, validation, splits, linear, text, tuple(missing), unread)
 
 
-def _linear(
-    path: Path, info: RunInfo, problems: list[str]
-) -> dict[tuple[str, int, int], Mapping[str, Predictions]]:
+def _linear(path: Path, info: RunInfo, problems: list[str]) -> dict[tuple[str, int, int], Mapping[str, Predictions]]:
     """Return the test predictions of the linear baselines by label, seed and fold."""
     found: dict[tuple[str, int, int], Mapping[str, Predictions]] = {}
     for label in (LINEAR_LOCAL, LINEAR_POOLED):

@@ -1,7 +1,7 @@
 """Regularized linear models of tables: the baseline that a network, and federating it, must be better than.
 
-The model minimizes the task's loss on the training examples plus λ/2·‖W‖², without a penalty for the intercept. Inputs are
-scaled to mean 0 and deviation 1 over these examples. The loss of every task here is convex in a linear model, so
+The model minimizes the task's loss on the training examples plus λ/2·‖W‖², without a penalty for the intercept. Inputs
+are scaled to mean 0 and deviation 1 over these examples. The loss of every task here is convex in a linear model, so
 L-BFGS finds its minimum, and neither rounds nor learning rates matter. λ is chosen on validation examples.
 """
 
@@ -26,7 +26,12 @@ STEPS = 200
 def linear_task(task: Task) -> Task | None:
     """Return the task with a linear model of its inputs; None for images, and for losses of packages."""
     network = task.network
-    if not isinstance(network, Network) or len(network.inputs) != 1 or task.kind not in KINDS or hasattr(task, "objective"):
+    if (
+        not isinstance(network, Network)
+        or len(network.inputs) != 1
+        or task.kind not in KINDS
+        or hasattr(task, "objective")
+    ):
         return None
     return task.with_network(Network("mlp", network.inputs, network.outputs, (("depth", 0),)))
 

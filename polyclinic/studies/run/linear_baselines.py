@@ -1,7 +1,7 @@
 """Linear baselines of a simulated run of a table: of each training site alone, and of all of them in one place.
 
-They are fitted for every seed and fold after the method runs, on the same splits. Their test predictions are added to the
-run folder, where the evaluation finds them.
+They are fitted for every seed and fold after the method runs, on the same splits. Their test predictions are added to
+the run folder, where the evaluation finds them.
 """
 
 from collections.abc import Mapping

@@ -57,7 +57,8 @@ def test_every_seed_has_both_with_the_patients_of_the_methods(finished: Path) ->
         for site, p in found.arms["fedavg", seed].items():
             for q in (pooled[site], *([own[site]] if site in own else [])):
                 assert np.array_equal(p.patient, q.patient)
-                assert p.target is not None and q.target is not None
+                assert p.target is not None
+                assert q.target is not None
                 assert np.array_equal(p.target, q.target)
 
 
@@ -110,7 +111,9 @@ def test_images_have_none(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 255, (60, 8, 8), dtype=np.uint8), rng.integers(0, 2, 60)
     np.savez(tmp_path / "a.npz", images=images, labels=labels, site=np.array(["a", "b", "c"] * 20))
-    text = TEXT.replace('use = "heart-disease"\nexternal = ["zurich-basel"]', f'path = "{tmp_path}/a.npz"\nkind = "npz"')
+    text = TEXT.replace(
+        'use = "heart-disease"\nexternal = ["zurich-basel"]', f'path = "{tmp_path}/a.npz"\nkind = "npz"'
+    )
     text = text.replace('network = "mlp"', "options = { width = 4, depth = 2 }")
     path = ran(text, tmp_path / "r")
     assert not (path / "linear").exists()

@@ -28,7 +28,7 @@ site's prevalence, and calls every shared model unfair that ranks all patients w
 accuracy of 71.5 % and training alone 80.9 %, but AUCs of 0.821 and 0.814). Over five folds every patient is tested once for each of
 three seeds. The difference at each site is tested two-sided at 5 % (variance over patients and between seeds, Holm over all pairs of a
 method and a site), the mean over sites for non-inferiority with a margin of 0.010 (one-sided at 2.5 %, Holm). The study files in
-`benchmarks/studies/` said so before their first run.
+`benchmarks/studies/` declared all of this before their first run.
 
 """
 TAIL = """

@@ -113,7 +113,7 @@ and how many bytes that needs, not that others cannot read them.
 **Question.** Is learning without a central server equivalent to FedAvg within one point of AUC? The metric is the AUC within each
 hospital, mean over the four, of the model with which the hospital predicts; over five folds every patient is tested once for each of
 {seeds} seeds. Equivalence means that two one-sided t-tests at 2.5 % (variance over patients and between seeds, Holm over the seven
-comparisons) exclude a difference of 0.010 in both directions. `benchmarks/studies/topologies.toml` said so before its first run.
+comparisons) exclude a difference of 0.010 in both directions. `benchmarks/studies/topologies.toml` declared all of this before its first run.
 
 ## Answer
 

@@ -25,7 +25,7 @@ from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
 
 torch.set_num_threads(1)
-text = template("demo").split("[[methods]]")[0] + '[[methods]]\nname = "mix"\n'
+text = template("demo-nodules").split("[[methods]]")[0] + '[[methods]]\nname = "mix"\n'
 study = parse(text)
 scores: dict[str, list[float]] = {"plain PyTorch": [], "random forest": [], "polyclinic mix": []}
 with tempfile.TemporaryDirectory() as folder:

@@ -1,21 +1,21 @@
-"""Do topologies without a server reach FedAvg? ``python benchmarks/topologies.py`` writes docs/results/topologies.md.
+"""Is learning without a central server equivalent to FedAvg? ``python benchmarks/topologies.py`` writes its page.
 
-Heart disease at four hospitals, the same network, the same local training and as many rounds for all. AUC on each
-hospital's test patients, mean over hospitals, on ten random splits; differences are paired by split (``resplits``). The
-order of cyclic transfer is judged by how many patients the model calls ill, with the hospital last where 93 % are ill or
-the one where 36 % are; with short turns and with long ones. In one row the elected merger is killed at random.
+The page is docs/results/topologies.md. Its main part is ``studies/topologies.toml``, which contains question, metric, margin
+and test. Two things that a study file cannot say are measured on ten random splits: the order of a cycle, judged by how
+many patients the model calls ill with the hospital last where 93 % are ill or the one where 36 % are; and swarm learning
+whose elected merger is killed at random.
 """
 
-import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hospitals import HEART, mlp, read, sites_of
-from resplits import WHAT, compared, level_of, text_of
+from hospitals import mlp, read, sites_of
+from resplits import level_of, text_of
+from study_pages import Results, arguments, changes_of, declared_table, finished, megabytes, publish, row
 
 from polyclinic.core.rounds import Arrival, train
 from polyclinic.engines.local.in_process import InProcess
@@ -23,22 +23,18 @@ from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.topology.cyclic import Cyclic
-from polyclinic.methods.topology.gossip import Gossip
-from polyclinic.methods.topology.split_learning import Split
 from polyclinic.methods.topology.swarm import Swarm
-from polyclinic.statistics.auc import auc_of as areas
+from polyclinic.report.formatting import number, with_interval
 from polyclinic.statistics.paired_tests import corrected_t
 
-ROUNDS, LOCAL, LONG = (
-    20,
-    LocalTraining(epochs=2, batch_size=16, lr=0.05),
-    LocalTraining(epochs=10, batch_size=16, lr=0.1),
-)
-NAMES = ("cleveland", "hungarian", "switzerland", "va")
-MOST_ILL_LAST = ("hungarian", "cleveland", "va", "switzerland")
+DATA = {"use": "heart-disease", "split": (0.6, 0.15, 0.25)}
+SHARES = (0.25, 0.6)
+"""Fractions of patients in the test and training data of a split."""
+ROUNDS, SPLITS, DEATHS = 20, 10, 0.4
+SHORT, LONG = LocalTraining(epochs=2, batch_size=16, lr=0.05), LocalTraining(epochs=10, batch_size=16, lr=0.1)
+MOST_ILL_LAST = ("budapest", "cleveland", "long-beach", "zurich-basel")
 FEWEST_ILL_LAST = MOST_ILL_LAST[::-1]
-DEATHS = 0.4
-SHARES = (0.25, 0.6)  # of patients, in the test and training data of a split
+KILLED = "swarm, mergers killed"
 
 
 class Killing(InProcess):
@@ -59,158 +55,145 @@ class Killing(InProcess):
 def methods(task: Any) -> dict[str, Any]:
     """By name, all for the same task."""
     return {
-        "fedavg": FedAvg(task, LOCAL),
-        "fedavg, equal sites": FedAvg(task, LOCAL, uniform=True),
-        "swarm": Swarm(task, LOCAL),
-        "swarm, mergers killed": Swarm(task, LOCAL, deputies=0),
-        "gossip, ring": Gossip(task, LOCAL, 2, "ring"),
-        "gossip, random": Gossip(task, LOCAL, 2, "random"),
-        "cyclic": Cyclic(task, NAMES, LOCAL),
-        "cyclic, reversed": Cyclic(task, NAMES[::-1], LOCAL),
-        "cyclic, shuffled": Cyclic(task, NAMES, LOCAL, shuffle=True),
-        "cyclic, Zurich last": Cyclic(task, MOST_ILL_LAST, LOCAL),
-        "cyclic, Budapest last": Cyclic(task, FEWEST_ILL_LAST, LOCAL),
-        "cyclic, long turns, Zurich last": Cyclic(task, MOST_ILL_LAST, LONG),
-        "cyclic, long turns, Budapest last": Cyclic(task, FEWEST_ILL_LAST, LONG),
-        "split": Split(task, NAMES, LOCAL, u_shaped=False),
-        "u-split": Split(task, NAMES, LOCAL),
+        "fedavg": FedAvg(task, SHORT),
+        KILLED: Swarm(task, SHORT, deputies=0),
+        "short, Zurich last": Cyclic(task, MOST_ILL_LAST, SHORT),
+        "short, Budapest last": Cyclic(task, FEWEST_ILL_LAST, SHORT),
+        "long, Zurich last": Cyclic(task, MOST_ILL_LAST, LONG),
+        "long, Budapest last": Cyclic(task, FEWEST_ILL_LAST, LONG),
     }
 
 
-def run(label: str, seed: int) -> dict[str, Any]:
-    """AUC of all test patients, accuracy by hospital, exchanges and megabytes."""
-    data = read(HEART, seed)
+def case(label: str, seed: int, rounds: int) -> dict[str, float]:
+    """Return the percentage of all test patients that the model calls ill, mergers killed, and rounds without a merger."""
+    data = read(DATA, seed)
     sites, task = sites_of(data, seed), mlp(*data.shape)
     method = methods(task)[label]
     engine: InProcess = InProcess(method, sites, seed=seed)
-    if "killed" in label:
+    if label == KILLED:
         engine = Killing(method, sites, seed=seed)
         engine.dice = torch.Generator().manual_seed(seed)  # type: ignore[attr-defined]
-    state, exchanges, moved = method.init(task.first(seed)), 0, 0
-    for step in train(method, engine, state, rounds=ROUNDS, min_replies=0 if "killed" in label else 1):
-        state, exchanges = step.state, exchanges + 1
-        moved += sum(step.bytes_up.values()) + sum(step.bytes_down.values())
-    trial, by_site = method.evaluation_request(state), {}
-    score, target = [], []
-    for name in NAMES:
-        said = outputs(task, method.site_model(trial.for_site(name), engine.memory[name]), sites[name].data["test"])
-        by_site[name] = float((said["score"].argmax(1) == said["target"]).float().mean())
-        score.append(said["score"])
-        target.append(said["target"])
-    own = [auc_of(s, t) for s, t in zip(score, target, strict=True)]
-    unmerged = sum(name == "" for name in getattr(state, "merged", ()))
-    called = float((torch.cat(score).argmax(1) == 1).float().mean())
+    state = method.init(task.first(seed))
+    for step in train(method, engine, state, rounds=rounds, min_replies=0 if label == KILLED else 1):
+        state = step.state
+    trial, classes = method.evaluation_request(state), []
+    for name, site in sites.items():
+        found = outputs(task, method.site_model(trial.for_site(name), engine.memory[name]), site.data["test"])
+        classes.append(found["score"].argmax(1))
     return {
-        "auc": float(np.nanmean(own)),
-        "undefined": int(np.isnan(own).sum()),
-        "called_ill": called,
-        "sites": by_site,
-        "exchanges": exchanges,
-        "mb": moved / 1e6,
-        "killed": getattr(engine, "killed", 0),
-        "unmerged": unmerged,
+        "called_ill": 100 * float((torch.cat(classes) == 1).float().mean()),
+        "killed": float(getattr(engine, "killed", 0)),
+        "unmerged": float(sum(name == "" for name in getattr(state, "merged", ()))),
     }
 
 
-def auc_of(score: torch.Tensor, target: torch.Tensor) -> float:
-    """Return the AUC of one hospital's test patients; NaN if all are of one class."""
-    x, y = score[:, 1].double().numpy(), target.numpy()
-    return float(areas(x, y == 1, np.ones((1, len(y))))[0])
+def cases(file: Path, splits: int, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Return the results of every case on every split; those in ``file`` are not computed again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text().splitlines() if file.exists() else []
+    done = {tuple(one["case"]): one["found"] for one in map(json.loads, lines)}
+    labels = list(methods(mlp(4)))
+    with open(file, "a") as records:
+        for seed in range(splits):
+            for label in labels:
+                if (label, seed, rounds) not in done:
+                    done[label, seed, rounds] = case(label, seed, rounds)
+                    line = {"case": (label, seed, rounds), "found": done[label, seed, rounds]}
+                    records.write(json.dumps(line) + "\n")
+                    records.flush()
+    return {label: [done[label, seed, rounds] for seed in range(splits)] for label in labels}
 
 
 HEAD = """# Topologies: learning without a central server
 
-Written by `python benchmarks/topologies.py`; every number was measured. Heart disease at four hospitals, {rounds}
-rounds, {splits} random splits; AUC within each hospital, mean over hospitals, of the model with which its site predicts. (An
-earlier version of this page gave the AUC of all hospitals' patients together, which the name of the hospital alone raises to
-0.72, and intervals of a bootstrap over splits, which are too narrow.) These are simulations: one program carries
-all messages. They show what is learned and how many messages that needs, not that others cannot read them.
+Written by `python benchmarks/topologies.py`, which resumes. Coronary artery disease at four hospitals (920 patients), a network with
+16 hidden units, {rounds} rounds of two local epochs. These are simulations: one program carries all messages. They show what is learned
+and how many bytes that needs, not that others cannot read them.
 
-The question is whether a topology is equivalent to FedAvg within one point of AUC. {what} *Equivalent* means that two one-sided
-tests at 2.5 %, with the same variance and Holm's correction, exclude a difference of 0.01 in both directions.
+**Question.** Is learning without a central server equivalent to FedAvg within one point of AUC? The metric is the AUC within each
+hospital, mean over the four, of the model with which the hospital predicts; over five folds every patient is tested once for each of
+{seeds} seeds. Equivalence means that two one-sided t-tests at 2.5 % (variance over patients and between seeds, Holm over the seven
+comparisons) exclude a difference of 0.010 in both directions. `benchmarks/studies/topologies.toml` declared all of this before its first run.
 
-| method | AUC | compared with FedAvg | within 0.01 | exchanges | MB |
-|---|---|---|---|---|---|
+## Answer
+
+"""
+
+LEVELS = """
+Zurich and Basel have eight patients without disease, so that the AUC there is the least certain of the four. Gossip weights hospitals
+equally, and so does `fedavg-equal`, its reference. "Linear, local" and "Linear, pooled" are [linear baselines](../explanation/evaluation.md#baselines).
+MB are what all hospitals sent and received in one run.
+
 """
 
 ORDER = """
 ## The order of a cycle
 
-The percentage of all hospitals' test patients that the model classifies as ill at the end of a cycle, if the hospital that trained last
-was that with the most ill patients (Zurich and Basel, 93 %) or that with the fewest (Budapest, 36 %). A long turn is ten passes at
-twice the learning rate.
+The percentage of all hospitals' test patients that the model calls ill at the end of a cycle, if the hospital that trained last was
+the one with the most ill patients (Zurich and Basel, 93 %) or the one with the fewest (Budapest, 36 %). A long turn is ten
+epochs at twice the learning rate. {splits} random splits; differences are paired by split, with Nadeau and Bengio's interval for repeated
+splits of the same patients. This part was not declared in a study file.
 
 | turns | Zurich and Basel last | Budapest last | difference |
 |---|---|---|---|
 """
 
 
-def page(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """The study as Markdown."""
-    splits, base = len(rows["fedavg"]), np.array([r["auc"] for r in rows["fedavg"]])
-    gaps = {k: np.array([r["auc"] for r in found]) - base for k, found in rows.items() if k != "fedavg"}
-    shown, within = compared(gaps, *SHARES), compared(gaps, *SHARES, "equivalence", 0.01)
-    lines = []
-    for label, found in rows.items():
-        auc = np.array([r["auc"] for r in found])
-        beside, equal = ("", "") if label == "fedavg" else (text_of(shown[label], 3), within[label].verdict())
-        exchanges, mb = (np.mean([r[key] for r in found]) for key in ("exchanges", "mb"))
-        lines.append(f"| {label} | {level_of(auc, 3)} | {beside} | {equal} | {exchanges:.0f} | {mb:.1f} |")
-    equal_sites = np.array([r["auc"] for r in rows["fedavg, equal sites"]])
-    gossip = np.array([r["auc"] for r in rows["gossip, ring"]]) - equal_sites
-    against = text_of(corrected_t(gossip, *SHARES), 3)
-    lines += [
-        "",
-        f"Gossip weights all sites equally. Compared with FedAvg with equal sites, the ring differs by {against}.",
-    ]
-    killed = rows["swarm, mergers killed"]
-    died, idle = np.mean([r["killed"] for r in killed]), sum(r["unmerged"] for r in killed)
-    lines += [
-        "",
-        f"With a probability of {DEATHS:g} that an elected site is killed, {died:.1f} were killed per run; in {idle} of "
-        f"{ROUNDS * splits} rounds no site was left to merge, and all runs completed.",
-    ]
-    order = []
-    for turns, label in (("short", "cyclic"), ("long", "cyclic, long turns")):
-        last = [
-            np.array([100 * r["called_ill"] for r in rows[f"{label}, {who} last"]]) for who in ("Zurich", "Budapest")
-        ]
-        gap = text_of(corrected_t(last[0] - last[1], *SHARES))
-        order.append(f"| {turns} | {level_of(last[0])} | {level_of(last[1])} | {gap} |")
-    called = np.array([100 * r["called_ill"] for r in rows["fedavg"]])
-    order.append(f"\nFedAvg, which has no order, classifies {level_of(called)} % as ill.")
-    head = HEAD.format(rounds=ROUNDS, splits=splits, what=WHAT) + "\n".join(lines) + "\n"
-    return head + ORDER + "\n".join(order) + "\n"
+def answer(found: Results) -> str:
+    """Return the answer in sentences that follow from the verdicts."""
+    by = {"equivalent": list[str](), "different": list[str](), "open": list[str]()}
+    for c in found.result.declared:
+        verdict = c.difference.verdict()
+        key = "equivalent" if verdict == "equivalent" else "different" if verdict.startswith("different") else "open"
+        by[key].append(f"`{c.method}`")
+    sentences = {
+        "equivalent": "Equivalent within one point of AUC: {}.",
+        "different": "Different by more than one point: {}.",
+        "open": "Equivalence was not shown, which is no evidence of a difference: {}.",
+    }
+    return " ".join(sentences[key].format(", ".join(names)) for key, names in by.items() if names)
+
+
+def levels(found: Results) -> list[str]:
+    """Return the level of every method and baseline, as a Markdown table."""
+    lines = [row("method", "AUC, mean over hospitals (95 % CI)", "SD over seeds", "MB"), row(*["---"] * 4)]
+    for m in found.result.methods:
+        mb = f"{megabytes(found, m.label):.1f}"
+        lines.append(row(m.label, with_interval(m.macro, 3), number(m.seed_sd, 3), mb))
+    for m in found.result.linear:
+        name = m.label.replace("linear-", "Linear, ")
+        lines.append(row(name, with_interval(m.macro, 3), number(m.seed_sd, 3), "–"))
+    return lines
+
+
+def order(found: Mapping[str, Sequence[Mapping[str, float]]], rounds: int) -> str:
+    """Return the part on the order of a cycle and on killed mergers."""
+    ill = {label: np.array([one["called_ill"] for one in rows]) for label, rows in found.items()}
+    splits, lines = len(ill["fedavg"]), []
+    for turns in ("short", "long"):
+        last = [ill[f"{turns}, {who} last"] for who in ("Zurich", "Budapest")]
+        gap = text_of(corrected_t(last[0] - last[1], *SHARES)) if splits > 2 else "not tested"
+        lines.append(row(turns, *map(level_of, last), gap))
+    killed = found[KILLED]
+    died, idle = np.mean([one["killed"] for one in killed]), sum(one["unmerged"] for one in killed)
+    text = ORDER.format(splits=splits) + "\n".join(lines)
+    text += f"\n\nFedAvg, which has no order, calls {level_of(ill['fedavg'])} % ill.\n\n## Killed mergers\n\n"
+    text += f"Swarm learning without deputies, whose elected site is killed with a probability of {DEATHS:g} after its work: "
+    text += (
+        f"{died:.1f} were killed per run; in {idle:.0f} of {rounds * splits} rounds no site was left to merge, and all "
+    )
+    return text + "runs completed.\n"
 
 
 def main() -> None:
-    """Run the cases that have no record yet, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--splits", type=int, default=10)
-    parser.add_argument(
-        "--records", type=Path, default=Path("runs/topologies.jsonl"), help="results so far, to go on from"
-    )
-    parser.add_argument("--quick", action="store_true", help="two splits; prints the page, writes nothing")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    given.records.parent.mkdir(parents=True, exist_ok=True)
-    lines = given.records.read_text().splitlines() if given.records.exists() else []
-    done = {tuple(row["case"]): row for row in map(json.loads, lines)}
-    labels, splits = list(methods(mlp(4))), 2 if given.quick else given.splits
-    with open(given.records, "a") as file:
-        for seed in range(splits):
-            for label in labels:
-                if (label, seed) not in done:
-                    done[label, seed] = {"case": (label, seed), **run(label, seed)}
-                    file.write(json.dumps(done[label, seed]) + "\n")
-                    file.flush()
-    text = page({label: [done[label, seed] for seed in range(splits)] for label in labels})
-    if given.quick:
-        print(text)
-        return
-    out = Path(__file__).parent.parent / "docs" / "results" / "topologies.md"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
+    """Run what has no record yet, and write the page."""
+    given = arguments(__doc__ or "")
+    found = finished("topologies", given.runs, changes_of(given))
+    rounds, splits = (2, 2) if given.quick else (ROUNDS, SPLITS)
+    cycles = cases(given.runs / "topologies.jsonl", splits, rounds)
+    head = HEAD.format(rounds=found.run.info.rounds, seeds=len(found.run.info.seeds))
+    page = head + answer(found) + "\n\n" + "\n".join(declared_table(found)) + "\n\n" + "\n".join(levels(found)) + "\n"
+    publish(page + LEVELS.rstrip() + "\n" + order(cycles, rounds), "topologies", given)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from polyclinic.data.config import DataSpec
-from polyclinic.data.examples import DataError, Dataset, in_memory
+from polyclinic.data.examples import DataError, Dataset, concat, in_memory
 from polyclinic.data.fingerprint.case_rows import CaseRows, case_rows
 from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Numbered
 from polyclinic.data.formats.column_roles import missing_at, named_column, no_column
@@ -76,6 +76,13 @@ class Federated:
     def training(self) -> tuple[str, ...]:
         """The sites that train."""
         return tuple(name for name in self.sites if name not in self.external)
+
+    @property
+    def pooled(self) -> Mapping[str, Dataset]:
+        """Training and validation examples of all training sites together, by role."""
+        parts = [self.sites[name] for name in self.training]
+        filled = {role: [part[role] for part in parts if len(part.get(role, ()))] for role in ("train", "val")}
+        return {role: concat(examples) for role, examples in filled.items() if examples}
 
 
 def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: Source | None = None) -> Federated:

@@ -14,6 +14,7 @@ import numpy as np
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.calibration import CALIBRATION
 from polyclinic.evaluation.constant_baseline import CONSTANT, Fault, compared, faults, with_constant
+from polyclinic.evaluation.linear_baseline import below_linear, linear_labels, with_linear
 from polyclinic.evaluation.method_comparison import Against, Declared, ranked
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.metric_functions import CLASSIFICATION
@@ -124,7 +125,9 @@ class Evaluation:
         chosen_by: Description of how the headline method was chosen.
         constant: The result of the constant baseline, by the metrics with which methods are compared with it; None if
             the records do not determine it.
-        faults: Faults of methods: constant outputs, a class never predicted, scores below the constant baseline.
+        linear: The results of the linear baselines, by the same metrics; empty for images, and between hospitals.
+        faults: Faults of methods: constant outputs, a class never predicted, scores below the constant or a linear
+            baseline.
         declared: The comparisons that the study declared before the run.
         leak: What test data share with training or validation data; None if nothing is known to be shared.
         disagreement: The main method's validation result, if its test result contradicts it; otherwise None.
@@ -147,6 +150,7 @@ class Evaluation:
     options: Options
     chosen_by: str
     constant: MethodResult | None = None
+    linear: tuple[MethodResult, ...] = ()
     faults: tuple[Fault, ...] = ()
     declared: tuple[Declared, ...] = ()
     leak: Leak | None = None
@@ -168,7 +172,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     if run.info.metric not in table:
         raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is not one of {', '.join(table)}")
     metric = table[run.info.metric]
-    data = sample(with_constant(run), options.level, options.unit)
+    data = sample(with_linear(with_constant(run)), options.level, options.unit)
     run = _without_small_sites(run, data, options)
     methods = tuple(_method(run, info, data, table, options) for info in run.info.methods if data.seeds(info.label))
     methods = tuple(_with_gains(m, run, data, metric, options) for m in methods)
@@ -186,6 +190,8 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     constant = None
     if methods and data.seeds(CONSTANT) and (run.info.task != "segmentation" or metric.name == "dice"):
         constant = _method(run, MethodInfo(label=CONSTANT), data, compared(table, metric), options)
+    linear = [MethodInfo(label=label) for label in linear_labels(run)] if methods else []
+    labels = [m.label for m in methods]
     return Evaluation(
         metric,
         detailed,
@@ -203,7 +209,8 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
         options,
         how,
         constant,
-        faults(run, data, [m.label for m in methods], table, metric),
+        tuple(_method(run, info, data, compared(table, metric), options) for info in linear),
+        (*faults(run, data, labels, table, metric), *below_linear(run, data, labels, metric)),
         against.declared(metric),
         leak(run),
         disagreement(run, headline, first.macro, metric, options.level, options.unit) if headline and first else None,

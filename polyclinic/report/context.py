@@ -8,6 +8,7 @@ from polyclinic.core.audit_log import Broken, verify
 from polyclinic.evaluation.costs import Cost, Target, cost_of, target_of
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.own_metrics import metrics_of
+from polyclinic.evaluation.records.method_runs import LINEAR_LOCAL, LINEAR_POOLED
 from polyclinic.evaluation.records.record_schema import SiteInfo
 from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.evaluation.run_evaluation import Evaluation, MethodResult
@@ -19,6 +20,8 @@ NAMES = {  # as their papers write them; others appear under the label that the 
     "pooled": "Pooled",
     "cross": "Cross",
     "constant": "Constant",
+    LINEAR_LOCAL: "Linear, local",
+    LINEAR_POOLED: "Linear, pooled",
     "fedavg": "FedAvg",
     "fedsgd": "FedSGD",
     "fedprox": "FedProx",

@@ -213,7 +213,7 @@ def curves(
     """
     with drawing(2.9) as (figure, axes):
         widest = max((inches(title, 8) for title in lines), default=0.0) / WIDTH
-        axes.set_position((0.12, 0.16, (0.86 - widest) / 1.07, 0.8))
+        axes.set_position((0.165, 0.16, (0.815 - widest) / 1.07, 0.8))
         ends = []
         order = sorted((t for t in lines if t not in behind), key=lambda t: t != first)
         for i, title in enumerate([*behind, *order]):
@@ -276,7 +276,7 @@ def decision_plot(name: str, alt: str, curve: Sequence[NetBenefit]) -> str:
 def scatter(name: str, alt: str, rows: Sequence[tuple[str, float, float, str]], xlabel: str, ylabel: str) -> str:
     """Draw two quantities against each other, one labeled point per method: (name, x, y, kind)."""
     with drawing(2.9) as (figure, axes):
-        axes.set_position((0.13, 0.16, 0.82, 0.8))
+        axes.set_position((0.19, 0.16, 0.76, 0.8))
         axes.set(xlim=_span([r[1] for r in rows], 0.22), ylim=_span([r[2] for r in rows], 0.14))
         low, high = axes.get_ylim()
         at: list[tuple[float, float]] = []
@@ -296,7 +296,7 @@ def agreement_plot(
 ) -> str:
     """Draw a Bland-Altman plot: error against the mean of prediction and truth, with bias and limits of agreement."""
     with drawing(3.0) as (figure, axes):
-        axes.set_position((0.13, 0.16, 0.7, 0.8))
+        axes.set_position((0.165, 0.16, 0.665, 0.8))
         axes.plot(mean, error, "o", color=TEAL, ms=2.6, alpha=0.55, mew=0)
         for value, text in zip(limits, ("lower limit", "bias", "upper limit"), strict=True):
             axes.axhline(value, color=INK, lw=0.9, ls="-" if text == "bias" else "--")

@@ -52,6 +52,7 @@ def hint_in(text: str) -> list[str]:
     [
         ["run", "a b.toml", "--set", "training.lr=0.01", "--set", "title='x y'", "--out", "there", "--workers", "2"],
         ["demo", "--out", "there", "--workers", "2"],
+        ["demo", "--study", "nodules", "--out", "there"],
         ["panel", "run", "a b.toml", "--set", "rounds=1", "--out", "there", "--quiet", "--log-file", "log.txt"],
         ["run", "a b.toml", "--log-file", "log.jsonl", "--log-format", "json", "--log-level", "info"],
         ["study", "run", "a b.toml", "--fresh", "--json"],

@@ -113,3 +113,15 @@ def test_many_rows_are_drawn_in_order_and_without_names() -> None:
     assert "101 rows of the table, in order of their values" in texts
     assert len(list(root.iter("{http://www.w3.org/2000/svg}use"))) >= 101  # markers, and the ticks of the axis
     assert fig.points("p", "alt", rows[: fig.MOST_NAMED], "AUC", 0.5).count(">site-") == fig.MOST_NAMED
+
+
+@pytest.mark.parametrize("values", [(0.755, 0.785), (-0.4, 0.9)])
+def test_the_label_of_the_vertical_axis_is_inside_the_figure(values: tuple[float, float]) -> None:
+    """Print cuts off what is outside. A line of text is 9 points high, to the left of where it begins."""
+    drawn = [
+        fig.curves("name", "alt", {"FedAvg": ([1, 2], list(values))}, "Validation AUC"),
+        fig.scatter("name", "alt", [(str(v), 1.0, v, "plain") for v in values], "MB", "Dice, mean over sites"),
+    ]
+    for text in drawn:
+        (x,) = re.findall(r"rotate\(-90 ([\d.-]+) ", text)
+        assert float(x) >= 9

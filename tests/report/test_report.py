@@ -590,7 +590,7 @@ def test_a_panel_ranks_methods_over_data_sets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["how-to/report", "explanation/evaluation"])
 def test_examples_of_the_pages_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_run(tmp_path / "runs" / "demo-42e2f0e4", sites=LITTLE, seeds=(0,), methods=("fedavg",))
+    write_run(tmp_path / "runs" / "demo-5570cd3a", sites=LITTLE, seeds=(0,), methods=("fedavg",))
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)

@@ -47,6 +47,7 @@ class Dataset:
         classes: The names of the classes, in order.
         kind: Kind of source (a key of ``polyclinic.data.config.KINDS``); "" if this version has no reader.
         file: File that ``path`` names below the folder that the user gives.
+        embedded: File of this package that is read if the user gives no path.
         options: Options of the source; a study can override them.
         md5: If ``get`` downloads one file per image size: the published checksums by size in pixels.
         link: If ``get`` downloads one archive: its address.
@@ -68,6 +69,7 @@ class Dataset:
     classes: tuple[str, ...] = ()
     kind: str = ""
     file: str = ""
+    embedded: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     md5: Mapping[int, str] = field(default_factory=dict)
     link: str = ""
@@ -150,7 +152,7 @@ def example(one: Dataset) -> str:
     if not one.kind:
         return ""
     lines = ["[data]", f'use = "{one.name}"']
-    if not one.automatic and one.kind != "nodules":
+    if not one.automatic and not one.embedded and one.kind != "nodules":
         lines.append(f'path = "/data/{one.name}"' + (f"   # the folder that holds {one.file}" if one.file else ""))
     if "simulate" in one.sites:
         partition = "iid" if one.task == "segmentation" else "dirichlet"
@@ -211,6 +213,8 @@ def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, d
         return one.kind, {**one.options, **given, "path": _medmnist(one, size, path)}, one.info
     if one.kind == "nodules":
         return one.kind, given if path is None else {**given, "path": path}, one.info
+    if path is None and one.embedded:
+        return one.kind, {**one.options, **given, "path": str(_embedded(one))}, one.info
     if path is None:
         raise DataError(
             f"{name} cannot be fetched automatically. {one.get} Then set path = the folder"
@@ -220,6 +224,11 @@ def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, d
         path if not one.file or path.endswith((".csv", ".parquet", ".gz", ".npz")) else f"{path.rstrip('/')}/{one.file}"
     )
     return one.kind, {**one.options, **given, "path": below}, one.info
+
+
+def _embedded(one: Dataset) -> Path:
+    """Return the path of the file that is part of this package."""
+    return Path(str(resources.files("polyclinic.data.catalog").joinpath(one.embedded)))
 
 
 def _archive(one: Dataset, base: str | None) -> Path:

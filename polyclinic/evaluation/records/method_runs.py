@@ -1,6 +1,10 @@
 """Names of method runs and of baselines. Imports nothing, so that readers of a run folder start quickly."""
 
 BASELINES = ("local", "pooled", "cross")
+LINEAR_LOCAL, LINEAR_POOLED = "linear-local", "linear-pooled"
+"""Linear models of tables that every simulated run adds: of each training site alone, and of all in one place."""
+LINEAR_FOLDER = "linear"
+"""Folder of their predictions in a run folder."""
 
 
 def arm_name(label: str, seed: int, fold: int | None = None) -> str:

@@ -5,6 +5,7 @@ runs/<name>-<hash>/
   study.toml      the study as run           records.jsonl   one record per line
   run.json        sites, methods, versions   journal.jsonl   the hash-chained journal
   arms/<label>-seed<s>/predictions.safetensors   and optionally validation.safetensors of the same form
+  linear/<label>-seed<s>.safetensors             optionally, the same of linear baselines
 ```
 
 All problems are reported together, with file and line. An unfinished run can be read: an incomplete last line and
@@ -23,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from polyclinic.core.config_problems import problems_of
 from polyclinic.errors import RunError
+from polyclinic.evaluation.records.method_runs import LINEAR_FOLDER, LINEAR_LOCAL, LINEAR_POOLED, arm_name
 from polyclinic.evaluation.records.predictions import Predictions, joined, read_predictions
 from polyclinic.evaluation.records.record_schema import (
     Chosen,
@@ -60,6 +62,7 @@ class Run:
         splits: The same separately for each fold, by (method label, seed, fold); empty without folds.
         validation: Validation predictions, if stored. With folds there are none, since one fold's validation patients
             are another's test patients, which must not determine a threshold.
+        linear: Test predictions of the linear baselines, as ``arms``; empty if the run has none.
         study: The text of ``study.toml``.
         missing: Descriptions of the parts of a finished run that this one lacks.
         unread: Number of lines of each kind of record that this version does not know.
@@ -71,6 +74,7 @@ class Run:
     arms: Mapping[tuple[str, int], Mapping[str, Predictions]] = field(default_factory=dict)
     validation: Mapping[tuple[str, int], Mapping[str, Predictions]] = field(default_factory=dict)
     splits: Mapping[tuple[str, int, int], Mapping[str, Predictions]] = field(default_factory=dict)
+    linear: Mapping[tuple[str, int], Mapping[str, Predictions]] = field(default_factory=dict)
     study: str = ""
     missing: tuple[str, ...] = ()
     unread: Mapping[str, int] = field(default_factory=dict)
@@ -144,6 +148,7 @@ class Run:
         files += sorted(self.path.glob("arms/*/predictions.safetensors")) + sorted(
             self.path.glob("arms/*/model.safetensors")
         )
+        files += sorted(self.path.glob(f"{LINEAR_FOLDER}/*.safetensors"))
         return {str(f.relative_to(self.path)): _sha256(f) for f in files if f.is_file()}
 
 
@@ -180,6 +185,7 @@ def read_run(folder: str | Path) -> Run:
         if (file := path / "arms" / name / "validation.safetensors").is_file() and not info.folds:
             validation[label, seed] = read_predictions(file, info.task, info.metric, sites, problems)
     arms = _whole_arms(found, max(1, info.folds))
+    linear = _whole_arms(_linear(path, info, problems), max(1, info.folds))
     if absent:
         missing.append("no test predictions yet of " + ", ".join(absent))
     study = path / "study.toml"
@@ -189,7 +195,20 @@ def read_run(folder: str | Path) -> Run:
         raise NotARun("\n".join([*problems, f"{_count(problems)} in {path}; nothing was written."]))
     text = study.read_text(encoding="utf-8") if study.is_file() else ""
     splits = found if info.folds else {}
-    return Run(path, info, lines, arms, validation, splits, text, tuple(missing), unread)
+    return Run(path, info, lines, arms, validation, splits, linear, text, tuple(missing), unread)
+
+
+def _linear(path: Path, info: RunInfo, problems: list[str]) -> dict[tuple[str, int, int], Mapping[str, Predictions]]:
+    """Return the test predictions of the linear baselines by label, seed and fold."""
+    found: dict[tuple[str, int, int], Mapping[str, Predictions]] = {}
+    for label in (LINEAR_LOCAL, LINEAR_POOLED):
+        for seed in info.seeds:
+            for fold in range(max(1, info.folds)):
+                file = path / LINEAR_FOLDER / f"{arm_name(label, seed, fold if info.folds else None)}.safetensors"
+                if file.is_file():
+                    sites = [s.name for s in info.sites]
+                    found[label, seed, fold] = read_predictions(file, info.task, info.metric, sites, problems)
+    return found
 
 
 def _whole_arms(

@@ -123,11 +123,18 @@ def _against(page: ReportContext) -> Iterator[Markup]:
 
 
 def _among_methods(page: ReportContext) -> Iterator[Markup]:
-    """Report the paired comparison of the methods."""
+    """Report the paired comparison of the methods, without the pairs that the study declared."""
     result = page.result
     if not result.comparisons or not result.reference:
         return
-    verdicts = {page.title(k): d.verdict() for k, d in result.comparisons.items()}
+    declared = {frozenset((c.method, c.reference)) for c in result.declared}
+    verdicts = {
+        page.title(k): d.verdict()
+        for k, d in result.comparisons.items()
+        if frozenset((k, result.reference)) not in declared
+    }
+    if not verdicts:
+        return
     against = page.title(result.reference)
     parts = [
         f"{listed([k for k, v in verdicts.items() if v == verdict])} scored significantly {word} than {against}"

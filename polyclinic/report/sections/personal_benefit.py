@@ -85,7 +85,7 @@ def _upper_bound(page: ReportContext, first: MethodResult) -> Iterator[Text]:
     if sign * (pooled - alone) > 0.5 * 10**-d:
         share = (here - alone) / (pooled - alone)
         if share >= 1:
-            text += " Federated training reaches the level of pooled training."
+            text += " The mean with federated training is not below that with pooled training; equality was not tested."
         elif share > 0:
             text += f" It achieves {100 * share:.0f} % of the difference between local and pooled training."
     yield Text(text)

@@ -85,7 +85,7 @@ def _levels(page: ReportContext) -> Table:
             "worst": _lowest(m, d),
             "external": cell(m.external.get(name), d),
         }
-        for m in (*result.methods, *([result.constant] if result.constant else []))
+        for m in (*result.methods, *([result.constant] if result.constant else []), *result.linear)
     ]
     columns = words(method="Method") + numbers(
         mean=f"Mean over sites ({page.level}\u00a0CI)", spread="SD between sites (τ)"
@@ -110,11 +110,25 @@ def _levels(page: ReportContext) -> Table:
         note += f" Sites without a value are left out of means: {left}."
     if result.constant:
         note += f" “{page.title(result.constant.label)}” predicts {_CONSTANT[page.run.info.task]} for every patient."
+    note += _about_linear(page)
     if any(m.external for m in result.methods):
         note += f" At an external site a method predicts with: {'; '.join(_by_method(page, 'unseen'))}."
     note += f" Fidelity to the methods' papers: {'; '.join(_by_method(page, 'fidelity'))}."
     chosen = {i: "chosen" for i, m in enumerate(result.methods) if m.label == result.headline}
     return Table("methods", f"{page.label} on test patients.", columns, rows, note, chosen)
+
+
+def _about_linear(page: ReportContext) -> str:
+    """Return what the linear baselines are, or why there are none."""
+    if page.result.linear:
+        names = listed([f"“{page.title(m.label)}”" for m in page.result.linear])
+        return (
+            f" {names}: a linear model with an L2 penalty, fitted to convergence to each site’s training patients or "
+            "to those of all sites, with the penalty that has the lowest loss on the validation patients."
+        )
+    if len(page.run.info.inputs) > 1:
+        return " A linear baseline does not apply to images."
+    return " This run has no linear baseline, which simulated runs of tables have." if page.run.info.inputs else ""
 
 
 def declared_table(page: ReportContext, brief: bool = False) -> Iterator[Table]:

@@ -60,7 +60,7 @@ def _sites_are(study: Study, data: Federated) -> str:
     if data.simulated:
         return data.simulated
     named = study.data.sites
-    return "as the data say" if named == "natural" else f"by {named}"
+    return "those of the data" if named == "natural" else f"by {named}"
 
 
 def _site(row: SiteSummary, splits: Sequence[Federated], folds: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from polyclinic.core.execution import UniformSampler
 from polyclinic.core.rounds import Step, TooFewReplies, train
 from polyclinic.core.site import Compute, Site
 from polyclinic.core.tree import Tree
-from polyclinic.data.examples import concat
 from polyclinic.data.federation import Federated
 from polyclinic.data.splits import Fold
 from polyclinic.engines import step_file
@@ -77,7 +76,7 @@ class MethodRun:
         self.label, self.entry, self.path = job.method.called, registry.entry(job.method.name), folder.path
         every = self.entry.newcomers
         self.judged = tuple(sorted(site for site in data.sites if every or site in self.plan.sites))
-        self.tested = _tested(self.judged, data.external, job.fold)
+        self.tested = tested_sites(self.judged, data.external, job.fold)
         self.ledgers: dict[str, Ledger] = {}
         if study.privacy and self.plan.private:
             self.ledgers = run_budgets.opened(self.path / "ledgers", self.plan.sites, data.info.name, study.privacy)
@@ -269,13 +268,10 @@ class MethodRun:
         make = partial(Site, device=chosen.device_here, seed=self.seed, compute=compute)
         sites = {name: make(name, dict(roles)) for name, roles in self.data.sites.items()}
         if self.entry.pooled:
-            parts = [self.data.sites[name] for name in self.data.training]
-            filled = {role: [part[role] for part in parts if len(part.get(role, ()))] for role in ("train", "val")}
-            pooled = {role: concat(examples) for role, examples in filled.items() if examples}
             sites = {
                 name: make(name, {r: d for r, d in site.data.items() if r != "train"}) for name, site in sites.items()
             }
-            sites[POOLED] = make(POOLED, pooled)
+            sites[POOLED] = make(POOLED, dict(self.data.pooled))
         # on one machine, predictions stay in the run folder
         free = (*SCORES, "predict/val", "predict/test")
         policies = {site: Budget(ledger, free) for site, ledger in self.ledgers.items()}
@@ -332,7 +328,7 @@ class MethodRun:
         return self.job.event(what, round=done, rounds=self.study.rounds, **told)
 
 
-def _tested(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -> tuple[str, ...]:
+def tested_sites(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -> tuple[str, ...]:
     """Return the sites whose test data a method run uses. With folds, each patient is tested in one fold of a seed."""
     if fold is None or (fold.by == "patients" and fold.index == 0):
         return tuple(judged)

@@ -12,6 +12,7 @@ runs/<name>-<hash8>/
                        search.jsonl             trials of a search;  chosen.toml   the chosen values, editable
                        records.jsonl            records of the method run, until the run ends and joins them
                        now.json                 progress within the current round
+  linear/<baseline>-seed<s>.safetensors         test predictions of linear models of a table
   data.safetensors   hashes of the data's examples      stop   makes it stop after the current round
   .lock           held by the process of the run
 ```

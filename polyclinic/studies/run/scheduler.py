@@ -24,6 +24,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.run_reader import read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.networks.model_tree import inspect
+from polyclinic.learning.training.linear_model import linear_task
 from polyclinic.studies.config import search_space, simulation_schema
 from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ from polyclinic.studies.records.run_description import described, information
 from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.cluster_runs import on_cluster
 from polyclinic.studies.run.events import Event, Job, cores
+from polyclinic.studies.run.linear_baselines import linear_files, write_linear_baselines
 from polyclinic.studies.run.method_run import MethodRun, external_in
 from polyclinic.studies.run.parallel_runs import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
@@ -111,6 +113,8 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
             yield from side_by_side(jobs, work, folder.note, workers)
         else:
             yield from in_turn(jobs, work, folder.note)
+        if work.add_linear_baselines():
+            folder.note("linear baselines", {})
         folder.finish([job.name for job in resolved.jobs])
         folder.note("finished", {})
     except Stopped:
@@ -226,6 +230,16 @@ class _Work:
             yield from self._search(job, folder)
             job, facts = self._chosen(job, folder)
         yield from self._arm(self.study, job, folder).run(*facts)
+
+    def add_linear_baselines(self) -> bool:
+        """Write the linear baselines that are missing, and return whether there were any. Images have none."""
+        task, added = linear_task(self.resolved.task), False
+        for seed, fold in dict.fromkeys((job.seed, job.fold) for job in self.resolved.jobs):
+            files = linear_files(self.path, seed, fold)
+            if task is not None and not all(file.is_file() for file in files.values()):
+                write_linear_baselines(files, task, self._data(seed, fold), fold, self.resolved.numbers)
+                added = True
+        return added
 
     def _arm(self, study: Study, job: Job, folder: MethodRunFolder, sealed: bool = False) -> MethodRun:
         data = self._data(job.seed, job.fold)

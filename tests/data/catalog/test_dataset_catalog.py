@@ -1,11 +1,13 @@
 """The catalog: every entry is whole, and every layout it describes is read as it says, on small files laid out so."""
 
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pydantic import ValidationError
 
@@ -13,6 +15,7 @@ from polyclinic.data.catalog import dataset_catalog
 from polyclinic.data.config import KINDS
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
+from polyclinic.data.sources.feature_tables import FeatureTable
 
 DICE = np.random.default_rng(0)
 NAMES = [one.name for one in dataset_catalog.list_datasets()]
@@ -446,3 +449,36 @@ def test_what_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
     spec = DataSpec(use="breastmnist", sites={"partition": "iid"})
     with pytest.raises(DataError, match="is not here yet: fetch it with `polyclinic data get breastmnist`"):
         federate(spec)
+
+
+def test_heart_disease_is_embedded() -> None:
+    """920 patients of four hospitals, prevalences as published, and no value that means missing but a 0 that is named."""
+    data = federate(DataSpec(use="heart-disease"))
+    labels = {name: torch.cat([roles[k].labels for k in roles]) for name, roles in data.sites.items()}  # type: ignore[misc]
+    assert {name: (len(found), int(found.sum())) for name, found in labels.items()} == {
+        "budapest": (294, 106),
+        "cleveland": (303, 139),
+        "long-beach": (200, 149),
+        "zurich-basel": (123, 115),
+    }
+    assert data.info.license == "CC BY 4.0"
+    assert "Janosi" in data.info.citation
+    text = resources.files("polyclinic.data.catalog").joinpath("heart_disease.csv").read_text(encoding="utf-8")
+    assert text.splitlines()[0].startswith("site,age,sex,")
+    assert "-9" not in text
+    assert "?" not in text
+
+
+def test_the_embedded_table_is_that_of_the_public_file(real_data: Path) -> None:
+    names = {"cleveland": "cleveland", "hungarian": "budapest", "switzerland": "zurich-basel", "va": "long-beach"}
+    own = DataSpec(use="heart-disease", path=str(real_data / "uci_heart_4hospitals" / "heart_4sites.csv"))
+    public, ours = own.source(), DataSpec(use="heart-disease").source()
+    assert isinstance(public, FeatureTable)
+    assert isinstance(ours, FeatureTable)
+    assert ours.names == public.names
+    assert np.array_equal(ours.inputs[0], public.inputs[0], equal_nan=True)
+    one, other = public.table(), ours.table()
+    assert one.labels is not None
+    assert other.labels is not None
+    assert np.array_equal(one.labels, other.labels)
+    assert [names[site] for site in one.columns["site"]] == list(other.columns["site"])

@@ -198,7 +198,7 @@ def test_lines_are_found_where_people_look() -> None:
     assert line_of(text, ("nowhere",)) == 1
 
 
-@pytest.mark.parametrize("name", ["demo", "study"])
+@pytest.mark.parametrize("name", ["demo", "demo-nodules", "study"])
 def test_the_templates_are_studies(name: str) -> None:
     from polyclinic.cli.run import template
 

@@ -41,23 +41,30 @@ def average_precision_of(score: Array, positive: NDArray[Any], weight: Array) ->
     return _ratio((pos * precision).sum(1), pos.sum(1))
 
 
-def rates_of(predicted: NDArray[Any], positive: NDArray[Any], weight: Array) -> tuple[Array, Array, Array]:
-    """Return sensitivity, specificity and F1 = 2 TP / (2 TP + FP + FN) of a binary prediction."""
-    yes, true = np.asarray(predicted).astype(float), np.asarray(positive).astype(float)
-    tp, fp = weight @ (yes * true), weight @ (yes * (1 - true))
-    fn, tn = weight @ ((1 - yes) * true), weight @ ((1 - yes) * (1 - true))
-    return _ratio(tp, tp + fn), _ratio(tn, tn + fp), _ratio(2 * tp, 2 * tp + fp + fn)
+def sensitivity_of(predicted: Array, positive: Array, weight: Array) -> Array:
+    """Return TP / (TP + FN) of a binary prediction. Shapes [n], [n], [b, n] -> [b]."""
+    return _ratio(weight @ (predicted * positive), weight @ positive)
+
+
+def specificity_of(predicted: Array, positive: Array, weight: Array) -> Array:
+    """Return TN / (TN + FP) of a binary prediction. Shapes [n], [n], [b, n] -> [b]."""
+    return sensitivity_of(1 - predicted, 1 - positive, weight)
+
+
+def f1_of(predicted: Array, positive: Array, weight: Array) -> Array:
+    """Return 2 TP / (2 TP + FP + FN) of a binary prediction. Shapes [n], [n], [b, n] -> [b]."""
+    return _ratio(weight @ (2 * predicted * positive), weight @ (predicted + positive))
 
 
 def one_hot(target: NDArray[Any], classes: int) -> NDArray[Any]:
     """Return the class, or the labels, as 0/1 of shape [n, classes]."""
-    return target if target.ndim == 2 else (target[:, None] == np.arange(classes)).astype(float)
+    return target.astype(float) if target.ndim == 2 else (target[:, None] == np.arange(classes)).astype(float)
 
 
 def predicted_of(score: Array, target: NDArray[Any]) -> NDArray[Any]:
     """Return the prediction: the most probable class, or each label with p ≥ 0.5. 0/1 of shape [n, classes]."""
     if target.ndim == 2:
-        return score >= 0.5
+        return (score >= 0.5).astype(float)
     return one_hot(np.argmax(score, axis=1), score.shape[1])
 
 
@@ -80,10 +87,12 @@ def _average_precision(score: Array, target: NDArray[Any], weight: Array) -> Arr
     return _over_classes(score, target, lambda k, truth: average_precision_of(score[:, k], truth[:, k], weight))
 
 
-def _rate(which: int) -> Kernel:
+def _rate(rate: Kernel) -> Kernel:
+    """Return the metric of a rate of binary predictions."""
+
     def kernel(score: Array, target: NDArray[Any], weight: Array) -> Array:
         predicted = predicted_of(score, target)
-        return _over_classes(score, target, lambda k, truth: rates_of(predicted[:, k], truth[:, k], weight)[which])
+        return _over_classes(score, target, lambda k, truth: rate(predicted[:, k], truth[:, k], weight))
 
     return kernel
 
@@ -95,13 +104,16 @@ def _accuracy(score: Array, target: NDArray[Any], weight: Array) -> Array:
 
 def _balanced_accuracy(score: Array, target: NDArray[Any], weight: Array) -> Array:
     predicted, truth = predicted_of(score, target), one_hot(target, score.shape[1])
-    rates = [rates_of(predicted[:, k], truth[:, k], weight) for k in range(truth.shape[1])]
+
+    def rate(of: Kernel, k: int) -> Array:
+        return of(predicted[:, k], truth[:, k], weight)
+
     if target.ndim == 2:  # for each label (sensitivity + specificity) / 2
         mixed = [k for k in range(truth.shape[1]) if 0 < truth[:, k].sum() < len(truth)]
-        each = [(rates[k][0] + rates[k][1]) / 2 for k in mixed]
+        each = [(rate(sensitivity_of, k) + rate(specificity_of, k)) / 2 for k in mixed]
     else:  # the mean sensitivity over classes
         present = [k for k in range(truth.shape[1]) if truth[:, k].any()]
-        each = [rates[k][0] for k in present] if len(present) > 1 else []
+        each = [rate(sensitivity_of, k) for k in present] if len(present) > 1 else []
     return np.mean(each, axis=0) if each else np.full(len(weight), np.nan)
 
 
@@ -188,9 +200,13 @@ CLASSIFICATION: Mapping[str, Metric] = {
             by_class=True,
             proportions=_hits_by_class,
         ),
-        Metric("sensitivity", "Sensitivity", _rate(0), scale="logit", by_class=True, proportions=_hits_of(1)),
-        Metric("specificity", "Specificity", _rate(1), scale="logit", by_class=True, proportions=_hits_of(0)),
-        Metric("f1", "F1", _rate(2), scale="logit", by_class=True),
+        Metric(
+            "sensitivity", "Sensitivity", _rate(sensitivity_of), scale="logit", by_class=True, proportions=_hits_of(1)
+        ),
+        Metric(
+            "specificity", "Specificity", _rate(specificity_of), scale="logit", by_class=True, proportions=_hits_of(0)
+        ),
+        Metric("f1", "F1", _rate(f1_of), scale="logit", by_class=True),
         Metric(
             "average_precision",
             "Average precision",

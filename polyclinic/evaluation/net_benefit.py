@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from polyclinic.evaluation.sample import STUDENT, Sample
 from polyclinic.statistics.intervals import Estimate, student
-from polyclinic.statistics.jackknife import Spread, added, mean_of_dependent, spreads_of
+from polyclinic.statistics.jackknife import Spread, column_spreads, mean_of_columns
 from polyclinic.statistics.undefined import Array, Undefined
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -47,8 +47,8 @@ def decision_curve(
     values = np.mean([np.mean([rows[0] for rows in groups], axis=0) for groups in each], axis=0)
     patients = sum(max(len(data.patients[site, seed]) for seed in data.seeds(label)) for site in sites)
     try:
-        parts = zip(*(_spreads(groups) for groups in each), strict=True)
-        spreads = [added(of_sites, [1 / len(sites)] * len(sites)) for of_sites in parts]
+        variances, df = zip(*(_spreads(groups) for groups in each), strict=True)
+        spreads = mean_of_columns(np.array(variances), np.array(df))
         estimates = [
             _estimate(float(value), spread, patients, data.level) for value, spread in zip(values, spreads, strict=True)
         ]
@@ -81,10 +81,13 @@ def _without_each(data: Sample, label: str, site: str, thresholds: Array) -> lis
     return found
 
 
-def _spreads(groups: Sequence[Array]) -> list[Spread]:
-    """Return the spread of the mean over ``groups`` of each column."""
-    parts = [spreads_of(rows[0], rows[1:]) for rows in groups]
-    return parts[0] if len(parts) == 1 else [mean_of_dependent(column) for column in zip(*parts, strict=True)]
+def _spreads(groups: Sequence[Array]) -> tuple[Array, float]:
+    """Return the variances of the mean over ``groups`` of each column, and their degrees of freedom.
+
+    The dependence of the groups is unknown, so these are bounds (see ``mean_of_dependent``).
+    """
+    variances, df = zip(*(column_spreads(rows[0], rows[1:]) for rows in groups), strict=True)
+    return variances[0] if len(groups) == 1 else np.mean(np.sqrt(variances), axis=0) ** 2, min(df)
 
 
 def _estimate(value: float, spread: Spread, patients: int, level: float) -> Estimate:

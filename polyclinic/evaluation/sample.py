@@ -11,7 +11,7 @@ of a seed are those of all folds together, each patient once.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -178,8 +178,10 @@ class Sample:
         found = [self._interval(label, group, sites, metric) for group in groups]
         if any(e.low is None for e in found):
             return Estimate(value, n=n, why=next(e.why for e in found if e.low is None))
+        if len(found) == 1:
+            return Estimate(value, found[0].low, found[0].high, n, found[0].how)
         low, high = (float(np.mean([getattr(e, k) for e in found])) for k in ("low", "high"))
-        return Estimate(value, low, high, n, found[0].how + ("" if len(found) == 1 else "; mean of the seeds’ limits"))
+        return Estimate(value, low, high, n, f"{found[0].how}; mean of the seeds’ limits")
 
     def _interval(self, label: str, seeds: Sequence[int], sites: Sequence[str], metric: Metric) -> Estimate:
         """Return the interval of the mean over ``seeds``, which share their patients."""
@@ -290,7 +292,7 @@ class Sample:
         for seed in [s for s in self.seeds(a) if s in self.seeds(b)]:
             both = [s for s in sites if s in self.cases[a, seed] and s in self.cases[b, seed]]
             each = [[self.value(m, seed, [s], metric) for m in (a, b)] for s in both]
-            known = [x - y for x, y in each if np.isfinite(x) and np.isfinite(y)]
+            known = [x - y for x, y in each if math.isfinite(x) and math.isfinite(y)]
             if known:
                 found.append(metric.sign * float(np.mean(known)))
         return found
@@ -359,14 +361,21 @@ class Sample:
     def _group(self, sites: Sequence[str], seed: int) -> tuple[Ints, list[int]]:
         """Return the group of each patient of ``sites``, and at which index each site starts."""
         sizes = [len(self.patients[s, seed]) for s in sites]
-        total = sum(sizes)
-        return np.arange(total) % min(total, MOST), [0, *accumulate(sizes[:-1])]
+        return _groups_of(sum(sizes)), [0, *accumulate(sizes[:-1])]
 
     def _cases(self, label: str, seed: int, sites: Sequence[str]) -> list[Cases]:
         return [self.cases[label, seed][s] for s in sites]
 
     def _patients(self, label: str, sites: Sequence[str]) -> int:
         return sum(max(len(self.patients[s, seed]) for seed in self.seeds(label)) for s in sites)
+
+
+@lru_cache(maxsize=1024)
+def _groups_of(patients: int) -> Ints:
+    """Return the number of the jackknife's group of each of ``patients``. Not writable."""
+    groups = np.arange(patients) % min(patients, MOST)
+    groups.flags.writeable = False
+    return groups
 
 
 STUDENT = "Student’s t, jackknife over patients"
@@ -411,7 +420,9 @@ def _images(run: Run, cases: Mapping[tuple[str, int], Mapping[str, Cases]], shar
     """Return the numbers of images and cases of each site, over all method runs; the largest if not shared."""
     found: dict[str, tuple[int, int]] = {}
     for site in (s.name for s in run.info.sites):
-        here = [(run.arms[arm][site], sites[site]) for arm, sites in cases.items() if site in sites]
+        tested = [(run.arms[arm][site], sites[site]) for arm, sites in cases.items() if site in sites]
+        # method runs with the same images and cases count once
+        here = {(p.patient.tobytes(), c.patient.tobytes(), c.target.tobytes()): (p, c) for p, c in tested}.values()
         if here and not shared:
             found[site] = max(c.images for _, c in here), max(len(c.patient) for _, c in here)
         elif here:
@@ -431,14 +442,20 @@ def share_patients(cases: Mapping[tuple[str, int], Mapping[str, Cases]]) -> bool
     Numbers that are specific to a seed range from 0 to n − 1 in each seed, and differ between seeds in n or in the
     patients' targets.
     """
-    found: dict[str, dict[int, list[tuple[int, bytes]]]] = {}
+    found: dict[str, dict[int, Cases]] = {}
     for (_, seed), sites in cases.items():
         for site, c in sites.items():
-            rows = [(int(p), np.asarray(t).tobytes()) for p, t in zip(c.patient, c.target, strict=True)]
-            found.setdefault(site, {}).setdefault(seed, rows)
+            found.setdefault(site, {}).setdefault(seed, c)
     for seeds in found.values():
-        fresh = all({p for p, _ in rows} == set(range(len({p for p, _ in rows}))) for rows in seeds.values())
-        first = next(iter(seeds.values()))
-        if fresh and any(rows != first for rows in seeds.values()):
+        first, *others = seeds.values()
+        if all(_same_cases(first, c) for c in others):
+            continue
+        ids = [np.unique(c.patient) for c in seeds.values()]
+        if all(np.array_equal(own, np.arange(len(own))) for own in ids):
             return False
     return True
+
+
+def _same_cases(a: Cases, b: Cases) -> bool:
+    """Return whether two arrays of cases have the same patients with the same targets."""
+    return np.array_equal(a.patient, b.patient) and a.target.tobytes() == b.target.tobytes()

@@ -14,12 +14,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import ndtr
 
 from polyclinic.core import atomic
-from polyclinic.data.source import Table
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.own_metrics import metrics_of
 from polyclinic.evaluation.records.predictions import Predictions
@@ -28,6 +28,9 @@ from polyclinic.evaluation.sample import Sample, sample
 from polyclinic.statistics.intervals import Estimate, mean_of_limits, z_of
 from polyclinic.statistics.multiple_tests import holm
 from polyclinic.statistics.paired_tests import Difference
+
+if TYPE_CHECKING:
+    from polyclinic.data.source import Table  # loads PyTorch, which a report does not need
 
 FILE = "groups.json"
 SHOWN = (
@@ -74,7 +77,9 @@ class Attribute:
     reference: str = ""
 
 
-def groups_of(table: Table, numbers: Mapping[str, int], columns: Sequence[str] = ()) -> dict[str, dict[str, list[int]]]:
+def groups_of(
+    table: "Table", numbers: Mapping[str, int], columns: Sequence[str] = ()
+) -> dict[str, dict[str, list[int]]]:
     """Return patients' numbers by column and group. A patient with several values in a column is in no group of it.
 
     Args:
@@ -113,7 +118,7 @@ def _order(name: str) -> tuple[int, str]:
     return (ages.index(name) if name in ages else -1, name)
 
 
-def write_groups(run: Path, table: Table, numbers: Mapping[str, int], columns: Sequence[str] = ()) -> None:
+def write_groups(run: Path, table: "Table", numbers: Mapping[str, int], columns: Sequence[str] = ()) -> None:
     """Write ``groups.json`` with the patients' numbers, not names, to a run folder, unless no column is known."""
     if found := groups_of(table, numbers, columns):
         atomic.write(run / FILE, json.dumps(found, separators=(",", ":")) + "\n")

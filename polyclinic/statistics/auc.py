@@ -99,9 +99,15 @@ def delong_parts(
         Undefined: If a class is missing, or has a single patient.
     """
     y = np.asarray(positive).astype(bool)
-    ids = np.arange(len(y)) if patient is None else np.unique(patient, return_inverse=True)[1]
     v10, v01 = (np.array(v) for v in zip(*(placements(s, y) for s in scores), strict=True))
     auc, m, n = v10.mean(1), int(y.sum()), int((~y).sum())
+    if patient is None:
+        if m < 2 or n < 2:
+            raise Undefined("fewer than two patients in a class")
+        a, b = v10 - auc[:, None], v01 - auc[:, None]
+        s10, s01 = a @ a.T / (m - 1), b @ b.T / (n - 1)
+        return auc, np.stack([s10 / m, s01 / n, np.zeros_like(s10)]), (m, n)
+    ids = np.unique(patient, return_inverse=True)[1]
     size = int(ids.max()) + 1
     # Sums by patient of V − AUC: for V₁₀ over its positives, for V₀₁ over its negatives.
     a = np.stack([np.bincount(ids[y], v, size) for v in v10 - auc[:, None]])
@@ -109,7 +115,7 @@ def delong_parts(
     with_pos, with_neg = len(np.unique(ids[y])), len(np.unique(ids[~y]))
     if with_pos < 2 or with_neg < 2:
         raise Undefined("fewer than two patients in a class")
-    s10 = with_pos / (with_pos - 1) * (a @ a.T) / m  # S₁₀; with one case per patient DeLong's 1/(m−1) Σ (V−θ)²
+    s10 = with_pos / (with_pos - 1) * (a @ a.T) / m  # S₁₀; with one case per patient, this is DeLong's
     s01 = with_neg / (with_neg - 1) * (b @ b.T) / n
     s11 = size / max(size - 1, 1) * (a @ b.T + b @ a.T) / (m * n)  # 0 if no patient has both classes
     return auc, np.stack([s10 / m, s01 / n, s11]), (with_pos, with_neg)

@@ -56,7 +56,7 @@ class Jackknife:
             Undefined: If a stratum has fewer than two units, or the statistic is undefined without one of them.
         """
         n, counts = len(self.without), np.bincount(self.stratum)
-        used = np.flatnonzero(counts)
+        used = np.flatnonzero(counts).tolist()
         if n < 2:
             raise Undefined("fewer than two patients")
         if counts[used].min() < 2:
@@ -70,8 +70,8 @@ class Jackknife:
         return added(parts, [1.0] * len(parts))
 
 
-def spreads_of(value: Array, without: Array) -> list[Spread]:
-    """Return the spreads of several statistics, without strata.
+def column_spreads(value: Array, without: Array) -> tuple[Array, float]:
+    """Return the variances [k] of several statistics, without strata, and their common degrees of freedom.
 
     Args:
         value: [k], the statistics of all units.
@@ -85,7 +85,7 @@ def spreads_of(value: Array, without: Array) -> list[Spread]:
         raise Undefined("fewer than two patients")
     pseudo = n * value - (n - 1) * without
     variance = ((pseudo - pseudo.mean(0)) ** 2).sum(0) / (n * (n - 1))
-    return [Spread(float(v), n - 1.0) for v in variance]
+    return np.asarray(variance), n - 1.0
 
 
 def added(parts: Sequence[Spread], weights: Sequence[float]) -> Spread:
@@ -96,6 +96,22 @@ def added(parts: Sequence[Spread], weights: Sequence[float]) -> Spread:
         return Spread(0.0, float(sum(p.df for p in parts)))
     squares = sum(v * v / max(p.df, 1e-9) for v, p in zip(variances, parts, strict=True))
     return Spread(total, float(total * total / squares))
+
+
+def mean_of_columns(variances: Array, df: Array) -> list[Spread]:
+    """Return the spread of the mean of p independent estimates for each of k statistics (see ``added``).
+
+    Args:
+        variances: [p, k].
+        df: [p], their degrees of freedom.
+    """
+    parts = variances / len(variances) ** 2
+    total, squares = parts.sum(0), (parts**2 / np.maximum(df, 1e-9)[:, None]).sum(0)
+    together = float(df.sum())
+    return [
+        Spread(v, v * v / s) if v > 0 else Spread(0.0, together)
+        for v, s in zip(total.tolist(), squares.tolist(), strict=True)
+    ]
 
 
 def mean_of_dependent(parts: Sequence[Spread]) -> Spread:

@@ -1,9 +1,12 @@
-"""Commands that print lists start quickly: they import neither PyTorch nor MONAI."""
+"""Commands that print lists start quickly: they import neither PyTorch nor MONAI. Nor does a report without audits."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.support.synthetic_run import write_run
 
 SCRIPT = """
 import sys
@@ -28,3 +31,22 @@ def test_a_list_is_printed_without_pytorch(words: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr[-500:]
     assert len(done.stdout) > 200
+
+
+REPORT = """
+import sys
+from polyclinic.report.report_builder import build_report
+build_report({run!r})
+for slow in ("torch", "scipy.stats", "pandas", "monai"):
+    assert slow not in sys.modules, slow + " was imported"
+"""
+
+
+def test_a_report_is_written_without_pytorch(tmp_path: Path) -> None:
+    sites = {f"site-{k}": ("training", 20, 0.5, 0.1 * k, 0.0) for k in range(7)}
+    run = write_run(tmp_path / "run", sites=sites, methods=("local", "fedavg"), seeds=(0,))
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT.format(run=str(run))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "Wilcoxon" in (run / "report" / "report.json").read_text(encoding="utf-8")

@@ -73,6 +73,18 @@ def test_signed_ranks() -> None:
         cmp.signed_ranks([0.1] * 5 + [0.0])
 
 
+@pytest.mark.parametrize("pairs", [6, 10, 13, 14, 50, 51])
+@pytest.mark.parametrize("kind", ["no ties", "ties", "zeros", "ties and zeros"])
+def test_signed_ranks_are_those_of_scipy(pairs: int, kind: str) -> None:
+    for seed in range(1 if pairs == 13 else 3):  # SciPy takes a second for 13 pairs with ties
+        d = np.random.default_rng([pairs, seed]).normal(0.3, 1.0, pairs)
+        d = np.round(d, 1) if kind.startswith("ties") else d
+        d[d == 0] = 0.1
+        if kind.endswith("zeros") and pairs > 6:
+            d[0] = 0.0
+        assert cmp.signed_ranks(d.tolist()).p == pytest.approx(float(stats.wilcoxon(d).pvalue), rel=1e-9)
+
+
 def test_a_verdict_needs_the_interval_and_the_corrected_p() -> None:
     assert cmp.Difference(0.1, 0.01, 0.2, 0.02).verdict() == cmp.BETTER
     assert cmp.Difference(-0.1, -0.2, -0.01, 0.02).verdict() == cmp.WORSE

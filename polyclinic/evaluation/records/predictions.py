@@ -187,6 +187,13 @@ class Cases:
 def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
     """Return one case for each patient, as described in the module's docstring."""
     n = len(predictions)
+    if (
+        predictions.score is not None
+        and predictions.target is not None
+        and bool((np.diff(predictions.patient) > 0).all())
+    ):
+        target = np.asarray(predictions.target)  # one example of each patient, in order
+        return Cases(predictions.patient, predictions.score, target.astype(np.float64) if regression else target, {}, n)
     ids, first, index = np.unique(predictions.patient, return_index=True, return_inverse=True)
     if len(ids) == n and predictions.score is not None and predictions.target is not None:
         target = np.asarray(predictions.target)[first]

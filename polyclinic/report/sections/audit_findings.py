@@ -1,36 +1,35 @@
-"""Results of attacks on the run's models: the lower bound on ε, and membership inference."""
+"""Results of attacks on the run's models: the lower bound on ε, and membership inference.
+
+Importing this module loads PyTorch.
+"""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from polyclinic.attacks.separation import RATES, Found, Rate
-from polyclinic.evaluation.records.record_schema import arm_names, rounded_up
+from polyclinic.evaluation.records.record_schema import rounded_up
 from polyclinic.report.context import ReportContext
-from polyclinic.report.formatting import NONE, interval, listed, number, p_value
+from polyclinic.report.formatting import NONE, interval, number, p_value
 from polyclinic.report.page_blocks import Cell, Row, Table, Text, numbers, words
 from polyclinic.studies.audits.audit_file import Audit, NotAnAudit, read_audit
 
 
-def audits(page: ReportContext) -> list[Any]:
-    """Return tables and verdicts of every audit of the run's models, and a list of what was not audited."""
+def audit_blocks(page: ReportContext, files: Sequence[Path]) -> tuple[list[Any], set[str]]:
+    """Return tables and verdicts of the audits in ``files``, and the labels of the audited methods."""
     found, damaged = list[Audit](), list[str]()
-    for *_, name in arm_names(page.run.info):
-        if (file := page.run.path / "arms" / name / "audit.json").is_file():
-            try:
-                found.append(read_audit(file))
-            except NotAnAudit as reason:
-                damaged.append(str(reason))
-    shared = [m.label for m in page.run.info.methods if not m.baseline]
+    for file in files:
+        try:
+            found.append(read_audit(file))
+        except NotAnAudit as reason:
+            damaged.append(str(reason))
     blocks: list[Any] = [Text(reason) for reason in damaged]
     if found:
         blocks += [*_bounds(page, found), _members(page, found)]
         blocks += [Text(text) for audit in found for text in _verdicts(page, audit)]
-    if missing := [page.title(label) for label in shared if label not in {audit.method for audit in found}]:
-        text = Markup("<strong>Not attacked:</strong> {}. <code>polyclinic audit</code> attacks a model of this run.")
-        blocks.append(Text(text.format(listed(missing))))
-    return blocks
+    return blocks, {audit.method for audit in found}
 
 
 def _bounds(page: ReportContext, found: Sequence[Audit]) -> list[Table]:

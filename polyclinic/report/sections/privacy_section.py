@@ -6,12 +6,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from polyclinic.evaluation.records.record_schema import Privacy, rounded_up
+from polyclinic.evaluation.records.record_schema import Privacy, arm_names, rounded_up
 from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import NONE, listed, many
 from polyclinic.report.page_blocks import Folded, Picture, Row, Section, Table, Text, numbers, words
-from polyclinic.report.sections.audit_findings import audits
 
 ACCOUNTS = {"pld": "tight", "rdp": "Rényi bound"}
 
@@ -42,10 +41,24 @@ def privacy_section(page: ReportContext) -> Section:
             "conditions the training images themselves."
         )
         blocks.append(Text(text.format(listed(bare, "or"))))
-    blocks += audits(page)
+    blocks += _audits(page, federated)
     if not federated:
         blocks.append(Text("The study has no federated method, so no data left a site."))
     return Section("privacy", "Privacy", blocks)
+
+
+def _audits(page: ReportContext, federated: Sequence[str]) -> list[Any]:
+    """Return the results of every audit of the run's models, and a list of the methods that were not audited."""
+    blocks, audited = list[Any](), set[str]()
+    files = [page.run.path / "arms" / name / "audit.json" for *_, name in arm_names(page.run.info)]
+    if files := [file for file in files if file.is_file()]:
+        from polyclinic.report.sections.audit_findings import audit_blocks  # loads PyTorch
+
+        blocks, audited = audit_blocks(page, files)
+    if missing := [page.title(label) for label in federated if label not in audited]:
+        text = Markup("<strong>Not attacked:</strong> {}. <code>polyclinic audit</code> attacks a model of this run.")
+        blocks.append(Text(text.format(listed(missing))))
+    return blocks
 
 
 def _privacy_rows(page: ReportContext, label: str, records: Sequence[Privacy]) -> list[Row]:

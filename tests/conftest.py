@@ -1,6 +1,8 @@
 """What all tests share: small sites, and one thread, so that two workers do not fight over cores."""
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from polyclinic.core import plugin_packages
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
@@ -19,6 +22,12 @@ settings.register_profile(
     "shared machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("shared machine")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through all modules and tests, which last, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Rows:
@@ -69,6 +78,19 @@ def no_forced_writes() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which refuses a closed file, as the original does
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages_listed_once() -> Iterator[None]:
+    """The installed packages are listed once, since no test installs one in the environment that runs the tests.
+
+    They are listed anew whenever a test has changed ``sys.path``, which is how tests provide packages of their own.
+    """
+    usual, listed = list(sys.path), tuple(plugin_packages._entry_point_files())
+    anew = plugin_packages._entry_point_files
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugin_packages, "_entry_point_files", lambda: listed if sys.path == usual else anew())
         yield
 
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests.engines.flare.conftest import code_hashed_once as code_hashed_once
 from tests.engines.flare.conftest import hospitals as hospitals
 from tests.engines.flare.conftest import looks as looks
 from tests.engines.flare.conftest import shared_hospitals as shared_hospitals

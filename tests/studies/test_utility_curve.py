@@ -1,6 +1,5 @@
 """What privacy costs is asked by an ordinary study, whose noise keeps each ε at the smallest site."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 
 from polyclinic.cli.app import app
 from polyclinic.evaluation.run_evaluation import Options
-from polyclinic.privacy import accounting
 from polyclinic.privacy.accounting import BadPlan
 from polyclinic.statistics.intervals import Estimate
 from polyclinic.studies.config.diagnostics import BadStudy
@@ -45,15 +43,6 @@ name = "local"
 name = "fedavg"
 training = {{ epochs = 2 }}
 """
-
-
-@pytest.fixture(autouse=True)
-def coarse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """ε to a hundredth instead of to four decimals: quicker."""
-    accounting._epsilon.cache_clear()
-    monkeypatch.setattr(accounting, "INTERVALS", {"pld": 1e-2, "coarse": 1e-2})
-    yield
-    accounting._epsilon.cache_clear()
 
 
 @pytest.fixture

@@ -7,8 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from polyclinic.engines.flare.protocol import registration, rpc
+from polyclinic.engines.flare.client import training_worker
+from polyclinic.engines.flare.protocol import registration, rpc, run_request
 from tests.support.flare_deployment import Hospitals
+
+
+@pytest.fixture(scope="session", autouse=True)
+def code_hashed_once() -> Iterator[None]:
+    """The code on disk is read once, since no test edits Polyclinic; tests of changed code set their own hash."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_worker, "code_on_disk", run_request.code_hash)
+        yield
 
 
 @pytest.fixture(scope="session")

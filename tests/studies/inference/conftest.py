@@ -41,7 +41,7 @@ kind = "in-process"
 AFFINE = np.array([[-1.1, 0.1, 0.0, 30.0], [0.1, 1.7, 0.0, -20.5], [0.0, 0.0, 1.5, 7.25], [0, 0, 0, 1]])
 
 
-def write_pairs(folder: Path, count: int = 20) -> Path:
+def write_pairs(folder: Path, count: int = 14) -> Path:
     """Write images of two bright boxes with noise, and their masks, in an oblique geometry."""
     rng, size = np.random.default_rng(0), (26, 16, 20)
     for name in ("images", "labels"):

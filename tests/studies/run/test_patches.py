@@ -39,7 +39,7 @@ min_patients = 1
 [task]
 kind = "segmentation"
 network = "segresnet"
-options = { init_filters = 8 }
+options = { init_filters = 8, blocks_down = [1, 1], blocks_up = [1] }
 
 [training]
 batch_size = 2
@@ -77,8 +77,8 @@ def write_volumes(folder: Path, count: int) -> None:
         center, grid = size / 2, np.indices(size).transpose(1, 2, 3, 0)
         mask = (((grid - center) ** 2).sum(-1) < 25).astype(np.uint8)
         values = rng.normal(100, 10, size) + 60 * mask
-        nifti(folder / "images" / f"c{i:02}.nii.gz", values.astype(np.float32))
-        nifti(folder / "labels" / f"c{i:02}.nii.gz", mask)
+        nifti(folder / "images" / f"ball{i:02}.nii.gz", values.astype(np.float32))
+        nifti(folder / "labels" / f"ball{i:02}.nii.gz", mask)
 
 
 def of(engine: str, **changes: str) -> str:

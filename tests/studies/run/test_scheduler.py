@@ -347,12 +347,12 @@ def test_a_used_up_budget_ends_training_and_the_model_of_then_is_tested(done: Pa
         .replace("seeds = [0, 1]", "seeds = [0]")
         .replace("0.2 }", '0.0, norm = "group" }')
     )
-    text = text.replace("rounds = 4", "rounds = 40")
-    go(text + PRIVATE.format(epsilon=8.0), tmp_path / "private")
+    text = text.replace("rounds = 4", "rounds = 12")
+    go(text + PRIVATE.format(epsilon=4.0), tmp_path / "private")
     lines = [line for line in facts(tmp_path / "private") if line["method"] == "fedavg"]
     rounds = max(line["round"] for line in lines if line["kind"] == "round")
-    assert 1 <= rounds < 40
-    assert all(line["epsilon"] <= 8.0 for line in lines if line["kind"] == "privacy")
+    assert 1 <= rounds < 12
+    assert all(line["epsilon"] <= 4.0 for line in lines if line["kind"] == "privacy")
     assert any(line["kind"] == "test" for line in lines)
     assert "budget used up" in [e["event"] for e in verify(tmp_path / "private" / "journal.jsonl")]
 

@@ -20,6 +20,7 @@ from polyclinic.studies.config.scenarios import parse_all
 from polyclinic.studies.run.scheduler import run
 
 HERE = Path(__file__).parent
+LEVEL = 0.95
 RESULTS = HERE.parent / "docs" / "results"
 
 
@@ -42,7 +43,7 @@ def finished(name: str, out: Path, changes: Mapping[str, Any]) -> Results:
         if event.what == "tested":
             print(f"{name}: {event.label} seed {event.seed} fold {event.fold}", flush=True)
     found = read_run(folder)
-    return Results(found, evaluate(found), sample(found), metrics_of(found.info)[found.info.metric])
+    return Results(found, evaluate(found), sample(found, LEVEL, "patient"), metrics_of(found.info)[found.info.metric])
 
 
 def arguments(about: str) -> argparse.Namespace:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from hospitals import mlp, read, sites_of
+from hospitals import mlp, sites_of
 from resplits import level_of, text_of
 from study_pages import Results, arguments, changes_of, declared_table, finished, megabytes, publish, row
 
 from polyclinic.core.rounds import Arrival, train
+from polyclinic.data.federation import DataSpec, federate
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.local import LocalTraining
@@ -66,7 +67,7 @@ def methods(task: Any) -> dict[str, Any]:
 
 def case(label: str, seed: int, rounds: int) -> dict[str, float]:
     """Return the percentage of all test patients that the model calls ill, mergers killed, and rounds without a merger."""
-    data = read(DATA, seed)
+    data = federate(DataSpec.model_validate(DATA), seed)
     sites, task = sites_of(data, seed), mlp(*data.shape)
     method = methods(task)[label]
     engine: InProcess = InProcess(method, sites, seed=seed)
@@ -141,12 +142,14 @@ splits of the same patients. This part was not declared in a study file.
 
 def answer(found: Results) -> str:
     """Return the answer in sentences that follow from the verdicts."""
-    by = {"equivalent": list[str](), "different": list[str](), "open": list[str]()}
+    by = {"same": list[str](), "equivalent": list[str](), "different": list[str](), "open": list[str]()}
     for c in found.result.declared:
         verdict = c.difference.verdict()
         key = "equivalent" if verdict == "equivalent" else "different" if verdict.startswith("different") else "open"
+        key = "same" if c.difference.value == 0 and c.difference.low is None else key
         by[key].append(f"`{c.method}`")
     sentences = {
+        "same": "Equal to its reference for every patient: {}.",
         "equivalent": "Equivalent within one point of AUC: {}.",
         "different": "Different by more than one point: {}.",
         "open": "Equivalence was not shown, which is no evidence of a difference: {}.",

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from polyclinic.errors import ConfigError
+from polyclinic.evaluation.baselines.constant_baseline import CONSTANT, Fault, compared, faults, with_constant
+from polyclinic.evaluation.baselines.linear_baseline import below_linear, linear_labels, with_linear
 from polyclinic.evaluation.calibration import CALIBRATION
-from polyclinic.evaluation.constant_baseline import CONSTANT, Fault, compared, faults, with_constant
-from polyclinic.evaluation.linear_baseline import below_linear, linear_labels, with_linear
 from polyclinic.evaluation.method_comparison import Against, Declared, ranked
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.metric_functions import CLASSIFICATION

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from polyclinic.evaluation.constant_baseline import CONSTANT
+from polyclinic.evaluation.baselines.constant_baseline import CONSTANT
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import evaluate
 from polyclinic.evaluation.split_faults import Leak

@@ -560,6 +560,8 @@ def test_declared_comparisons_stand_in_the_report_the_card_and_the_comparison_of
     assert f"{words}: non-inferior , difference" in text
     assert "Comparisons that the study file declared before the run." in text
     assert "These comparisons were not declared before the run" in text
+    for undeclared in ("differ significantly from FedAvg", "than FedAvg", "could not be tested against FedAvg"):
+        assert undeclared not in text  # the declared pair has a test of its own
     assert words in (file.parent / "model_card.md").read_text(encoding="utf-8")
     assert json.loads((file.parent / "report.json").read_text())["verdicts"]["declared"] == ["non-inferior"]
     rows = compare(paths, options=FEW)

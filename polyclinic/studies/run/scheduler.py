@@ -24,7 +24,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.run_reader import read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.networks.model_tree import inspect
-from polyclinic.learning.training.linear_model import linear_task
+from polyclinic.learning.tasks.linear_model import linear_task
 from polyclinic.studies.config import search_space, simulation_schema
 from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint

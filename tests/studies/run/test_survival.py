@@ -15,7 +15,7 @@ from polyclinic.data.simulation.phantoms import SurvivalPhantom
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.site_description import describe
 from polyclinic.errors import DataError
-from polyclinic.evaluation.constant_baseline import CONSTANT, with_constant
+from polyclinic.evaluation.baselines.constant_baseline import CONSTANT, with_constant
 from polyclinic.evaluation.records.predictions import Cases
 from polyclinic.evaluation.records.run_reader import NotARun, read_run
 from polyclinic.evaluation.run_evaluation import Options, evaluate

@@ -8,7 +8,7 @@ runs of tables (``studies.run.linear_baselines``).
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from polyclinic.evaluation.constant_baseline import Fault
+from polyclinic.evaluation.baselines.constant_baseline import Fault
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.method_runs import LINEAR_LOCAL, LINEAR_POOLED
 from polyclinic.evaluation.records.run_reader import Run, training_sites

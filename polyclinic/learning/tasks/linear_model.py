@@ -58,7 +58,8 @@ def fit_linear(task: Task, train: Any, validation: Any | None) -> Tree | None:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     judged = held_out is not None and len(held_out[0]) > 0
-    best, lowest = None, float("inf")
+    best: tuple[Tensor, Tensor] | None = None
+    lowest = float("inf")
     for penalty in PENALTIES if judged else (PENALTIES[len(PENALTIES) // 2],):
         _minimize(task, model, layer, (x, batch[1]), penalty)
         with torch.no_grad():
@@ -88,7 +89,7 @@ def _minimize(task: Task, model: nn.Module, layer: nn.Linear, batch: Batch, pena
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(objective)  # type: ignore[no-untyped-call]
+    optimizer.step(objective)  # type: ignore[no-untyped-call, arg-type]
 
 
 def _known(data: Any) -> Batch:

@@ -1,0 +1,1 @@
+"""Baselines that no method may be below: the constant, and linear models."""

@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,10 +16,33 @@ from tests.studies.run.test_scheduler import npz, study
 ROOT = Path(__file__).parents[2]
 
 
-def polyclinic(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "polyclinic", *args], capture_output=True, text=True, cwd=cwd or ROOT, timeout=120
-    )
+class Done(NamedTuple):
+    """What a command ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def polyclinic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in ``tmp_path``, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["polyclinic", *args])
+        capsys.readouterr()
+        code = 0
+        try:
+            app.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -47,25 +71,25 @@ def test_no_torchvision_comes_along() -> None:
         version("torchvision")
 
 
-def test_a_study_from_the_first_line_to_the_report(tmp_path: Path) -> None:
+def test_a_study_from_the_first_line_to_the_report(polyclinic: Command, tmp_path: Path) -> None:
     npz(tmp_path)
     text = study(tmp_path).split("[[methods]]")[0].replace("seeds = [0, 1]", "seeds = [0]")
     (tmp_path / "s.toml").write_text(text + '[[methods]]\nname = "local"\n\n[[methods]]\nname = "fedavg"\n')
     changes = ("--set", "training.lr=0.2", "--set", "rounds=2")
-    done = polyclinic("run", "s.toml", *changes, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "✓ fedavg" in done.stdout
+    done = polyclinic("run", "s.toml", *changes)
+    assert done.code == 0, done.err
+    assert "✓ fedavg" in done.out
     (folder,) = (tmp_path / "runs").glob("small-*")
     assert list(folder.rglob("report.html"))
     as_run = (folder / "study.toml").read_text()
     assert "changed by --set training.lr=0.2 --set rounds=2" in as_run
     assert read(folder / "study.toml").training.lr == 0.2
-    again = polyclinic("run", "s.toml", *changes, cwd=tmp_path)
-    assert again.returncode == 2
-    assert "--resume continues it" in again.stderr
-    assert "Traceback" not in again.stderr
+    again = polyclinic("run", "s.toml", *changes)
+    assert again.code == 2
+    assert "--resume continues it" in again.err
+    assert "Traceback" not in again.err
     shown = polyclinic("status", str(folder))
-    assert "fedavg               seed 0    tested" in shown.stdout
+    assert "fedavg               seed 0    tested" in shown.out
 
 
 @pytest.mark.parametrize(
@@ -77,23 +101,17 @@ def test_a_study_from_the_first_line_to_the_report(tmp_path: Path) -> None:
         (["methods", "show", "fedproxx"], 'Did you mean "fedprox"?'),
     ],
 )
-def test_mistakes_are_told_in_words(
-    args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["polyclinic", *args])
-    with pytest.raises(SystemExit) as end:
-        app.main()
-    assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert words in " ".join(said.split())
-    assert "Traceback" not in said
+def test_mistakes_are_told_in_words(args: list[str], words: str, polyclinic: Command) -> None:
+    done = polyclinic(*args)
+    assert done.code == 2
+    assert words in " ".join(done.err.split())
+    assert "Traceback" not in done.err
 
 
-def test_a_mistyped_command_is_answered_with_a_near_one() -> None:
+def test_a_mistyped_command_is_answered_with_a_near_one(polyclinic: Command) -> None:
     done = polyclinic("reprot")
-    assert done.returncode != 0
-    assert "report" in done.stdout + done.stderr
+    assert done.code != 0
+    assert "report" in done.out + done.err
 
 
 def test_lists_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,9 +127,9 @@ def test_lists_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unet" in said(catalog.networks)
 
 
-def test_a_new_study_is_not_written_over(tmp_path: Path) -> None:
-    assert polyclinic("new", cwd=tmp_path).returncode == 0
+def test_a_new_study_is_not_written_over(polyclinic: Command, tmp_path: Path) -> None:
+    assert polyclinic("new").code == 0
     (tmp_path / "study.toml").write_text("mine")
-    assert polyclinic("new", cwd=tmp_path).returncode == 2
+    assert polyclinic("new").code == 2
     assert (tmp_path / "study.toml").read_text() == "mine"
-    assert polyclinic("new", "--force", cwd=tmp_path).returncode == 0
+    assert polyclinic("new", "--force").code == 0

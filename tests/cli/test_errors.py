@@ -26,16 +26,6 @@ from tests.studies.run.test_scheduler import npz, study
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _same_console() -> Iterator[None]:
-    yield
-    rendering.progress.quiet = rendering.progress.stderr = False
-    rendering.note_invocation([])
-    log = logging.getLogger("polyclinic")
-    log.handlers[:], log.propagate = [], True
-    log.setLevel(logging.NOTSET)
-
-
 def ended(args: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["polyclinic", *args])
     try:

@@ -69,13 +69,6 @@ OTHERS = {  # commands that are not called here, and the tests that read their J
 }
 
 
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    yield
-    rendering.progress.quiet = rendering.progress.stderr = False
-    rendering.note_invocation([])
-
-
 def commands(at: App = app.app, name: str = "") -> Iterator[tuple[str, App]]:
     """Every command with its name, without those of the group ``study``, which are the same."""
     for word in at:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from polyclinic.cli import app, rendering
+from polyclinic.cli import app
 from polyclinic.studies.run import scheduler
 from polyclinic.studies.run.run_directory import Stopped
 from tests.studies.run.test_scheduler import npz
@@ -31,13 +31,6 @@ kind = "in-process"
 [[methods]]
 name = "fedavg"
 """
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    yield
-    rendering.progress.quiet = rendering.progress.stderr = False
-    rendering.note_invocation([])
 
 
 def hint_in(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the tests of this folder share."""
+"""What the tests of studies and of the command line share."""
 
 from collections.abc import Iterator
 

@@ -92,14 +92,14 @@ def test_a_run_that_lives_is_nobody_elses(here: Path) -> None:
 
 
 def test_a_killed_process_holds_nothing(here: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", HOLDS, str(here / "run")], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "held\n"
-    assert holder(here / "run") == child.pid
-    with pytest.raises(RunHeld, match=f"process {child.pid} "):
-        Folder(here / "run").hold()
-    child.kill()
-    child.wait()
+    command = [sys.executable, "-c", HOLDS, str(here / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        assert holder(here / "run") == child.pid
+        with pytest.raises(RunHeld, match=f"process {child.pid} "):
+            Folder(here / "run").hold()
+        child.kill()
     assert holder(here / "run") == 0
     folder = Folder(here / "run")
     folder.hold()

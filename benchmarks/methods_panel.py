@@ -7,14 +7,17 @@ of ranks in ``docs/pictures``.
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 
 from polyclinic.core import atomic
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_comparison import panel
-from polyclinic.evaluation.run_evaluation import Evaluation, evaluate
+from polyclinic.evaluation.run_evaluation import evaluate
 from polyclinic.report.figures import ranks_plot
 from polyclinic.statistics.intervals import Estimate
+from polyclinic.statistics.multiple_tests import holm
 from polyclinic.statistics.paired_tests import Difference
 from polyclinic.studies.config.scenarios import read_all
 
@@ -37,67 +40,86 @@ the best validated round is tested once. Sites hold at most 80 patients. A seed 
 settings, the split of the patients, and, for the three data sets of images, the four simulated sites to which they are dealt with
 label skew. All of it is in the study file, which was written before the run.
 """
-LIMITS = """That is no evidence of
-equality: an interval of several hundredths contains differences that matter. The panel ranks methods at small sites, with a small
-network and few settings each; it says nothing about large networks, many rounds, other metrics, or the problems for which some of these
-methods were made.
-"""
+LIMITS = (
+    "No difference shown is no evidence of equality: an interval of several hundredths contains differences that matter. The "
+    "panel ranks methods at small sites, with a small network and few settings each; it says nothing about large networks, many "
+    "rounds, other metrics, or the problems for which some of these methods were made."
+)
 TABLE = """## AUC
 
 Mean over training sites and seeds, with its 95 % interval where every site has patients of both classes in every test set.
 """
 DIFFERENCES = """## Compared with FedAvg
 
-AUC minus that of FedAvg in hundredths, paired by patient, with its 95 % interval. A difference is bold if p < 0.05 after Holm's
-correction over the {} comparisons of its data set.
+AUC minus that of FedAvg in hundredths: the mean over five splits, with the 95 % interval of Nadeau and Bengio's corrected t-test. A
+difference is bold if p < 0.05 after Holm's correction over the {} comparisons of its data set.
 """
 
 
 def page(runs: Mapping[str, Path]) -> tuple[str, str]:
     """Return the page and the picture of ranks, of the finished runs of the panel by their names."""
     found = panel(list(runs.values()), names=list(runs))
-    results = {name: evaluate(read_run(path)) for name, path in runs.items()}
+    differences = {name: corrected(evaluate(read_run(path)).over_splits) for name, path in runs.items()}
     header = "| method | " + " | ".join(runs) + " |\n" + "|---|" + "---|" * len(runs) + "\n"
     values = "".join(
         f"| {method} | " + " | ".join(_value(found.estimates[name, method]) for name in runs) + " |\n"
         for method in found.methods
     )
     others = [method for method in found.methods if method != "fedavg"]
-    differences = "".join(
-        f"| {method} | " + " | ".join(_difference(result.comparisons[method]) for result in results.values()) + " |\n"
+    compared = "".join(
+        f"| {method} | " + " | ".join(_difference(differences[name][method]) for name in runs) + " |\n"
         for method in others
     )
     sections = [
         HEAD,
-        _summary(results, others),
+        _summary(differences),
         TABLE,
         header + values,
         DIFFERENCES.format(len(others)),
-        header + differences,
+        header + compared,
     ]
     ranking = found.ranking
     assert ranking is not None
     means = ", ".join(f"{method} {rank:.2f}" for method, rank in zip(ranking.methods, ranking.ranks, strict=True))
+    apart = [
+        f"{first} from {second}"
+        for first, a in zip(ranking.methods, ranking.ranks, strict=True)
+        for second, b in zip(ranking.methods, ranking.ranks, strict=True)
+        if b - a > ranking.critical
+    ]
     sections += [
-        f"## Ranks\n\nMean ranks over {ranking.blocks} data sets, 1 is best: {means}. Friedman's p = {ranking.p:.2g}; two methods "
-        f"whose mean ranks differ by less than {ranking.critical:.2f} (Nemenyi) are not distinguished.\n",
+        "## Ranks\n",
+        _paragraph(
+            f"Mean ranks over {ranking.blocks} data sets, 1 is best: {means}. Friedman's p = {ranking.p:.2g}; two methods whose mean "
+            f"ranks differ by less than {ranking.critical:.2f} (Nemenyi) are not distinguished. "
+            f"Distinguished: {', '.join(apart) or 'none'}."
+        ),
         f"![Mean ranks over data sets, with bars that join methods that are not distinguished](../pictures/{PICTURE.name})\n",
     ]
     return "\n".join(sections), ranks_plot("ranks", f"Mean ranks: {means}", ranking, {}, "data sets")
 
 
-def _summary(results: Mapping[str, Evaluation], others: list[str]) -> str:
+def corrected(found: Mapping[str, Difference]) -> dict[str, Difference]:
+    """Return differences with p-values after Holm's correction over all of them."""
+    adjusted = holm([1.0 if d.p is None else d.p for d in found.values()])
+    return {name: replace(d, adjusted=p) for (name, d), p in zip(found.items(), adjusted, strict=True)}
+
+
+def _summary(differences: Mapping[str, Mapping[str, Difference]]) -> str:
     """Return which comparisons with FedAvg show a difference, and that the others show none."""
-    verdicts = {(name, m): result.comparisons[m].verdict() for name, result in results.items() for m in others}
+    verdicts = {(name, method): d.verdict() for name, row in differences.items() for method, d in row.items()}
     shown = [
         f"{m} was {verdict} on {name}" for (name, m), verdict in verdicts.items() if verdict in ("better", "worse")
     ]
+    text = f"{len(shown)} of {len(verdicts)} comparisons with FedAvg show a difference: {'; '.join(shown)}."
     if not shown:
-        return f"**Results.** None of {len(verdicts)} comparisons with FedAvg shows a difference. {LIMITS}"
-    return (
-        f"**Results.** {len(shown)} of {len(verdicts)} comparisons with FedAvg show a difference: {'; '.join(shown)}. "
-        f"The others show none. {LIMITS}"
-    )
+        text = f"None of {len(verdicts)} comparisons with FedAvg shows a difference."
+    return _paragraph(f"**Results.** {text} {LIMITS}")
+
+
+def _paragraph(text: str) -> str:
+    """Return a paragraph in lines of the width of the pages."""
+    return fill(text, 140, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def _value(e: Estimate) -> str:

@@ -184,7 +184,7 @@ def _unparsed(dataset: Any, keyword: str, vr: str) -> Any:
     if tag not in dataset:
         return None
     stored = dataset.get_item(tag)
-    return stored if stored.VR == vr and isinstance(stored.value, bytes) else None
+    return stored if vr == stored.VR and isinstance(stored.value, bytes) else None
 
 
 def whole_number(path: Path, dataset: Any, keyword: str, default: int | None = None) -> int:

@@ -246,6 +246,25 @@ FACTOR, FEWEST_TIMES = 7.0, 10
 """Ratio of median times of sites from which units may differ (a week has 7 days), and rows that a site needs."""
 
 
+def event_problems(event: str, label: str | Sequence[str], codes: Sequence[str], regression: bool) -> list[str]:
+    """Return what is wrong with the keys of survival labels.
+
+    Args:
+        event: The column of events; "" for other labels.
+        label: The column of times.
+        codes: Values that mean an event, or none.
+        regression: Whether the label is a number.
+    """
+    problems = []
+    if event and (regression or not isinstance(label, str) or not label):
+        problems.append(
+            "event = is for survival analysis: name the column of times with label, and leave regression out"
+        )
+    if not event and codes:
+        problems.append("event_codes and censored_codes need event = the column that they are values of")
+    return problems
+
+
 def survival_notes(targets: Sequence[tuple[float, ...]], sites: Sequence[str]) -> list[str]:
     """Return sentences on times that may have different units at different sites, and on data without an event.
 

@@ -20,7 +20,7 @@ from polyclinic.data.formats.column_roles import (
     no_column,
     usual_columns,
 )
-from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, survival_notes
+from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, event_problems, survival_notes
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info, Task
 from polyclinic.data.sources.tabular_files import read_rows
@@ -100,12 +100,8 @@ class Manifest(FromFiles):
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = [*check_pattern("patient_pattern", self.patient_pattern)]
-        if self.event and (self.regression or not self.label or not isinstance(self.label, str)):
-            problems.append(
-                "event = is for survival analysis: name the column of times with label, and leave regression out"
-            )
-        if not self.event and (self.event_codes or self.censored_codes):
-            problems.append("event_codes and censored_codes need event = the column that they are values of")
+        codes = (*self.event_codes, *self.censored_codes)
+        problems += event_problems(self.event, self.label, codes, self.regression)
         if problems := [*problems, *check_pattern("site_pattern", self.site_pattern)]:
             raise DataError(problems)
 

@@ -1,7 +1,7 @@
 """Blinded points of Curve25519, with which sets are compared without being shown.
 
 A label becomes a point of the curve, and a secret scalar k multiplies it. Multiplication commutes, k·(m·P) = m·(k·P),
-so that two sites which blind each other's points get equal values for equal labels. Without k, nobody can find the
+so that two sites which blind each other's points get equal values for equal labels. Without k, no party can find the
 label of a point by trying labels, if the decisional Diffie-Hellman problem is hard in the curve's large subgroup.
 
 Meadows, "A more efficient cryptographic matchmaking protocol for use in the absence of a continuously available third

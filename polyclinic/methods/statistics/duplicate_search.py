@@ -9,9 +9,9 @@ between the sites; see ``blinded_points``. Every site i draws a secret scalar ká
 
 The server learns how many points each site sent, and how many labels each pair of sites shares; not which, as long as
 it follows the protocol and no site gives it a scalar. A site learns nothing of another one. The protocol does not
-protect against guesses: whoever puts labels of known images in place of a site's own learns how many of them another
-site has. ``most`` limits the number of guesses, and the scalar is deleted after one comparison, so that a site answers
-once in a run.
+protect against guesses: a party that puts labels of known images in place of a site's own learns how many of them
+another site has. ``most`` limits the number of guesses, and the scalar is deleted after one comparison, so that a site
+answers once in a run.
 
 Nothing is trained: the model is returned as it was.
 """
@@ -137,7 +137,7 @@ class DuplicateSearch(Method[State]):
             points = {site: lists for site, lists in replies.items() if self._sound(lists)}
             if len(points) > 1:
                 return state._replace(points=points)
-            replies = {}  # there is nobody to compare with
+            replies = {}  # no two sites can be compared
         shared: dict[str, dict[str, Any]] = {kind: {} for kind in self.kinds}
         for one, other in combinations(sorted(self.sites), 2):
             for kind in self.kinds:

@@ -28,6 +28,7 @@ from polyclinic.data.formats.safe_reading import (
     inflate,
     read_npz,
     read_text,
+    read_whole,
     size,
 )
 from tests.support.image_files import image, nifti_bytes, nrrd_bytes
@@ -185,3 +186,12 @@ def test_sizes_in_words() -> None:
         "1 GiB",
         "3 TiB",
     ]
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program is still writing it."""
+    (tmp_path / "x").write_bytes(b"0123456789")
+    assert read_whole(tmp_path / "x") == b"0123456789"
+    monkeypatch.setattr("polyclinic.data.formats.safe_reading.regular_file", lambda path, limits: 9)
+    with pytest.raises(Unreadable, match="grew while it was read"):
+        read_whole(tmp_path / "x")

@@ -147,3 +147,35 @@ def test_a_study_names_them_by_kind(tmp_path: Path) -> None:
     federated = federate(spec)
     assert [sum(r.patients for r in row.roles.values()) for row in federated.rows] == [2, 10]
     assert federated.info.modality == "CT"
+
+
+def test_times_to_an_event_are_labels_of_bids_and_dicom(tmp_path: Path) -> None:
+    root = bids(tmp_path / "b")
+    lines = (root / "participants.tsv").read_text().splitlines()
+    times = ["days\tdied", "100\t1", "200\t0", "150\tyes", "90\tno", "80\t1", "n/a\t0"]
+    (root / "participants.tsv").write_text("\n".join(f"{a}\t{b}" for a, b in zip(lines, times, strict=True)) + "\n")
+    codes = {"event_codes": ("1", "yes"), "censored_codes": ("0", "no")}
+    source = BidsImages(str(root), label="days", event="died", missing_labels="drop", **codes)
+    assert source.info.task == "survival"
+    examples = source.examples(source.table().ids)
+    assert examples.targets.tolist() == [[100, 1], [200, 0], [150, 1], [90, 0], [80, 1]]
+    assert not {"days", "died"} & source.table().columns.keys()
+    assert any("1 visits whose days or died is missing" in note for note in source.info.notes)
+    with pytest.raises(DataError, match="without a days"):
+        BidsImages(str(root), label="days", event="died", **codes).table()
+    with pytest.raises(DataError, match="deceased"):
+        BidsImages(str(root), label="days", event="deceased").table()
+    tree = tmp_path / "d"
+    for i in range(3):
+        series(tree / f"s{i}", RNG.integers(0, 9, (2, 4, 4)).astype(np.int16), PatientID=f"P{i}")
+    (tmp_path / "l.csv").write_text("patient,days,died,hospital\nP0,10,1,x\nP1,20,0,x\nP2,,1,y\n")
+    follow = DicomImages(
+        str(tree), str(tmp_path / "l.csv"), label="days", event="died", site="hospital", missing_labels="drop"
+    )
+    assert follow.info.task == "survival"
+    assert follow.table().columns["hospital"] == ("x", "x")
+    assert follow.examples(follow.table().ids).targets.tolist() == [[10, 1], [20, 0]]
+    with pytest.raises(DataError, match="without a days"):
+        DicomImages(str(tree), str(tmp_path / "l.csv"), label="days", event="died").table()
+    with pytest.raises(DataError, match="gone"):
+        DicomImages(str(tree), str(tmp_path / "l.csv"), label="days", event="gone").table()

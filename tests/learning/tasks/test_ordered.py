@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, ordered_loss
 from polyclinic.statistics import agreement
 from polyclinic.studies.config import study_config
-from polyclinic.studies.run.resolved_study import resolve
+from polyclinic.studies.run.resolved_study import _require_order, resolve
 
 STUDY = """
 name = "grades"
@@ -130,6 +131,9 @@ def test_an_order_is_never_guessed_from_words(tmp_path: Path, monkeypatch: pytes
         resolve(study, file.read_text())
     listed = study_config.read(file, {"data.classes": ["absent", "mild", "severe"]})
     assert resolve(listed, file.read_text()).task.ordered  # type: ignore[attr-defined]
+    shuffled = SimpleNamespace(info=SimpleNamespace(classes=("2", "1", "3"), name="numbers in another order"))
+    with pytest.raises(DataError, match="the order of the classes 2, 1, 3"):
+        _require_order(study, shuffled)
     file = archive(tmp_path, ["0", "1"])
     with pytest.raises(DataError, match="has 2 classes"):
         resolve(study_config.read(file), file.read_text())

@@ -211,9 +211,19 @@ def test_a_site_compares_once_and_no_more_images_than_agreed() -> None:
 @pytest.mark.parametrize("case", sorted(HOSTILE.keys() - {"of order four"}))
 def test_a_hostile_site_does_not_stop_the_others(case: str) -> None:
     """Its points are not passed on, and its pairs are reported as not compared."""
+    only_honest_pairs({"exact": HOSTILE[case], "near": listed(GOOD)})
+
+
+@pytest.mark.parametrize("kinds", [("exact",), ("exact", "near", "other")])
+def test_lists_of_other_kinds_are_not_passed_on(kinds: tuple[str, ...]) -> None:
+    only_honest_pairs(dict.fromkeys(kinds, listed(GOOD)))
+
+
+def only_honest_pairs(hostile: dict[str, torch.Tensor]) -> None:
+    """Two sites share one image; a third sends ``hostile`` lists."""
     method, sites = DuplicateSearch(TASK, ("a", "b", "c"), most=10), ("a", "b")
     parts = {name: blind(name, numbers, method) for name, numbers in zip(sites, ([1, 2], [2, 3]), strict=True)}
-    lists = {name: part[0] for name, part in parts.items()} | {"c": {"exact": HOSTILE[case], "near": listed(GOOD)}}
+    lists = {name: part[0] for name, part in parts.items()} | {"c": hostile}
     state = method.server_update(method.init({}), Reply({PART: PerSite(lists)}), Site("server"))
     request = method.request(state)
     assert request is not None

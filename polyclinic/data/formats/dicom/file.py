@@ -181,8 +181,10 @@ def states(dataset: Any, keyword: str) -> bool:
 def _unparsed(dataset: Any, keyword: str, vr: str) -> Any:
     """Return an element that pydicom has not parsed yet, if it is of type ``vr``; to parse numbers here is faster."""
     tag = _tag(keyword)
-    stored = dataset.get_item(tag) if tag in dataset else None
-    return stored if getattr(stored, "VR", "") == vr and isinstance(stored.value, bytes) else None
+    if tag not in dataset:
+        return None
+    stored = dataset.get_item(tag)
+    return stored if vr == stored.VR and isinstance(stored.value, bytes) else None
 
 
 def whole_number(path: Path, dataset: Any, keyword: str, default: int | None = None) -> int:
@@ -212,7 +214,8 @@ def numbers(path: Path, dataset: Any, keyword: str, count: int) -> tuple[float, 
             values = tuple(map(float, text.split(b"\\"))) if text else ()
         else:
             value = element(dataset, keyword)
-            value = () if value is None or value == "" else value
+            if value is None or value == "":
+                return None
             values = tuple(float(v) for v in value) if hasattr(value, "__iter__") else (float(value),)
         if not values:
             return None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyclinic.data.formats.dicom.file import image_shape, open_dicom, quiet, stored_pixels, whole_number
+from polyclinic.data.formats.dicom.file import element, image_shape, open_dicom, quiet, stored_pixels, whole_number
 from polyclinic.data.formats.dicom.geometry import Plane, affine_of, first_item, frame_planes, plane_of
 from polyclinic.data.formats.grids import GridMismatch, tolerance_of
 from polyclinic.data.formats.polygons import inside
@@ -27,6 +27,8 @@ MOST_POINTS = 20_000
 """Largest number of points of one contour."""
 OFF_SLICE = 0.1
 """Largest distance of a contour from the middle of a slice, in slices."""
+MASKS = ("SEG", "RTSTRUCT")
+"""Modalities of masks."""
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _LIST = "`polyclinic data segments FILE` lists their names"
 
@@ -57,6 +59,25 @@ def segments_of(path: str | os.PathLike[str], limits: Limits = LIMITS) -> dict[i
     return names
 
 
+def referenced_series(path: str | os.PathLike[str], dataset: Any) -> frozenset[str] | None:
+    """Return the SeriesInstanceUIDs of the images that a segmentation or structure set refers to; None for others.
+
+    Raises:
+        Unreadable: If its references are damaged.
+    """
+    modality = str(element(dataset, "Modality") or "")
+    if modality not in MASKS:
+        return None
+    with quiet(), refusing(path, "its references to images are damaged"):
+        if modality == "SEG":
+            series = list(dataset.get("ReferencedSeriesSequence") or [])
+        else:
+            frames = dataset.get("ReferencedFrameOfReferenceSequence") or []
+            studies = [study for frame in frames for study in frame.get("RTReferencedStudySequence") or []]
+            series = [item for study in studies for item in study.get("RTReferencedSeriesSequence") or []]
+        return frozenset(str(item.SeriesInstanceUID) for item in series)
+
+
 def read_segments(
     path: str | os.PathLike[str],
     image: Volume | None,
@@ -85,7 +106,7 @@ def read_segments(
     path = Path(path)
     dataset = open_dicom(path, limits=limits)
     modality = str(dataset.get("Modality") or "")
-    if modality not in ("SEG", "RTSTRUCT"):
+    if modality not in MASKS:
         return None
     label = _labels(path, segments_of(path, limits), wanted)
     if image is None or not image.positioned:

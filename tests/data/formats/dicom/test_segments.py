@@ -15,8 +15,9 @@ from polyclinic.data.formats.dicom.segments import read_segments, segments_of
 from polyclinic.data.formats.grids import GridMismatch
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.quality.site_check import check_folder
+from polyclinic.data.sources.dicom_images import DicomImages
 from polyclinic.data.sources.manifest import Manifest
-from tests.support.image_files import Dataset, Items, image, oblique, save, series
+from tests.support.image_files import Dataset, Items, image, oblique, pydicom, save, series
 
 SIZE = (5, 8, 9)
 STEP = (2.5, 0.5, 0.75)
@@ -311,6 +312,84 @@ def test_a_study_reads_them_as_masks(tmp_path: Path) -> None:
     assert report.mask_labels == {0: 3, 1: 3, 2: 2}
     refused = "\n".join(f.message for f in check_folder(tmp_path).findings if f.level == "error")
     assert "contains 2 segments: name those to read" in refused
+
+
+def of_series(data: Dataset, uid: str) -> Dataset:
+    """The mask, which states the series that it was made from."""
+    item = entry(SeriesInstanceUID=uid)
+    if data.Modality == "SEG":
+        data.ReferencedSeriesSequence = Items([item])
+    else:
+        study = entry(RTReferencedSeriesSequence=Items([item]))
+        data.ReferencedFrameOfReferenceSequence = Items([entry(RTReferencedStudySequence=Items([study]))])
+    return data
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Four series in one tree: three with a mask each, in files of any name; and their SeriesInstanceUIDs."""
+    uids = {}
+    for i, name in enumerate("abcd"):
+        paths = series(root / name, VALUES + np.int16(i), STEP, None, ORIGIN, PatientID=f"P{i}")
+        uids[name] = str(pydicom.dcmread(paths[0]).SeriesInstanceUID)
+    for i, name in enumerate("ca"):  # in another order than the series
+        masks = drawn(i)
+        masks[1] &= name == "c"
+        save(of_series(seg(masks, np.eye(3)), uids[name]), root / "masks" / f"{i}")
+    corners = [contour(np.eye(3), OUTER, 1.0)]
+    rois = structures([(1, corners[0])], ("Liver", "Lung"))
+    save(of_series(rois, uids["b"]), root / "b" / "rt.dcm")
+    return uids
+
+
+def test_a_tree_pairs_series_with_the_masks_that_refer_to_them(tmp_path: Path) -> None:
+    uids = tree(tmp_path / "t")
+    source = DicomImages(str(tmp_path / "t"), segments=("Liver", "Tumor"))
+    table = source.table()
+    assert table.ids == ("a", "b", "c")
+    assert source.info.task == "segmentation"
+    assert source.info.classes == ("background", "Liver", "Tumor")
+    assert any("1 series without a segmentation" in note for note in source.info.notes)
+    examples = source.examples(table.ids)
+    assert [bool((y == 2).any()) for y in examples.targets] == [False, False, True]
+    assert int((examples.targets[1] == 1).sum()) == int(enclosed(OUTER).sum())
+    alone = read_case([tmp_path / "t" / "c"], tmp_path / "t" / "masks" / "0", ImageOptions(segments=("Liver", "Tumor")))
+    assert alone.mask is not None
+    assert int((examples.targets[2] > 0).sum()) == int((alone.mask.array > 0).sum())
+    (tmp_path / "sites.csv").write_text("patient,hospital\nP0,north\nP2,south\n")
+    listed = DicomImages(str(tmp_path / "t"), str(tmp_path / "sites.csv"), segments=("Liver",)).table()
+    assert listed.columns["hospital"] == ("north", "south")
+    assert listed.sites == ("hospital", "scanner")
+    assert len(uids) == 4
+
+
+def test_masks_of_no_series_and_of_one_series_twice_are_told(tmp_path: Path) -> None:
+    uids = tree(tmp_path / "t")
+    save(of_series(seg(drawn(), np.eye(3)), uids["a"]), tmp_path / "t" / "again.dcm")
+    with pytest.raises(DataError, match=r"1 series have several segmentations or structure sets \(as \w+"):
+        DicomImages(str(tmp_path / "t"), segments=("Liver",)).table()
+    series(tmp_path / "alone", VALUES, STEP, None, ORIGIN)
+    save(seg(drawn(), np.eye(3)), tmp_path / "alone" / "seg.dcm")  # refers to nothing
+    with pytest.raises(DataError, match="refers to a selected series"):
+        DicomImages(str(tmp_path / "alone"), segments=("Liver",)).table()
+    damaged = seg(drawn(), np.eye(3))
+    damaged.ReferencedSeriesSequence = Items([entry(SeriesDescription="no UID")])
+    save(damaged, tmp_path / "alone" / "seg.dcm")
+    with pytest.raises(DataError, match="its references to images are damaged"):
+        DicomImages(str(tmp_path / "alone"), segments=("Liver",)).table()
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({}, "give labels = "),
+        ({"segments": ("Liver",), "label": "grade"}, "leave label, event and regression out"),
+        ({"labels": "x.csv", "event": "died"}, "name the column of times with label"),
+        ({"labels": "x.csv", "event_codes": ("2",)}, "need event = "),
+    ],
+)
+def test_keys_that_do_not_go_together(keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        DicomImages("x", **keys)
 
 
 def test_segmentations_in_a_tree_are_no_examples(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,30 @@ def test_enhanced_frames_are_ordered_by_position_with_their_own_slopes(tmp_path:
     assert volume.spacing_mm == (2.5, 0.5, 0.75)
     with pytest.raises(Unreadable, match="describes 4 frames and holds 3"):
         read_dicom(save(enhanced(frames[:3], heights, slopes), tmp_path / "f.dcm"))
+
+
+def test_enhanced_frames_with_their_own_orientation_equal_simpleitk(tmp_path: Path) -> None:
+    """Positions, orientations and spacings that each frame states, in an oblique plane."""
+    itk = pytest.importorskip("SimpleITK")
+    volume, turn = VOLUME[:4, :5, :6], oblique()
+    data = enhanced(volume, range(4))
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID
+    shared = data.SharedFunctionalGroupsSequence[0]
+    for k, item in enumerate(data.PerFrameFunctionalGroupsSequence):
+        place = np.array([10.0, -20.0, 30.0]) + turn[:, 2] * 2.5 * k
+        item.PlanePositionSequence[0].ImagePositionPatient = [float(f"{v:.9g}") for v in place]
+        item.PlaneOrientationSequence = deepcopy(shared.PlaneOrientationSequence)
+        cosines = [float(f"{v:.9g}") for v in (*turn[:, 0], *turn[:, 1])]
+        item.PlaneOrientationSequence[0].ImageOrientationPatient = cosines
+        item.PixelMeasuresSequence = deepcopy(shared.PixelMeasuresSequence)
+    del shared.PlaneOrientationSequence, shared.PixelMeasuresSequence
+    path = save(data, tmp_path / "e.dcm")
+    ours, theirs = read_dicom(path), itk.ReadImage(str(path))
+    assert np.array_equal(ours.array.numpy(), itk.GetArrayFromImage(theirs).astype(np.float32))
+    for index in ((0, 0, 0), (5, 4, 3), (2, 1, 2)):
+        lps = np.array(theirs.TransformIndexToPhysicalPoint(index))
+        ras = ours.affine.numpy() @ np.array([*index, 1.0])
+        assert np.allclose(ras[:3] * [-1, -1, 1], lps, atol=1e-3)
 
 
 def test_a_dose_grid_is_in_gray_at_its_offsets() -> None:

@@ -83,8 +83,9 @@ def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         policy, path = f"{POLICY}weights_megabytes = 100.0\n", list[Path]()
         if request.param == "small":
             sites = little_sites()
-            net = Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2)))
-            sha256, plan = weights_of(net).sha256, dict[str, Any]()
+            options: dict[str, Any] = {"width": 96, "depth": 2}  # too large to travel inside a message
+            net = Network("cnn", (1, 8, 8), 2, tuple(options.items()))
+            sha256, plan = weights_of(net).sha256, {"network_options": options}
         else:
             path = [write_package(root / "package")]
             patch.syspath_prepend(str(path[0]))

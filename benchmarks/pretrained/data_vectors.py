@@ -276,8 +276,8 @@ HEAD = """# Data vectors from ImageNet weights
 Written by `python benchmarks/pretrained/data_vectors.py`; every number of the tables was measured.
 
 {images} chest X-rays of PneumoniaMNIST (Yang et al. 2023; pneumonia or not, 28 x 28 pixels, here enlarged to 48) are dealt to {count}
-federations that have no image in common, so that the federations are independent repetitions; the collection names no patients, of whom
-some may have images in several of them. Five sites of each have 80 training and 80 test images; pneumonia is in 60, 70, 75, 80
+federations that have no image in common, so that the federations are independent repetitions; the collection names no patients, so
+that images of one patient may be in several of them. Five sites of each have 80 training and 80 test images; pneumonia is in 60, 70, 75, 80
 and 85 % of them. The party that merges has 100 further images with labels, which select λ and re-estimate batch normalization of all
 merges, also of Fisher merging and RegMean; FedAvg does not use them. Every site fine-tunes EfficientNet-Lite0 (gray stem by sum) once
 for five passes, with SGD (momentum 0.9, batches of 16), and all merges use these models. The learning rates, {rates}, are the

@@ -255,9 +255,7 @@ def page(found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], rates
             MARGIN,
         )
         lines += ["", f"Equivalence with {ROUNDS}, margin {MARGIN:g} points: "]
-        lines[-1] += (
-            "; ".join(f"{arm}: {gap.verdict()}{f' ({gap.why})' if gap.why else ''}" for arm, gap in same.items()) + "."
-        )
+        lines[-1] += "; ".join(f"{arm}: {gap.verdict()}" for arm, gap in same.items()) + "."
         for arm, rows in arms.items():
             if "scale" in rows[0] and "searched" in arm:
                 chosen = ", ".join(f"{row['scale']:g}" for row in rows)

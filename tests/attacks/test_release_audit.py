@@ -28,6 +28,7 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.catalog import METHODS, Way
+from polyclinic.methods.label_noise.fedmlp import prototypes
 from polyclinic.methods.local_adaptation.fedsoup import Soup
 from polyclinic.methods.optimization.fedavg import FedAvg, State
 from polyclinic.privacy.gaussian import AdaptiveClip, Clip, Gaussian
@@ -67,6 +68,7 @@ NOISE_ON_REPLIES = {
 RARE = {
     ("prr-fl", "dp-sgd"),
     ("fedsoup", "dp-sgd"),
+    ("fedmlp", "gaussian"),
 }  # what depends on the patient here does so for few data sets: shown by itself, below
 
 
@@ -135,6 +137,14 @@ def test_the_model_that_fedsoup_sends_is_chosen_by_validation_patients() -> None
     per = len(chosen) // len(models)
     assert any(len(set(chosen[k : k + per])) > 1 for k in range(0, len(chosen), per))
     assert "dp-sgd" not in METHODS["fedsoup"].private
+
+
+def test_the_weights_of_fedmlps_prototypes_tell_whether_any_patient_has_a_finding() -> None:
+    """One patient decides it, and noise on the means does not hide it."""
+    h, y = torch.randn(4, 3), torch.tensor([[1.0], [0.0], [0.0], [0.0]])
+    whole, without = prototypes(h, y, 4.0), prototypes(h[1:], y[1:], 4.0)
+    assert whole.weight["mean"][0, 1].tolist() == [4.0] * 3
+    assert without.weight["mean"][0, 1].tolist() == [0.0] * 3
 
 
 def test_every_method_that_is_not_covered_says_why() -> None:

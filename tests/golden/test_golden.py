@@ -173,5 +173,6 @@ def test_every_tag_is_independent_of_the_module_that_defines_it() -> None:
         "dataset-fingerprint",
         "fedopt",
         "pid-weights",
+        "style-exchange",
     }
     assert heads - shared <= METHODS.keys()

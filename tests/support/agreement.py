@@ -11,6 +11,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import little_sites
 from tests.methods.test_features_of_networks import NETWORKS
@@ -43,7 +44,7 @@ def minibatches(local: LocalTraining, site: Site, round: int = 0, slot: str = ""
     yield from local.batches(site.data["train"], rng)
 
 
-def ready(task: Classification, params: Tree) -> nn.Module:
+def ready(task: Task, params: Tree) -> nn.Module:
     """A new model with ``params``, in training mode."""
     return load(task.model(), params).train()
 

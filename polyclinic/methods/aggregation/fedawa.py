@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Capabilities, Method, Request
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.risk import trained
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.visible_updates import VisibleUpdates
 from polyclinic.methods.robust.rules.aggregation_rule import Updates
-
-EXAMPLES = "/examples"
 
 
 @savable("fedawa.State", 1)
@@ -36,7 +35,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedAWA(Method[State]):
+class FedAWA(VisibleUpdates[State]):
     """FedAvg with weights p that minimize ``Σ p_i (1 − cos(w, w_i)) + Σ p_i ‖Δ_i − Σ_j p_j Δ_j‖``.
 
     Attributes:
@@ -49,8 +48,6 @@ class FedAWA(Method[State]):
     rate: float = 1e-3
     steps: int = 1
 
-    capabilities = Capabilities(needs_each_reply=True)
-
     def init(self, params: Tree) -> State:
         return State(0, params, {})
 
@@ -59,23 +56,20 @@ class FedAWA(Method[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
-        change = self.local.change(self.task, start, site, request.round)
-        examples = {EXAMPLES: torch.tensor(float(len(site.data["train"])))}
-        return Reply({"update": PerSiteUniform({site.name: {**change, **examples}})}), memory
+        return self.visible(self.local.change(self.task, start, site, request.round), site), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        sent = reply.gather("update")
-        total = sum(float(leaves[EXAMPLES]) for leaves in sent.values()) or 1.0
-        known = {site: state.logits.get(site, float(leaves[EXAMPLES]) / total) for site, leaves in sent.items()}
-        changes = {site: tree.select(leaves, lambda name: name != EXAMPLES) for site, leaves in sent.items()}
+        changes, sizes = self.received(reply)
+        shares = (sizes / (float(sizes.sum()) or 1.0)).tolist()
+        known = {site: state.logits.get(site, share) for site, share in zip(changes, shares, strict=True)}
         learned = trained(self.task).__contains__
         moved = {site: tree.select(change, learned) for site, change in changes.items()}
         old = tree.select(state.params, learned)
         ends = {site: tree.cosine(old, tree.shift(old, change)) for site, change in moved.items()}
-        gram, cosine = Updates.of(moved).gram, torch.tensor([ends[site] for site in sorted(sent)], dtype=torch.float64)
-        start = torch.tensor([known[site] for site in sorted(sent)], dtype=torch.float64)
+        gram, cosine = Updates.of(moved).gram, torch.tensor(list(ends.values()), dtype=torch.float64)
+        start = torch.tensor(list(known.values()), dtype=torch.float64)
         p, end = adapted(start, gram, cosine, self.rate, self.steps)
-        logits = {**state.logits, **dict(zip(sorted(sent), end.tolist(), strict=True))}
+        logits = {**state.logits, **dict(zip(changes, end.tolist(), strict=True))}
         return State(state.round + 1, tree.shift(state.params, Updates.of(changes).blend(p)), logits)
 
 

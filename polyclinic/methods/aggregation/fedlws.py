@@ -10,21 +10,21 @@ from dataclasses import dataclass
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Capabilities, Method, Request
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.risk import trained
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.aggregation.fedawa import EXAMPLES
+from polyclinic.methods.base.visible_updates import VisibleUpdates
 from polyclinic.methods.optimization.fedavg import State
 from polyclinic.methods.robust.rules.aggregation_rule import Updates
 
 
 @dataclass(frozen=True)
-class FedLWS(Method[State]):
+class FedLWS(VisibleUpdates[State]):
     """FedAvg whose mean is multiplied by ``γ_l = ‖w_l‖ / (‖w_l‖ + τ_l ‖Δ_l‖)`` in each layer l.
 
     ``τ_l`` is β times the mean distance of the sites' changes of the layer from their mean, between two bounds.
@@ -41,8 +41,6 @@ class FedLWS(Method[State]):
     least: float = 0.01
     most: float = 0.2
 
-    capabilities = Capabilities(needs_each_reply=True)
-
     def __post_init__(self) -> None:
         if not 0 <= self.least <= self.most or self.beta < 0:
             raise ConfigError("fedlws: beta and least must be at least 0, and most at least as large as least")
@@ -55,14 +53,10 @@ class FedLWS(Method[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
-        change = self.local.change(self.task, start, site, request.round)
-        examples = {EXAMPLES: torch.tensor(float(len(site.data["train"])))}
-        return Reply({"update": PerSiteUniform({site.name: {**change, **examples}})}), memory
+        return self.visible(self.local.change(self.task, start, site, request.round), site), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        sent = reply.gather("update")
-        changes = {site: tree.select(leaves, lambda name: name != EXAMPLES) for site, leaves in sent.items()}
-        sizes = torch.tensor([float(sent[site][EXAMPLES]) for site in sorted(sent)], dtype=torch.float64)
+        changes, sizes = self.received(reply)
         mean = Updates.of(changes).blend(sizes / sizes.sum())
         moved, layers = dict(tree.shift(state.params, mean)), dict[str, list[str]]()
         for name in (name for name in moved if name in trained(self.task)):

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Capabilities, Job, Method, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.aggregation.fedawa import EXAMPLES
+from polyclinic.methods.base.visible_updates import VisibleUpdates
 from polyclinic.methods.label_noise.boundary_losses import boundary_losses
 from polyclinic.methods.label_noise.two_groups import higher_group
 from polyclinic.methods.robust.rules.aggregation_rule import Updates
@@ -39,7 +39,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedA3I(Method[State]):
+class FedA3I(VisibleUpdates[State]):
     """FedAvg whose weights change from numbers of examples, in the first layer, to quality, in the last.
 
     Attributes:
@@ -53,8 +53,6 @@ class FedA3I(Method[State]):
     local: LocalTraining = LocalTraining()
     warmup: float = 0.1
     enlarging: float = 0.5
-
-    capabilities = Capabilities(needs_each_reply=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.warmup < 1 or not 0 <= self.enlarging <= 1:
@@ -80,28 +78,24 @@ class FedA3I(Method[State]):
         return Request(state.round, {"params": state.params}, job)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        start, data = request.trees["params"], site.data["train"]
+        start = request.trees["params"]
         if request.job == "losses":
-            found = boundary_losses(self.task, start, data, site.device)
+            found = boundary_losses(self.task, start, site.data["train"], site.device)
             return Reply({"losses": PerSiteUniform({site.name: {"sides": found}})}), memory
-        change = self.local.change(self.task, start, site, request.round)
-        examples = {EXAMPLES: torch.tensor(float(len(data)))}
-        return Reply({"update": PerSiteUniform({site.name: {**change, **examples}})}), memory
+        return self.visible(self.local.change(self.task, start, site, request.round), site), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.round == self.wait and not state.quality:
-            found = reply.gather("losses")
-            table = torch.stack([found[site]["sides"] for site in sorted(found)])
-            weights = quality(table, self.enlarging).tolist()
-            return state._replace(quality=dict(zip(sorted(found), weights, strict=True)))
-        sent = reply.gather("update")
-        sizes = torch.tensor([float(sent[site][EXAMPLES]) for site in sorted(sent)], dtype=torch.float64)
-        known = torch.tensor([state.quality.get(site, 0.0) for site in sorted(sent)], dtype=torch.float64)
+            found = {site: leaves["sides"] for site, leaves in sorted(reply.gather("losses").items())}
+            weights = quality(torch.stack(list(found.values())), self.enlarging).tolist()
+            return state._replace(quality=dict(zip(found, weights, strict=True)))
+        changes, sizes = self.received(reply)
+        known = torch.tensor([state.quality.get(site, 0.0) for site in changes], dtype=torch.float64)
         sizes, known = (w / w.sum() if w.sum() > 0 else torch.full_like(w, 1 / len(w)) for w in (sizes, known))
         moved, layers = dict(state.params), self.layers() if state.quality else {0: list(state.params)}
         for k, names in layers.items():
             alpha = k / max(len(layers) - 1, 1)
-            part = {site: tree.select(leaves, names.__contains__) for site, leaves in sent.items()}
+            part = {site: tree.select(leaves, names.__contains__) for site, leaves in changes.items()}
             mean = Updates.of(part).blend(alpha * known + (1 - alpha) * sizes)
             moved |= tree.shift(tree.select(moved, names.__contains__), mean)
         return State(state.round + 1, moved, state.quality)

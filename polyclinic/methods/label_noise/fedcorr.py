@@ -20,10 +20,9 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.batch import Batch
+from polyclinic.learning.batch import Batch, targets_of
 from polyclinic.learning.networks.model_tree import trainable
 from polyclinic.learning.objectives.distillation_loss import Said, answers
-from polyclinic.learning.tasks.data_sums import targets_of
 from polyclinic.learning.tasks.relabeled import Relabeled
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.dp_sgd import refuse_private
@@ -158,8 +157,8 @@ class FedCorr(SizeWeighted[State]):
         if state.round >= early:
             again = state.round + 1 == late and bool(state.noisy)
             return state._replace(round=state.round + 1, correcting=again)
-        found = {site: float(leaves["mean"]) for site, leaves in reply.gather("dimension").items()}
-        sums = {**state.dimensions, **{site: state.dimensions.get(site, 0.0) + x for site, x in found.items()}}
+        new = {site: float(leaves["mean"]) for site, leaves in reply.gather("dimension").items()}
+        sums = {**state.dimensions, **{site: state.dimensions.get(site, 0.0) + x for site, x in new.items()}}
         high = higher_group(torch.tensor([[sums[site]] for site in sorted(sums)])).tolist()
         noisy = tuple(site for site, above in zip(sorted(sums), high, strict=True) if above)
         state = state._replace(dimensions=sums, levels=dict.fromkeys(sorted(sums), 0.0), noisy=noisy)

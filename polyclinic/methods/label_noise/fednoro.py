@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Capabilities, Job, Method, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -29,7 +29,7 @@ from polyclinic.learning.objectives.distillation_loss import Said, answers
 from polyclinic.learning.tasks.data_sums import class_counts
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.aggregation.fedawa import EXAMPLES
+from polyclinic.methods.base.visible_updates import VisibleUpdates
 from polyclinic.methods.class_imbalance.logit_adjustment import FEWEST
 from polyclinic.methods.label_noise.two_groups import higher_group
 from polyclinic.methods.robust.rules.aggregation_rule import Updates
@@ -46,7 +46,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedNoRo(Method[State]):
+class FedNoRo(VisibleUpdates[State]):
     """FedAvg for sites some of which have many wrong labels.
 
     Attributes:
@@ -64,8 +64,6 @@ class FedNoRo(Method[State]):
     growth: float = 0.4
     most: float = 0.8
     temperature: float = 0.8
-
-    capabilities = Capabilities(needs_each_reply=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.warmup < 1 or not 0 <= self.most <= 1 or self.temperature <= 0:
@@ -111,9 +109,7 @@ class FedNoRo(Method[State]):
             learned = F.kl_div(z.log_softmax(1), soft, reduction="batchmean")
             return share * learned + (1 - share) * F.cross_entropy(z, batch[1])
 
-        change = self.local.change(self.task, start, site, request.round, loss=loss)
-        examples = {EXAMPLES: torch.tensor(float(len(data)))}
-        return Reply({"update": PerSiteUniform({site.name: {**change, **examples}})}), memory
+        return self.visible(self.local.change(self.task, start, site, request.round, loss=loss), site), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.round >= self.wait and not state.divided:
@@ -122,11 +118,9 @@ class FedNoRo(Method[State]):
             table = normalized(*(torch.stack([found[site][part] for site in names]) for part in ("losses", "known")))
             noisy = tuple(site for site, high in zip(names, higher_group(table).tolist(), strict=True) if high)
             return state._replace(noisy=noisy, divided=True)
-        sent = reply.gather("update")
-        changes = {site: tree.select(leaves, lambda name: name != EXAMPLES) for site, leaves in sent.items()}
-        sizes = {site: float(leaves[EXAMPLES]) for site, leaves in sent.items()}
-        weights = distance_weights(changes, sizes, state.noisy)
-        shares = torch.tensor([weights[site] for site in sorted(sent)], dtype=torch.float64)
+        changes, sizes = self.received(reply)
+        weights = distance_weights(changes, dict(zip(changes, sizes.tolist(), strict=True)), state.noisy)
+        shares = torch.tensor(list(weights.values()), dtype=torch.float64)
         mean = Updates.of(changes).blend(shares / shares.sum())
         return state._replace(round=state.round + 1, params=tree.shift(state.params, mean))
 

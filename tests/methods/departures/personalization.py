@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
+from polyclinic.learning.networks.batch_statistics import batches
 from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.latent import head_width, pooled, represent
 from polyclinic.learning.networks.model_tree import cached_model, trainable
@@ -211,7 +212,6 @@ def iopfl_rotation() -> float:
         return noise + 2 * (turning["x"].rot90(1, (2, 3)) - turning["x"]) if len(shape) == 4 else noise
 
     turning: dict[str, Tensor] = {}
-    batches = routing_network.batches
 
     def note(count: int, size: int) -> Any:
         for chunk in batches(count, size):

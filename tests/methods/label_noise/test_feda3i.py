@@ -16,7 +16,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.distillation_loss import answers
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.aggregation.fedawa import EXAMPLES
+from polyclinic.methods.base.visible_updates import EXAMPLES
 from polyclinic.methods.label_noise.boundary_losses import boundary_losses
 from polyclinic.methods.label_noise.feda3i import FedA3I, quality
 from tests.conftest import Rows, segmentation_sites

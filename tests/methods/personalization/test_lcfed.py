@@ -38,6 +38,9 @@ def test_peaks_and_blur_are_scipys() -> None:
         for axis in range(2, len(shape)):
             expected = ndimage.correlate1d(expected, k, axis, mode="constant")
         torch.testing.assert_close(blurred(maps[:, :1], 7, 2.0), torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
+    lonely = torch.zeros(1, 1, 64, 64)
+    lonely[0, 0, 10, 10], lonely[0, 0, 10, 50], lonely[0, 0, 50, 10], lonely[0, 0, 50, 50] = 1.0, 0.3, 0.21, 0.19
+    assert peaks(lonely).nonzero()[:, 2:].tolist() == [[10, 10], [10, 50], [50, 10]]
     assert peaks(torch.rand(1, 1, 8, 8)).shape == blurred(torch.rand(1, 1, 8, 8)).shape == (1, 1, 8, 8)
 
 

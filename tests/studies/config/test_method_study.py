@@ -1,5 +1,6 @@
 """A new study with one method: published settings are valid, sources are named, and mistakes leave no file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,42 @@ name = "krum"
 """
 
 
+def for_method(name: str) -> str:
+    """The study for the kind of task of the method called ``name``."""
+    entry = METHODS[name]
+    kind = entry.tasks[0] if entry.tasks else "classification"
+    network = entry.network or ("unet" if kind == "segmentation" else "cnn")
+    head, _, rest = STUDY.partition("[[")
+    return f'{head}[task]\nkind = "{kind}"\nnetwork = "{network}"\n[[{rest}'
+
+
+READ: Mapping[str, tuple[int, dict[str, float], float, int]] = {
+    "lc-fed": (300, {"head_steps": 10}, 0.001, 6),
+    "fediic": (200, {"within_weight": 2, "across_weight": 2, "difficulty": 0.25}, 0.0003, 2),
+    "fedcorr": (405, {"beta": 5, "ratio": 0.5, "confidence": 0.5, "clean": 0.1}, 0.03, 10),
+    "feda3i": (100, {"warmup": 0.1, "enlarging": 0.5}, 0.005, 8),
+    "fedmlp": (500, {"warmup": 0.1, "without": 0.005, "having": 0.01}, 0.00003, 32),
+    "scaffold": (9, {"lr": 1}, 0.01, 64),
+    "fedprox": (9, {"mu": 0.001}, 0.01, 64),
+    "fedbn": (100, {}, 0.01, 32),
+}
+"""Rounds, options, learning rate and minibatch size as the authors' code or the benchmark's configuration has them."""
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_new_study_has_the_settings_of_the_published_code(name: str) -> None:
+    study = parse(with_method(for_method(name), name))
+    rounds, options, rate, size = READ[name]
+    method = study.methods[-1]
+    training = study.training_of(method)
+    assert f"{rounds} rounds there" in with_method(for_method(name), name)
+    assert {key: method.options[key] for key in options} == options
+    assert (training["lr"], training["batch_size"]) == (rate, size)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_are_valid_and_have_a_source(name: str) -> None:
-    text = with_method(STUDY, name)
+    text = with_method(for_method(name), name)
     study = parse(text)
     assert [m.called for m in study.methods] == [*(b for b in ("local", "pooled", "fedavg") if b != name), name]
     method = study.methods[-1]
@@ -36,12 +70,8 @@ def test_published_settings_are_valid_and_have_a_source(name: str) -> None:
 
 def test_every_method_has_a_study() -> None:
     """Of each method a study for its kind of task; options without published values are comments."""
-    for name, entry in METHODS.items():
-        kind = entry.tasks[0] if entry.tasks else "classification"
-        head, _, rest = STUDY.partition("[[")
-        network = entry.network or ("unet" if kind == "segmentation" else "cnn")
-        task = f'[task]\nkind = "{kind}"\nnetwork = "{network}"\n'
-        text = with_method(f"{head}{task}[[{rest}", name)
+    for name in METHODS:
+        text = with_method(for_method(name), name)
         assert ("Published settings are not recorded" in text) == (name not in PUBLISHED)
 
 

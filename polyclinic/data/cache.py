@@ -55,7 +55,8 @@ def cached(kind: str, key: str, build: Callable[[], dict[str, Any]]) -> dict[str
     built = build()
     with writing_in(path.parent):
         serialization.save(path, built, {"checksum": _checksum(built)})
-    return built
+    stored = _read(path)
+    return built if stored is None else stored  # the file is mapped, so that the tensors take no memory of their own
 
 
 @contextmanager

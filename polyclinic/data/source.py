@@ -189,6 +189,23 @@ class FittedSource(Protocol):
         """Return the input and the target of each named row as text, independent of other rows."""
 
 
+@runtime_checkable
+class ReleasableSource(Protocol):
+    """Source that keeps in memory what it has read, such as all images of an archive."""
+
+    def release(self) -> None:
+        """Free what was read. The description and the table remain; ``examples`` reads the file again.
+
+        The fingerprint is computed again when it is asked for, which shows whether the file has changed since.
+        """
+
+
+def release(source: Source) -> None:
+    """Free the memory of ``source``, if it keeps what it has read."""
+    if isinstance(source, ReleasableSource):
+        source.release()
+
+
 def digest(*parts: Any) -> str:
     """Return a hash of ``parts`` (bytes directly, everything else by its ``repr``) as 32 hexadecimal digits."""
     total = hashlib.blake2b(digest_size=16)

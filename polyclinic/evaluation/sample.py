@@ -374,7 +374,7 @@ class Sample:
 def _groups_of(patients: int) -> Ints:
     """Return the number of the jackknife's group of each of ``patients``. Not writable."""
     groups = np.arange(patients) % min(patients, MOST)
-    groups.flags.writeable = False
+    groups.setflags(write=False)
     return groups
 
 

@@ -11,7 +11,7 @@
   agree with the 95 % interval (ICH E9, "Statistical Principles for Clinical Trials", 1998, sections 3.3.2 and 5.5).
 - Wilcoxon's signed ranks over sites ("Individual Comparisons by Ranking Methods", Biometrics Bulletin 1945,
   https://doi.org/10.2307/3001968), as ``scipy.stats.wilcoxon`` computes them by default. It is computed here because
-  importing ``scipy.stats`` takes a third of the time of a report.
+  importing ``scipy.stats`` takes about a fifth of the time of a report.
 - Friedman's test with Nemenyi's critical difference (Demšar, "Statistical Comparisons of Classifiers over Multiple
   Data Sets", JMLR 2006, https://jmlr.org/papers/v7/demsar06a.html, section 3.2.2).
 """

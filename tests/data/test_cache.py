@@ -27,6 +27,14 @@ def test_built_once_and_read_back_equal(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path.name for path in (tmp_path / "kind").iterdir()] == ["key.safetensors"]
 
 
+def test_what_was_just_built_is_mapped_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path))
+    built = torch.arange(1000)
+    stored = cached("kind", "key", lambda: {"x": built})["x"]
+    assert torch.equal(stored, built)
+    assert stored.data_ptr() != built.data_ptr()
+
+
 def test_what_is_read_can_be_changed_without_changing_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mapping is private."""
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path))

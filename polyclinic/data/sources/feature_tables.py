@@ -10,7 +10,7 @@ Missing values are filled and features are scaled with statistics over *training
 Indicators, one for each feature that is missing anywhere, tell the model which values were missing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -120,7 +120,7 @@ class FeatureTable:
     def _several(self) -> bool:
         return not isinstance(self.label, str)
 
-    @property
+    @cached_property
     def info(self) -> Info:
         """Description of the data set, including how it was processed."""
         whose = {
@@ -183,7 +183,13 @@ class FeatureTable:
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named rows as in the file, neither filled nor scaled; refused if a value is missing."""
-        return self._examples(ids, self.inputs[0])
+        return self._examples(ids, lambda values: values)
+
+    def release(self) -> None:
+        """Free the cells and the inputs. The rows remain; ``examples`` reads the file again."""
+        _ = self.info, self._table
+        for name in ("_raw", "inputs", "fingerprint"):
+            vars(self).pop(name, None)  # how a cached property is cleared
 
     def fitted(self, rows: Mapping[str, Sequence[str]], external: Sequence[str] = ()) -> Mapping[str, "FittedTable"]:
         """Return for each site the same table filled and scaled.
@@ -266,10 +272,11 @@ class FeatureTable:
             for row in rows
         ]
 
-    def _examples(self, ids: Sequence[str], inputs: Array) -> Examples:
+    def _examples(self, ids: Sequence[str], fitted: Callable[[Array], Array]) -> Examples:
+        """Return the named rows, whose inputs [n, F] ``fitted`` fills and scales."""
         table, rows = self._table, [self._table.row[name] for name in ids]
         assert table.labels is not None
-        x = torch.from_numpy(inputs[rows].astype(np.float32))
+        x = torch.from_numpy(fitted(self.inputs[0][rows]).astype(np.float32))
         return Examples(x, torch.from_numpy(table.labels[rows]), tuple(table.patients[i] for i in rows), tuple(ids))
 
     @cached_property
@@ -481,4 +488,4 @@ class FittedTable:
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named rows, filled and scaled."""
-        return self.base._examples(ids, self.statistics(self.base.inputs[0]))
+        return self.base._examples(ids, self.statistics)

@@ -65,7 +65,7 @@ class Npz:
         if problems := check_pattern("patient_pattern", self.patient_pattern):
             raise DataError(problems)
 
-    @property
+    @cached_property
     def info(self) -> Info:
         """Description of the data set, as far as the file or the catalog states it."""
         arrays = self._arrays
@@ -125,6 +125,12 @@ class Npz:
         if self.steps or inputs.dtype != torch.uint8:
             inputs, targets = self._prepared(inputs, targets)
         return Examples(inputs.contiguous(), targets, tuple(table.patients[i] for i in rows.tolist()), tuple(ids))
+
+    def release(self) -> None:
+        """Free the arrays. The description and the table remain; ``examples`` reads the archive again."""
+        _ = self.info, self._table
+        for name in ("_arrays", "fingerprint"):
+            vars(self).pop(name, None)  # how a cached property is cleared
 
     def _prepared(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         scale = 255.0 if inputs.dtype == torch.uint8 else 1.0

@@ -17,7 +17,8 @@ from typing import Any
 
 from polyclinic.core import atomic
 from polyclinic.core import serialization as states
-from polyclinic.data.federation import DataError, Federated, federate
+from polyclinic.data.federation import DataError, Federated, federate, fingerprint_of
+from polyclinic.data.source import release
 from polyclinic.data.splits import Fold
 from polyclinic.engines.ray import cluster
 from polyclinic.errors import ConfigError
@@ -89,6 +90,7 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
             data_identity.write_identity(path, first, resolved.source)
         folder.begin(resolved.text, information(study, splits, parameters, resolved.task), resume)
         write_groups(path, resolved.source.table(), resolved.numbers, study.evaluation.subgroups)
+        release(resolved.source)  # the sites have copies of their examples
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
         notes = [*simulation_schema.told(study), *(note for data in splits for note in described(data))]
         yield Event("data", notes=(*dict.fromkeys(notes), *network.warnings))
@@ -248,8 +250,25 @@ class _Work:
 
     def _data(self, seed: int, fold: Fold | None) -> Federated:
         if self.latest[:2] != (seed, fold):
-            self.latest = (seed, fold, federate(self.study.data, seed, fold, self.resolved.source))
+            self.latest = (seed, fold, self._federated(seed, fold))
         return self.latest[2]
+
+    def _federated(self, seed: int, fold: Fold | None) -> Federated:
+        """Read the data again, and split them.
+
+        Raises:
+            DataChanged: If they are not those that the study was resolved with.
+        """
+        resolved, data = self.resolved, self.study.data
+        began, first = resolved.splits[0].fingerprint, resolved.jobs[0]
+        if fingerprint_of(data, first.seed, first.fold, resolved.source) != began:
+            raise data_identity.DataChanged(
+                f"{self.path}: the data at {data.path} changed while the study was running: restore them and continue "
+                "with --resume, or start again with --fresh"
+            )
+        split = federate(data, seed, fold, resolved.source)
+        release(resolved.source)
+        return split
 
     def _search(self, job: Job, folder: MethodRunFolder) -> Iterator[Event]:
         """Try settings on validation data, each in a separate method run without test data."""

@@ -178,3 +178,13 @@ def test_a_missing_identity_is_not_taken_for_unchanged_data(done: Path) -> None:
     npz(done, labels=np.arange(160) % 2)
     with pytest.raises(DataChanged, match="which says how, is missing"):
         list(run(parse(text), text, done / "run", resume=True))
+
+
+def test_data_that_change_while_a_study_runs_are_refused(tmp_path: Path) -> None:
+    """The second seed reads the archive again, which must be the one that the study began with."""
+    text = RUN.format(path=npz(tmp_path))
+    events = run(parse(text), text, tmp_path / "run")
+    assert any(event.what == "tested" for event in events)
+    npz(tmp_path, labels=np.arange(160) % 2)
+    with pytest.raises(DataChanged, match="changed while the study was running"):
+        list(events)

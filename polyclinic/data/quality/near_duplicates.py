@@ -10,7 +10,7 @@ from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Dataset
 from polyclinic.data.formats.volume import Volume
 from polyclinic.data.quality.exact_duplicates import Duplicate
-from polyclinic.data.quality.image_hashes import SIDE, nearly_equal, small_picture
+from polyclinic.data.quality.image_hashes import nearly_equal, small_picture
 from polyclinic.data.source import digest
 
 VERSION = 1
@@ -64,4 +64,4 @@ def near_duplicate_notes(pairs: Sequence[Duplicate], refuse: bool) -> list[str]:
 def _small(examples: Dataset, at: int) -> "np.ndarray[Any, Any]":
     pixels = examples.image(at)
     flat = pixels[:, None] if pixels.ndim == 3 else pixels  # a picture is a volume of one slice
-    return small_picture(Volume(flat, torch.eye(4, dtype=torch.float64)), SIDE)
+    return small_picture(Volume(flat, torch.eye(4, dtype=torch.float64)))

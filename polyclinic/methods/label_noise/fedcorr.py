@@ -125,7 +125,7 @@ class FedCorr(SizeWeighted[State]):
         origin = {name: leaf.to(site.device) for name, leaf in start.items()}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            value = self.mixed(model, batch) if self.mixup else self.task.loss(model, batch)
+            value: Tensor = self.mixed(model, batch) if self.mixup else self.task.loss(model, batch)
             if not pull:
                 return value
             gaps = torch.cat([(p - origin[n]).flatten() for n, p in trainable(model).items()])

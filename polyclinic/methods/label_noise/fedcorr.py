@@ -125,11 +125,12 @@ class FedCorr(SizeWeighted[State]):
         origin = {name: leaf.to(site.device) for name, leaf in start.items()}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            value: Tensor = self.mixed(model, batch) if self.mixup else self.task.loss(model, batch)
+            value = self.mixed(model, batch) if self.mixup else self.task.loss(model, batch)
             if not pull:
                 return value
             gaps = torch.cat([(p - origin[n]).flatten() for n, p in trainable(model).items()])
-            return value + pull * torch.linalg.vector_norm(gaps)
+            pulled: Tensor = value + pull * torch.linalg.vector_norm(gaps)
+            return pulled
 
         end = self.local.fit(self.task, start, site, request.round, data=data, loss=loss)
         reply = Reply({"update": self.update(end, start, site)})

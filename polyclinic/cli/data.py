@@ -359,8 +359,8 @@ def duplicates(
         seed: The seed of simulated sites; the study's first seed by default.
         set_: Change one value of the study, such as `--set data.path=/data/new`. May be given several times.
     """
+    from polyclinic.studies.audits import duplicate_counts
     from polyclinic.studies.config import study_config
-    from polyclinic.studies.run import duplicate_counts
 
     require_file(study)
     with document(json_) as emit:

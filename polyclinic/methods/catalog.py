@@ -718,7 +718,6 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Wang et al. 2024 (NeurIPS)",
             "the change of the head; the adapters, which the server sees site by site",
             private=("dp-sgd",),
-            fidelity="departs: the server sends the changed layers instead of the stacked factors",
         ),
     ),
     "Client end: domain adaptation": (
@@ -1503,7 +1502,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unseen=NOTHING,
             exposes="it sends exact counts of shared images",
-            fidelity="departs: a server between the sites compares, and learns the counts in place of the sites",
+            fidelity=EXACT,
         ),
     ),
     "Communication: one-shot merging": (

@@ -53,7 +53,7 @@ OTHERS = {  # commands that are not called here, and the tests that read their J
     "outliers": "test_outliers",
     "plan-size": "tests/evaluation/test_study_size",
     "data drift": "test_data_commands",
-    "data duplicates": "tests/studies/run/test_duplicate_counts",
+    "data duplicates": "tests/studies/audits/test_duplicate_counts",
     "audit": "tests/studies/audits/test_run_audit",
     "audit release": "tests/studies/audits/test_release_command",
     "plan": "tests/studies/run/test_case_planning",

@@ -135,6 +135,7 @@ def test_parameters_are_listed_in_one_place_only() -> None:
     allowed = {
         "learning/networks/model_tree.py",  # the place
         "methods/personalization/lcfed_network.py",  # all tensors of a head, to store copies of it
+        "learning/linear_model.py",  # a baseline that no method trains
         "learning/training/local.py",  # the dimension of convolutions, trained or not
         "learning/networks/network_parts.py",  # all tensors, to find head and encoder
         "attacks/inversion.py",  # the control network of the attack

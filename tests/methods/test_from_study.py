@@ -31,7 +31,7 @@ OPTIONS: Mapping[str, str] = {
     "bulyan": "corrupt = 0.0",
     "fl-mrcm": 'target = "e"',
     "fednorm": 'modalities = ["mr", "ct", "mr"]',
-    "flora": "ranks = [1, 2, 1]",
+    "flora": "ranks = [1, 2, 1, 2, 1]",
 }
 IMAGES = 'kind = "npz"\nsites = "site"\nmin_patients = 1\n'
 UNET = 'network = "unet"\noptions = { width = 2, norm = "batch" }'

@@ -6,8 +6,14 @@ from pathlib import Path
 import polyclinic
 
 HOUSE = Path(polyclinic.__file__).parent
-# Who may step an optimizer: the training loop, its private kind, and a model that fits itself to one test minibatch.
-STEPPERS = {"learning/training/local.py", "learning/training/dp_sgd.py", "methods/personalization/routing_network.py"}
+# Who may step an optimizer: the training loop, its private kind, a model that fits itself to one test minibatch, and the
+# linear baseline, which no method trains.
+STEPPERS = {
+    "learning/linear_model.py",
+    "learning/training/local.py",
+    "learning/training/dp_sgd.py",
+    "methods/personalization/routing_network.py",
+}
 
 
 def test_there_is_one_training_loop() -> None:

@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from polyclinic.data.formats.volume import Volume
-from polyclinic.learning.tasks import image_labels
-from polyclinic.learning.tasks.image_labels import SIDE, exact_label, low_frequencies
+from polyclinic.learning import image_labels
+from polyclinic.learning.image_labels import SIDE, exact_label, low_frequencies
 
 _LOW = 16
 _HASH = 0.60  # correlation of the signs: at most 1 in 5 differs; smooth images have few reliable signs

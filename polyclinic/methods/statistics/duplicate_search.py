@@ -30,7 +30,7 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.image_labels import coarse_label, exact_label
+from polyclinic.learning.image_labels import coarse_label, exact_label
 from polyclinic.learning.tasks.task import Task
 from polyclinic.methods.statistics.blinded_points import (
     LENGTH,

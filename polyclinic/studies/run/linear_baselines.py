@@ -15,7 +15,7 @@ from polyclinic.data.federation import Federated
 from polyclinic.data.splits import Fold
 from polyclinic.engines.site_runtime import repeatable
 from polyclinic.evaluation.records.method_runs import LINEAR_FOLDER, LINEAR_LOCAL, LINEAR_POOLED, arm_name
-from polyclinic.learning.tasks.linear_model import fit_linear
+from polyclinic.learning.linear_model import fit_linear
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.studies.run.method_run import tested_sites

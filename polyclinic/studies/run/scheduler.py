@@ -24,8 +24,8 @@ from polyclinic.engines.ray import cluster
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.run_reader import read_info
 from polyclinic.evaluation.subgroup_results import write_groups
+from polyclinic.learning.linear_model import linear_task
 from polyclinic.learning.networks.model_tree import inspect
-from polyclinic.learning.tasks.linear_model import linear_task
 from polyclinic.studies.config import search_space, simulation_schema
 from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint

@@ -12,8 +12,9 @@ from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.policy import site_policy as policies
 from polyclinic.methods.statistics.duplicate_search import shared_by
+from polyclinic.studies.audits import duplicate_counts
 from polyclinic.studies.config import study_config
-from polyclinic.studies.run import deployment, duplicate_counts
+from polyclinic.studies.run import deployment
 from tests.conftest import little_sites
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, make_site, order
 

@@ -16,9 +16,9 @@ from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.errors import ConfigError
+from polyclinic.learning.image_labels import coarse_label, exact_label
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.image_labels import coarse_label, exact_label
 from polyclinic.methods.statistics import duplicate_search
 from polyclinic.methods.statistics.blinded_points import (
     InvalidPoints,

@@ -10,9 +10,9 @@ import torch
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import evaluate
+from polyclinic.learning.linear_model import fit_linear, linear_task
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.linear_model import fit_linear, linear_task
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.scheduler import run

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
 from polyclinic.data.examples import Examples
+from polyclinic.learning import linear_model
+from polyclinic.learning.linear_model import fit_linear, linear_task
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks import linear_model
 from polyclinic.learning.tasks.classification import Classification, MultiLabel
-from polyclinic.learning.tasks.linear_model import fit_linear, linear_task
 from polyclinic.learning.tasks.own_loss import with_loss
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.tasks.survival import Survival

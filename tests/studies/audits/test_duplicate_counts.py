@@ -8,7 +8,7 @@ import pytest
 
 from polyclinic.cli.data import duplicates
 from polyclinic.errors import DataError
-from polyclinic.studies.run import duplicate_counts
+from polyclinic.studies.audits import duplicate_counts
 
 STUDY = """
 name = "copies"

@@ -30,7 +30,7 @@ from polyclinic.statistics.multiple_tests import holm
 from polyclinic.statistics.paired_tests import Difference
 
 if TYPE_CHECKING:
-    from polyclinic.data.source import Table  # loads PyTorch, which a report does not need
+    from polyclinic.data import source  # loads PyTorch, which a report does not need
 
 FILE = "groups.json"
 SHOWN = (
@@ -78,7 +78,7 @@ class Attribute:
 
 
 def groups_of(
-    table: "Table", numbers: Mapping[str, int], columns: Sequence[str] = ()
+    table: "source.Table", numbers: Mapping[str, int], columns: Sequence[str] = ()
 ) -> dict[str, dict[str, list[int]]]:
     """Return patients' numbers by column and group. A patient with several values in a column is in no group of it.
 
@@ -118,7 +118,7 @@ def _order(name: str) -> tuple[int, str]:
     return (ages.index(name) if name in ages else -1, name)
 
 
-def write_groups(run: Path, table: "Table", numbers: Mapping[str, int], columns: Sequence[str] = ()) -> None:
+def write_groups(run: Path, table: "source.Table", numbers: Mapping[str, int], columns: Sequence[str] = ()) -> None:
     """Write ``groups.json`` with the patients' numbers, not names, to a run folder, unless no column is known."""
     if found := groups_of(table, numbers, columns):
         atomic.write(run / FILE, json.dumps(found, separators=(",", ":")) + "\n")

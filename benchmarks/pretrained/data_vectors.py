@@ -285,6 +285,9 @@ AUC and balanced accuracy are means over the sites' own test images; always pred
 *Each site alone* is judged by its own model on its own images. *Random vectors* have the norms of the real ones, tensor by
 tensor. Differences are paired by federation, with Student's intervals; a difference is bold if Holm's correction over its column leaves
 p < 0.05. No test is made with fewer than six federations, because an exact one could not reject.
+
+**Limit.** Merges re-estimate batch normalization on the 100 images of the party that merges; FedAvg and each site alone do not. Part or all
+of their distance from the merges may be due to that and not to merging.
 """
 
 

@@ -236,9 +236,11 @@ class _Work:
     def add_linear_baselines(self) -> bool:
         """Write the linear baselines that are missing, and return whether there were any. Images have none."""
         task, added = linear_task(self.resolved.task), False
+        if task is None:
+            return False
         for seed, fold in dict.fromkeys((job.seed, job.fold) for job in self.resolved.jobs):
             files = linear_files(self.path, seed, fold)
-            if task is not None and not all(file.is_file() for file in files.values()):
+            if not all(file.is_file() for file in files.values()):
                 write_linear_baselines(files, task, self._data(seed, fold), fold, self.resolved.numbers)
                 added = True
         return added

@@ -101,15 +101,10 @@ class SiteAgent:
         try:
             self._check(call)
             self._permitted()
-            key = "weights_megabytes" if call.kind == "weights" else "megabytes_per_round"
-            limit = message_limits.bytes_allowed(self.home.policy, DEFAULT_POLICY, key)
             if call.kind == "weights":
-                wrong = self.memory.wrong_weights
-                message_limits.check_weights(call, self.order, limit, self.home.weights, wrong)
-                message_limits.check_room(
-                    self.home.path, 2 * call.size, self._keep_free
-                )  # as it came, and in the store
+                self._check_weights(call)
             else:
+                limit = message_limits.bytes_allowed(self.home.policy, DEFAULT_POLICY, "megabytes_per_round")
                 message_limits.check_call(call, self.order, limit, self._received)
                 message_limits.check_room(self.memory.folder, call.size, self._keep_free)
                 self._received.add(call)
@@ -192,6 +187,12 @@ class SiteAgent:
         if verdict["awaits"]:
             raise Refusal(f"{WAITS_FOR_WEIGHTS} {verdict['awaits'][:12]}..., which the server sends")
         self._check_data()
+
+    def _check_weights(self, call: Call) -> None:
+        """Check that start weights may come, and that there is room for them, both as they come and in the store."""
+        limit = message_limits.bytes_allowed(self.home.policy, DEFAULT_POLICY, "weights_megabytes")
+        message_limits.check_weights(call, self.order, limit, self.home.weights, self.memory.wrong_weights)
+        message_limits.check_room(self.home.path, 2 * call.size, self._keep_free)
 
     def _take_weights(self, call: Call, body: Path | None) -> None:
         """Add the start weights that the server sent to this site's store, after a strict read."""

@@ -267,10 +267,8 @@ def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = L
         name, remedy = _DECODERS.get(str(syntax), ("", ""))
         hint = f"; a decoder for {name} may help: {remedy}" if remedy == _JPEG else ""
         with refusing(path, f"its pixels cannot be decoded{hint}"):
-            plain = _plain_type(path, dataset, syntax, keyword, samples)
-            if plain is not None:
-                array = np.frombuffer(dataset[keyword].value, plain, frames * rows * columns)
-            else:
+            array = _plain_values(path, dataset, syntax, frames * rows * columns) if samples == 1 else None
+            if array is None:
                 array = pydicom.pixels.pixel_array(dataset, view_only=True)
             if element(dataset, "PhotometricInterpretation") == "PALETTE COLOR":
                 array = pydicom.pixels.apply_color_lut(array, dataset)
@@ -283,15 +281,23 @@ def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = L
     return native.astype(native.dtype.newbyteorder("="), copy=False)
 
 
-def _plain_type(path: Path, dataset: Any, syntax: Any, keyword: str, samples: int) -> np.dtype[Any] | None:
-    """Return the type of gray values that are stored as they are, so that no decoder is needed; None for others."""
+def _plain_values(path: Path, dataset: Any, syntax: Any, count: int) -> np.ndarray[Any, Any] | None:
+    """Return the first ``count`` gray values if they are stored as they are and need no decoder; None for others.
+
+    Of the bits of a value the lowest ``BitsStored`` count. The others may hold anything, such as overlays, and are
+    cleared, or those of a signed value filled with its sign, as pydicom does.
+    """
     bits = whole_number(path, dataset, "BitsAllocated")
-    signed = whole_number(path, dataset, "PixelRepresentation") if states(dataset, "PixelRepresentation") else None
+    used = whole_number(path, dataset, "BitsStored", 0)
+    signed = whole_number(path, dataset, "PixelRepresentation", -1)
     gray = element(dataset, "PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
     little = not syntax.is_compressed and syntax.is_little_endian
-    if keyword == "PixelData" and gray and little and samples == 1 and bits in (8, 16, 32) and signed in (0, 1):
-        return np.dtype(f"<{'ui'[signed]}{bits // 8}")
-    return None
+    if not (states(dataset, "PixelData") and gray and little and bits in (8, 16, 32)):
+        return None
+    if signed not in (0, 1) or not 0 < used <= bits:
+        return None
+    values = np.frombuffer(dataset.PixelData, f"<{'ui'[signed]}{bits // 8}", count)
+    return values if used == bits else (values << (bits - used)) >> (bits - used)
 
 
 def _decodable(path: Path, dataset: Any, syntax: Any, frames: int, size: tuple[int, int]) -> None:

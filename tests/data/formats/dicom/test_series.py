@@ -112,6 +112,24 @@ def test_every_sample_of_pydicom_is_read_like_pydicom_or_refused_in_one_line() -
     assert any("pip install pyjpegls" in line for line in refused) or not any("JPEG-LS" in line for line in refused)
 
 
+@pytest.mark.parametrize(
+    ("allocated", "stored"),
+    [(8, 1), (8, 5), (8, 8), (16, 1), (16, 10), (16, 12), (16, 16), (32, 12), (32, 27), (32, 32)],
+)
+@pytest.mark.parametrize("signed", [False, True])
+def test_bits_beyond_the_stored_ones_have_no_meaning(signed: bool, allocated: int, stored: int, tmp_path: Path) -> None:
+    """They hold overlays in older files; pydicom, which is the second implementation, clears them too."""
+    raw = np.random.default_rng(stored).bytes(12 * allocated // 8)
+    pixels = np.frombuffer(raw, f"{'i' if signed else 'u'}{allocated // 8}").reshape(3, 4)
+    path = save(image(pixels, "CT", BitsStored=stored, HighBit=stored - 1), tmp_path / "a.dcm")
+    with quiet():
+        expected = pydicom.dcmread(path).pixel_array
+    np.testing.assert_array_equal(stored_pixels(path, open_dicom(path))[0], expected)
+    bits = [np.binary_repr(int(v), allocated)[-stored:] for v in pixels.flat]
+    assert [np.binary_repr(int(v), allocated)[-stored:] for v in expected.flat] == bits
+    assert len(set(expected.flat)) <= 2**stored
+
+
 def test_monochrome1_is_turned_except_where_numbers_are_physical(tmp_path: Path) -> None:
     pixels = np.array([[0, 10], [4000, 4095]], dtype=np.uint16)
     shown: dict[str, Any] = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}

@@ -39,7 +39,7 @@ method's own option if it has one) of 10 rounds, by AUC on validation patients; 
 the best validated round is tested once. Sites hold at most 80 patients. A seed draws the initial model, the order of batches, the
 settings, the split of the patients, and, for the three data sets of images, the four simulated sites to which they are dealt with
 label skew. All of it is in the study file, which was written before the run; its network, metric and number of patients were chosen
-after pilot runs of FedAvg and pooled training with seed 0 on the images, in which no method was compared with another.
+after a rehearsal of two rounds with other settings, and pilot runs of FedAvg and pooled training with seed 0 on the images.
 """
 LIMITS = (
     "No difference shown is no evidence of equality: an interval of several hundredths contains differences that matter. The "

@@ -136,8 +136,8 @@ def prototypes(h: Tensor, y: Tensor, weight: float) -> ElementwiseMean:
 def completed(labels: Tensor, missing: Tensor, h: Tensor, known: Tensor, without: float, having: float) -> Tensor:
     """Return ``labels`` [n, L] in which the surest of the unknown ones of ``missing`` [L] findings are filled in.
 
-    The surest are those whose features ``h`` [n, F] differ most in cosine similarity to the two prototypes of the finding
-    in ``known`` [L, 2, F].
+    The surest are those whose features ``h`` [n, F] differ most in cosine similarity to the two prototypes of the
+    finding in ``known`` [L, 2, F].
     """
     filled = labels.clone()
     for c in missing.nonzero().flatten().tolist():

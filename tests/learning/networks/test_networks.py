@@ -260,7 +260,7 @@ def test_a_module_that_does_not_fit_is_refused_at_once() -> None:
 PERSONAL = [entry.name for entry in FAMILIES["Client end: domain-specific learning"]]
 FEATURES = ["fedmoco", "fedharmony", "fed-align", "private-heads", "fmtl"]
 SAMPLE = {("nnunet", "fedper")}
-KNOWN = {"iop-fl": {"iterations": 1}, "lc-fed": {"head_steps": 2}}
+KNOWN = {"iop-fl": {"passes": 1}, "lc-fed": {"head_steps": 2}}
 
 
 def pairs() -> list[Any]:

@@ -177,6 +177,7 @@ def site_limits(trial: Trial) -> tuple[Array, Array, Array]:
 
 def student(value: Array, variance: Array, df: Array, scale: str) -> tuple[Array, Array]:
     """Return Student's limits on a scale."""
+    df = np.where(scale == "log", np.maximum(df - 1, np.minimum(df, 2)), df)
     half = stats.t.ppf(0.975, df) * np.sqrt(variance)
     with np.errstate(divide="ignore", invalid="ignore"):
         if scale == "logit":

@@ -164,7 +164,13 @@ def test_students_limits_on_three_scales() -> None:
     assert 0 < low < 0.9 < high < 1
     low, high = iv.student(0.2, spread, "log")
     assert low * high == pytest.approx(0.04)
-    assert low > 0
+    assert np.log(high / 0.2) == pytest.approx(stats.t.ppf(0.975, 7) * 0.1 / 0.2)
+
+
+def test_one_degree_of_freedom_is_deducted_on_the_log_scale_while_two_are_left() -> None:
+    for df, used in ((1.0, 1.0), (2.0, 2.0), (2.5, 2.0), (3.0, 2.0), (4.0, 3.0)):
+        _, high = iv.student(1.0, Spread(0.01, df), "log")
+        assert np.log(high) == pytest.approx(stats.t.ppf(0.975, used) * 0.1)
 
 
 def test_limits_of_a_mean_are_those_of_one_site_or_of_normal_sites() -> None:

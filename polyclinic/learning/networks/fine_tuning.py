@@ -16,7 +16,7 @@ from torch import nn
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.adapters import LowRank, adapt, is_factor
 from polyclinic.learning.networks.composite import Composed
-from polyclinic.learning.networks.model_tree import freeze, frozen, inspect
+from polyclinic.learning.networks.model_tree import BATCH_NORMS, freeze, frozen, inspect
 from polyclinic.learning.weights import store
 from polyclinic.learning.weights.matching import Matched, Mismatch, StartWeights, match
 
@@ -50,6 +50,7 @@ class FineTuned(Composed):
         """
         model = self.network()
         matched = self.load_start(model)
+        self._set_momentum(model)
         adapted = adapt(model, self.lora, self.network.parts.head) if self.lora is not None else ()
         if self.train == ALL:
             return model
@@ -90,6 +91,23 @@ class FineTuned(Composed):
     def account(self) -> Matched | None:
         """Return the account of the start weights; None without any."""
         return _account(self)
+
+    def _set_momentum(self, model: nn.Module) -> None:
+        """Set the momentum of batch normalization.
+
+        Raises:
+            ConfigError: If the network has none.
+        """
+        if self.start is None or self.start.norm_momentum is None:
+            return
+        norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+        if not norms:
+            raise ConfigError(
+                f"task.weights: norm_momentum has no effect, because {self.network.name} has no batch normalization: "
+                "leave it out"
+            )
+        for norm in norms:
+            norm.momentum = self.start.norm_momentum
 
     def _chosen(self, model: nn.Module) -> Callable[[str], bool]:
         """Return the test of what is trained.

@@ -53,6 +53,7 @@ class StartWeights:
         inflate: How 2-D convolutions become 3-D.
         inflate_axis: The axis of volumes that 2-D weights lack: 0, 1 or 2.
         grid: How position embeddings of another grid are adapted.
+        norm_momentum: Momentum of the running statistics of batch normalization, in (0, 1]; None for the network's own.
     """
 
     sha256: str
@@ -64,6 +65,7 @@ class StartWeights:
     inflate: Literal["refuse", "mean", "center"] = "refuse"
     inflate_axis: int = 2
     grid: Literal["refuse", "interpolate"] = "refuse"
+    norm_momentum: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ Ziyao Wang, Zheyu Shen, Yexiao He, Guoheng Sun, Hongyi Wang, Lingjuan Lyu and An
 Large Language Models with Heterogeneous Low-Rank Adaptations", NeurIPS 2024, section 3.2,
 https://arxiv.org/abs/2409.05976: with ``A = [p_1 A_1; ...; p_N A_N]`` and ``B = [B_1, ..., B_N]`` the product is
 ``B A = Σ p_i B_i A_i``, which needs no common rank; it becomes part of the layers, and the next round begins with new
-adapters. Departures: the server adds the product and sends the changed layers, where the paper sends the stacked
-factors for the sites to add, because sites need not have taken part in earlier rounds; the scale α / r is that of the
-largest rank at every site; all other trained tensors, such as the head, are averaged. The server sees each site's
-factors, which secure sums exclude.
+adapters. As in the official code (https://github.com/ATP-1010/FederatedLLM), the weights ``p_i`` multiply ``A`` alone,
+and the scale α / r is the same at sites of every rank. Departures: the server adds the product and sends the changed
+layers, where the paper sends the stacked factors for the sites to add, because sites need not have taken part in
+earlier rounds; all other trained tensors, such as the head, are averaged. The server sees each site's factors, which
+secure sums exclude.
 """
 
 from collections.abc import Mapping

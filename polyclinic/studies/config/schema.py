@@ -43,6 +43,11 @@ class WeightsSpec(Table):
     """The axis of the volumes that the 2-D weights lack, counted from 0 without the channels."""
     grid: Literal["refuse", "interpolate"] = "refuse"
     """How position embeddings of another grid of patches are adapted."""
+    norm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The momentum of the running statistics of batch normalization, such as 0.1; by default the network's own.
+
+    After n steps, the statistics of the start weights still have the weight ``(1 - norm_momentum) ** n``.
+    """
 
     @model_validator(mode="after")
     def _named(self) -> "WeightsSpec":

@@ -1,6 +1,7 @@
 """Start weights, adapters and frozen tensors of networks."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,23 @@ def test_a_network_that_is_trained_whole_starts_from_the_weights() -> None:
     assert params.keys() == state.keys()
     assert all(torch.equal(params[name], state[name]) for name in state if not in_head(name))
     assert not torch.equal(params["head.weight"], state["head.weight"])
+
+
+def test_running_statistics_leave_the_start_weights_as_fast_as_the_study_says() -> None:
+    state, x = random_state(CNN), torch.randn(16, 1, 8, 8)
+    name = "encoder.1.running_mean"
+    for momentum, kept in ((None, 0.9), (0.5, 0.5), (1.0, 0.0)):
+        model = FineTuned(CNN, replace(weights_of(CNN), norm_momentum=momentum))().train()
+        batch = model.encoder[0](x).mean((0, 2, 3))
+        model(x)
+        expected = kept * state[name] + (1 - kept) * batch
+        torch.testing.assert_close(dict(model.named_buffers())[name], expected)
+
+
+def test_a_momentum_without_batch_normalization_is_refused() -> None:
+    plain = Network("mlp", (3,), 2, (("width", 4),))
+    with pytest.raises(ConfigError, match="norm_momentum has no effect, because mlp has no batch normalization"):
+        FineTuned(plain, replace(weights_of(plain), norm_momentum=0.1))()
 
 
 LAYERS = [

@@ -106,6 +106,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "ordered": True,
     "own": ("acme-speckle",),
     "loop": "acme-loop",
+    "norm_momentum": 0.1,
 }
 CHANGE_NOTHING = {"title", "task.weights.file", *(f"engine.{key}" for key in EngineSpec.model_fields)}
 STUDY = Study.model_validate_json(json.dumps(WHOLE))

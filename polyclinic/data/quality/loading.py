@@ -121,7 +121,8 @@ def _items(source: FromFiles, layout: Layout, classes: tuple[str, ...], known: b
     items = []
     for entry in found.entries:
         path = entry.images[0]
-        name = str(path.relative_to(layout.root)) if layout.root in path.parents else entry.id
+        inside = layout.root in path.parents and entry.part is None
+        name = str(path.relative_to(layout.root)) if inside else entry.id
         label = classes[entry.label] if isinstance(entry.label, int) and entry.label < len(classes) else None
         split = entry.columns.get("split", "").lower()
         items.append(
@@ -133,6 +134,7 @@ def _items(source: FromFiles, layout: Layout, classes: tuple[str, ...], known: b
                 SPLITS.get(split, split or None),
                 entry.columns.get(site) or None,
                 entry.mask,
+                part=entry.part,
             )
         )
     return tuple(items)

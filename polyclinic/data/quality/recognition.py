@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 
 from polyclinic.data.archives import ENDINGS
 from polyclinic.data.examples import DataError
-from polyclinic.data.files import is_image, opened, stem_of
+from polyclinic.data.files import VIDEOS, is_image, kind_of, opened, stem_of
 from polyclinic.data.formats.bids import read_bids
 from polyclinic.data.formats.column_roles import SPLITS, USUAL, column_of, identifying, key_of, usual_columns
 from polyclinic.data.formats.parsing import clean, is_missing, is_number, plain
-from polyclinic.data.formats.safe_reading import LIMITS, Limits, read_npz
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_npz
+from polyclinic.data.formats.slides import is_slide
+from polyclinic.data.formats.video import frame_rate
 from polyclinic.data.paired_folders import FOLDERS, cases_in
 from polyclinic.data.quality.folder_layout import Layout, detect
 from polyclinic.data.quality.manifest_paths import by_column, filled
@@ -28,6 +31,7 @@ from polyclinic.data.quality.mask_names import is_mask, named_pairs
 from polyclinic.data.sources.excel import EXCEL, sheets_of
 from polyclinic.data.sources.npz import SPLITS as NPZ_SPLITS
 from polyclinic.data.sources.tabular_files import TABLES, read_columns
+from polyclinic.errors import MissingDependency
 
 STUDY_LIMITS = replace(LIMITS, decoded_bytes=4 * 2**30)
 """The limits of a study that does not set ``gigabytes``."""
@@ -172,6 +176,7 @@ def recognize(
         "dicom": partial(_dicom, draft, root, limits),
     }
     steps[layout.kind]()
+    _divided(draft, root)
     draft.options |= given
     return draft.done()
 
@@ -186,6 +191,26 @@ def _pairs(draft: _Draft, root: Path) -> None:
     draft.options["kind"] = "pairs"
     named = "nnU-Net's or the Decathlon's folders" if images == "imagesTr" else "two folders with equal file names"
     draft.why.append(f"{named}: images in {images}, masks in {masks}")
+
+
+def _divided(draft: _Draft, root: Path) -> None:
+    """Set how slides and videos are divided, if the data are such files."""
+    if draft.options["kind"] not in ("folders", "manifest", "patterns"):
+        return
+    folder = root if root.is_dir() else Path(draft.options.get("root", "") or root.parent)
+    files = [folder / name for name in _paths(folder)]
+    videos = [path for path in files if kind_of(path) in VIDEOS]
+    if "tiles" not in draft.answers and any(map(is_slide, files[:MANY])):
+        text = "pixels along each side of a tile, and micrometers per pixel"
+        draft.options["tiles"] = draft.ask("tiles", text, {"size": 256, "mpp": 0.5})
+        draft.why.append("the files are whole-slide images; the tiles with tissue are the examples")
+    elif "frames" not in draft.answers and len(videos) > len(files) / 2:
+        rate = 25.0
+        with suppress(MissingDependency, Unreadable):  # the source reports them
+            rate = frame_rate(videos[0])
+        text = f"which frames of the videos (about {rate:.3g} per second)"
+        draft.options["frames"] = draft.ask("frames", text, {"every": max(1, round(rate))})
+        draft.why.append(f"{len(videos)} files are videos; single frames are the examples")
 
 
 def _images(draft: _Draft, root: Path) -> None:

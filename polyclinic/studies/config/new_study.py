@@ -173,7 +173,8 @@ def _sample(found: Collection) -> tuple[dict[str, Picture], list[str]]:
             continue
         last = i
         try:
-            pictures[entry.id] = picture_of(read_case(entry.images, entry.mask, found.options, slices=entry.slices))
+            case = read_case(entry.images, entry.mask, found.options, slices=entry.slices, part=entry.part)
+            pictures[entry.id] = picture_of(case)
         except Unreadable as refusal:
             problems.append(f"{entry.id}: {refusal}")
     return pictures, problems

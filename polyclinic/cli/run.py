@@ -240,6 +240,8 @@ def new(
     suffix: str | None = None,
     sheet: str | None = None,
     images: str | None = None,
+    segments: str | None = None,
+    ordered: bool | None = None,
     blank: float | None = None,
     uncertain: float | None = None,
     name: str | None = None,
@@ -271,6 +273,8 @@ def new(
         suffix: For BIDS, the kind of image, such as `T1w`; several with commas.
         sheet: The sheet of an Excel workbook, if several have content.
         images: The pattern of the images that a table names, if several fit.
+        segments: For DICOM, the names of the segments that become labels 1, 2, ..., with commas.
+        ordered: Whether the classes are grades in ascending order.
         blank: The value of an empty cell among several labels: 0 or 1.
         uncertain: The value of a label of -1 among several labels: 0 or 1.
         name: The name of the study; by default from the data's.
@@ -304,6 +308,8 @@ def new(
         "suffix": suffix.split(",") if suffix else None,
         "sheet": sheet,
         "images": images,
+        "segments": segments.split(",") if segments else None,
+        "ordered": ordered,
         "blank": blank,
         "uncertain": uncertain,
     }
@@ -379,7 +385,9 @@ def _asked(questions: Sequence[Any]) -> dict[str, Any]:
         answer = console.input(escape(f"{question.key}: {question.text}{choices} [{shown}] ")).strip()
         value = answer or shown
         answers[question.key] = value.split(",") if isinstance(question.default, list) else value
-        if isinstance(question.default, int | float):
+        if isinstance(question.default, dict):
+            answers[question.key] = changes([f"x={answer}"])["x"] if answer else question.default
+        elif isinstance(question.default, int | float) and not isinstance(question.default, bool):
             answers[question.key] = float(value)
     return answers
 

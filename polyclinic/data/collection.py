@@ -18,9 +18,12 @@ from polyclinic.data.cache import cached, remembered
 from polyclinic.data.cases import case_building, case_file
 from polyclinic.data.cases.case_file import CaseFile, Prepared
 from polyclinic.data.cases.cases import Cases
+from polyclinic.data.cases.frames import Frame, FrameSelection
+from polyclinic.data.cases.tiles import Tile, Tiling, lazy_tiles
 from polyclinic.data.examples import DataError, Dataset, Examples
-from polyclinic.data.files import OPTIONS, ImageOptions, content_of, picture_of, read_case, read_image
+from polyclinic.data.files import OPTIONS, ImageOptions, Part, content_of, picture_of, read_case, read_image
 from polyclinic.data.formats.mask_labels import IGNORED, WHITE, black_and_white, label_problems, labels_in
+from polyclinic.data.formats.parsing import clean, plain
 from polyclinic.data.formats.safe_reading import LIMITS, Unreadable
 from polyclinic.data.formats.value_ranges import ValueRange, scale_problems
 from polyclinic.data.geometry import Geometry
@@ -59,6 +62,7 @@ class Entry:
         mask: File of its mask.
         columns: Further metadata, as text.
         slices: Whether ``images`` are the slices of one series.
+        part: The part of the file that is the example: a tile of a slide, or a frame of a video.
     """
 
     id: str
@@ -68,6 +72,12 @@ class Entry:
     mask: Path | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     slices: bool = False
+    part: Part | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the image and of its mask."""
+        return (*self.images, *([self.mask] if self.mask else []))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +110,12 @@ class Collection:
     @cached_property
     def contents(self) -> tuple[str, ...]:
         """The hash of each entry's files."""
-        files = [path for e in self.entries for path in (*e.images, *([e.mask] if e.mask else []))]
+        files = list(dict.fromkeys(path for e in self.entries for path in e.files))
+        large = self.patch or any(e.part for e in self.entries)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            hashed = (lambda path: remembered(path, content_of)) if self.patch else content_of
+            hashed = (lambda path: remembered(path, content_of)) if large else content_of
             found = dict(zip(files, pool.map(hashed, files), strict=True))
-        return tuple(digest(*(found[p] for p in (*e.images, *([e.mask] if e.mask else [])))) for e in self.entries)
+        return tuple(digest(*(found[p] for p in e.files), *([repr(e.part)] if e.part else [])) for e in self.entries)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -198,7 +209,7 @@ class Collection:
         """Yield each entry without preprocessing, or None if it cannot be read."""
         for entry in self.entries:
             try:
-                picture = read_image(entry.images, entry.mask, self.options, slices=entry.slices)
+                picture = read_image(entry.images, entry.mask, self.options, slices=entry.slices, part=entry.part)
                 yield self._annotated(picture)
             except Unreadable:
                 yield None
@@ -233,7 +244,13 @@ class Collection:
 
     @cached_property
     def _stored(self) -> "list[CaseFile | _Refused]":
-        """The stored case of each entry, or why it cannot be read. Built on first use."""
+        """The stored case of each entry, or why it cannot be read. Built on first use.
+
+        Tiles of slides are not stored: they are read at each access.
+        """
+        if tiles := [e.part for e in self.entries if isinstance(e.part, Tile)]:
+            names, slides = [e.id for e in self.entries], [e.images[0] for e in self.entries]
+            return [*lazy_tiles(names, slides, tiles, self.contents, self.steps)]
         how = (fingerprint(self.steps), self.options.key, self.ignore)
         keys = [digest("case", VERSION, case_file.VERSION, content, *how, *self._masks) for content in self.contents]
         on_disk = [sum(path.stat().st_size for path in entry.images if path.is_file()) for entry in self.entries]
@@ -383,7 +400,7 @@ class Collection:
 
     def _one(self, entry: Entry) -> "Prepared | _Refused":
         try:
-            case = read_case(entry.images, entry.mask, self.options, slices=entry.slices)
+            case = read_case(entry.images, entry.mask, self.options, slices=entry.slices, part=entry.part)
             picture = self._annotated(picture_of(case, as_bytes=not self.steps))
             prepared = apply(self.steps, replace(picture, truth=picture.mask))
         except (Unreadable, DataError) as error:
@@ -445,6 +462,9 @@ class FromFiles:
         patch: Shape of the part of an image that the network sees, one number per axis. With it, images may differ in
             shape and stay on disk: for segmentation, training draws patches and tests the complete images by
             overlapping patches; for other tasks, each picture is resized to cover the patch and cropped to its center.
+        tiles: Division of whole-slide images into tiles, which are the examples, such as ``{size = 256, mpp = 0.5}``
+            (``cases.tiles.Tiling``). All have the label, the patient and the site of their slide.
+        frames: Frames of videos that are the examples, such as ``{every = 25}`` (``cases.frames.FrameSelection``).
     """
 
     fill: float | None = None
@@ -454,9 +474,14 @@ class FromFiles:
     ignore: int | None = None
     bits: int = 0
     patch: tuple[int, ...] = ()
+    tiles: Tiling | None = None
+    frames: FrameSelection | None = None
 
     def __post_init__(self) -> None:
         self.options  # noqa: B018 - checks the fields
+        if self.tiles is not None and (self.frames is not None or self.patch):
+            other = "patch" if self.patch else "frames"
+            raise DataError(f"tiles = {{...}}: says what an example is, and so does {other}: leave one of them out")
         if self.patch and (len(self.patch) not in (2, 3) or not all(1 <= n <= LIMITS.side for n in self.patch)):
             raise DataError(f"patch = {list(self.patch)}: give 2 or 3 whole numbers of pixels, such as [96, 96, 96]")
         if math.prod(self.patch) > LARGEST_PATCH:
@@ -478,11 +503,64 @@ class FromFiles:
         ignore: int | None = None,
         labels: tuple[int, ...] | None = None,
     ) -> Collection:
-        """Return the collection of ``entries``, read and prepared as this source's fields say."""
+        """Return the collection of ``entries``, read and prepared as this source's fields say.
+
+        Raises:
+            DataError: If slides or videos cannot be divided.
+        """
         steps: tuple[Step, ...] = getattr(self, "steps", ())
         unreadable: Literal["refuse", "skip"] = getattr(self, "unreadable", "refuse")
-        known = self.ignore if self.ignore is not None else ignore
-        return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known, labels, self.patch)
+        known, patch = self.ignore if self.ignore is not None else ignore, self.patch
+        if self.tiles is not None or self.frames is not None:
+            entries, notes = self._parts(info, entries, unreadable)
+            info = replace(info, notes=(*info.notes, *notes))
+            patch = (self.tiles.size,) * 2 if self.tiles is not None else patch
+        return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known, labels, patch)
+
+    def _parts(
+        self, info: Info, entries: Sequence[Entry], unreadable: Literal["refuse", "skip"]
+    ) -> tuple[list[Entry], list[str]]:
+        """Return one entry for each tile or frame, and notes."""
+        what = "tiles" if self.tiles is not None else "frames"
+        if any(entry.slices or len(entry.images) != 1 for entry in entries):
+            raise DataError(f"{what} = {{...}}: each example is one file; leave out other channels and series")
+        if info.task == "segmentation" and not (self.frames and self.frames.column):
+            raise DataError(f"{what} = {{...}}: needs a label for each file, and masks are not divided")
+
+        def divided(entry: Entry) -> "list[Entry] | Unreadable":
+            try:
+                return self._divided(entry)
+            except Unreadable as refusal:
+                return refusal
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(pool.map(divided, entries))
+        refused = [f for f in found if isinstance(f, Unreadable)]
+        parts = [part for f in found if not isinstance(f, Unreadable) for part in f]
+        if refused and (unreadable == "refuse" or not parts):
+            raise DataError(_by_reason([[0, f"{refusal}", refusal.reason] for refusal in refused]))
+        notes = [f"{len(entries) - len(refused)} files are divided into {len(parts)} {what}."]
+        if refused:
+            reasons = _by_reason([[0, f"{refusal}", refusal.reason] for refusal in refused])
+            notes.append(f"{len(refused)} files were left out because they cannot be read: {'; '.join(reasons[:5])}.")
+        return parts, notes
+
+    def _divided(self, entry: Entry) -> list[Entry]:
+        """Return the entries of the parts of one file."""
+        path, limits = entry.images[0], self.options.limits
+        columns = {**entry.columns, ("slide" if self.tiles is not None else "video"): entry.id}
+        parts: Sequence[Part]
+        if self.tiles is not None:
+            parts = self.tiles.tiles(path, limits)
+        elif self.frames is not None and self.frames.every:
+            parts = self.frames.frames(path, limits)
+        else:
+            assert self.frames is not None
+            number = plain(clean(entry.columns.get(self.frames.column, "")))
+            if not number.isdecimal():
+                raise Unreadable(path, f"{self.frames.column} states no number of a frame, from 0")
+            return [replace(entry, part=Frame(int(number)), columns=columns)]
+        return [replace(entry, id=f"{entry.id}#{p.name}", part=p, columns={**columns, **p.columns}) for p in parts]
 
     def collect(self) -> Collection:
         """Return the collection.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,11 +27,16 @@ from polyclinic.data.formats.nifti import read_nifti
 from polyclinic.data.formats.nrrd import read_nrrd
 from polyclinic.data.formats.pictures import PICTURES, Pixels, read_picture, turned_by
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
+from polyclinic.data.formats.slides import SLIDES as SLIDES
+from polyclinic.data.formats.slides import TIFF, is_slide
+from polyclinic.data.formats.video import VIDEOS as VIDEOS
 from polyclinic.data.formats.volume import SPATIAL, Turn, Volume, as_image, as_mask, nearest_axes, turned
 from polyclinic.data.geometry import Geometry
 from polyclinic.data.preprocessing.sample import Picture
 
 VOLUMES = (".nii", ".nii.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".dcm")
+TILES_KEY = "tiles = {size = 256, mpp = 0.5}"
+FRAMES_KEY = "frames = {every = 25}"
 _FLAT = torch.eye(4, dtype=torch.float64)
 
 
@@ -84,7 +89,7 @@ def opened(path: str) -> Path:
 def kind_of(path: Path) -> str:
     """Return the suffix by which a file is read, such as ``".nii.gz"``, or "" if it is not supported."""
     name = path.name.lower()
-    return next((ending for ending in (*PICTURES, *VOLUMES) if name.endswith(ending)), "")
+    return next((ending for ending in (*PICTURES, *VOLUMES, *SLIDES, *VIDEOS) if name.endswith(ending)), "")
 
 
 def is_image(path: Path) -> bool:
@@ -170,6 +175,21 @@ class ImageOptions:
 OPTIONS = ImageOptions()
 
 
+class Part(Protocol):
+    """Part of a file that is an example, such as a tile of a slide (``polyclinic.data.cases.tiles``)."""
+
+    @property
+    def name(self) -> str:
+        """Name of the part within its file."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Metadata of the example."""
+
+    def read(self, path: Path, limits: Limits = LIMITS) -> Volume:
+        """Read the part."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One example as read: the image in its file's orientation, and its mask voxel by voxel on the same grid."""
@@ -180,9 +200,15 @@ class Case:
 
 
 def read_case(
-    paths: Sequence[Path], mask: Path | None = None, options: ImageOptions = OPTIONS, *, slices: bool = False
+    paths: Sequence[Path],
+    mask: Path | None = None,
+    options: ImageOptions = OPTIONS,
+    *,
+    slices: bool = False,
+    part: Part | None = None,
 ) -> Case:
-    """Read one image from one file, from one file per channel, or from the slices of a series, and its mask.
+    """Read one image from one file, from one file per channel, from the slices of a series, or from a part of a file,
+    and its mask.
 
     The loader and ``data check`` both read with this function.
 
@@ -192,6 +218,8 @@ def read_case(
     if slices:
         image = read_series(Series(tuple(paths), "", ""), options.fill, options.limits, options.geometry_tolerance_mm)
         turn = 1
+    elif part is not None:
+        image, turn = part.read(paths[0], options.limits), 1
     else:
         image, turn = _upright(paths[0], options)
     notes = list(image.notes)
@@ -217,6 +245,7 @@ def read_image(
     *,
     as_bytes: bool = False,
     slices: bool = False,
+    part: Part | None = None,
 ) -> Picture:
     """Read one image and its mask as tensors.
 
@@ -227,7 +256,7 @@ def read_image(
     Raises:
         Unreadable: If a file is damaged, too large, or does not match the others.
     """
-    return picture_of(read_case(paths, mask, options, slices=slices), as_bytes=as_bytes)
+    return picture_of(read_case(paths, mask, options, slices=slices, part=part), as_bytes=as_bytes)
 
 
 def picture_of(case: Case, *, as_bytes: bool = False) -> Picture:
@@ -325,6 +354,10 @@ def _turned_with(
 def _upright(path: Path, options: ImageOptions) -> tuple[Volume, int]:
     """Return the image in one file, and the EXIF orientation by which it was turned (1: not turned)."""
     kind = kind_of(path)
+    if kind in SLIDES or (kind in TIFF and is_slide(path)):
+        raise Unreadable(path, f"is a whole-slide image: divide it with {TILES_KEY}")
+    if kind in VIDEOS:
+        raise Unreadable(path, f"is a video: select frames with {FRAMES_KEY}")
     if kind not in PICTURES:
         return _read_volume(path, kind, False, options), 1
     pixels = read_picture(path, options.limits)

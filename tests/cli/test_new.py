@@ -12,8 +12,11 @@ import pytest
 from PIL import Image
 
 from polyclinic.cli.app import app
+from polyclinic.cli.run import _asked
+from polyclinic.data.quality.recognition import Question
 from polyclinic.errors import ConfigError, PolyclinicError
 from polyclinic.studies.config import study_config
+from polyclinic.studies.config.new_study import questions_text
 
 Run = Callable[..., str]
 
@@ -93,6 +96,30 @@ def test_what_the_data_does_not_say_is_asked(command: Run, tmp_path: Path, monke
         command("new", "--data", root, "--yes")
     with pytest.raises(ConfigError, match="--label needs --data"):
         command("new", "x.toml", "--label", "y")
+
+
+@pytest.mark.parametrize(
+    ("default", "typed", "answer"),
+    [
+        ({"size": 256}, "", {"size": 256}),
+        ({"size": 256}, "{size = 64, level = 0}", {"size": 64, "level": 0}),
+        (True, "", True),
+        (True, "no", "no"),
+        (["a"], "b,c", ["b", "c"]),
+        (0, "1", 1.0),
+    ],
+)
+def test_answers_have_the_type_of_the_default(
+    monkeypatch: pytest.MonkeyPatch, default: object, typed: str, answer: object
+) -> None:
+    monkeypatch.setattr("polyclinic.cli.run.console.input", lambda text: typed)
+    assert _asked([Question("tiles", "what", default)]) == {"tiles": answer}
+
+
+def test_questions_name_the_option_that_answers_them() -> None:
+    first, second = questions_text([Question("tiles", "what", {"size": 256}), Question("ordered", "what", True)])
+    assert first == "--set data.tiles=...: what; default [{ size = 256 }]"
+    assert second.startswith("--ordered: ")
 
 
 def test_what_cannot_be_a_study_is_refused_with_the_remedy(command: Run, tmp_path: Path) -> None:

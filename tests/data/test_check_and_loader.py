@@ -325,3 +325,33 @@ def test_text_that_is_no_table_is_refused_in_a_sentence(tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_bytes(data)
         with pytest.raises(DataError, match=says):
             read_rows(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "proposed"),
+    [
+        ("KL grade", ["0", "1", "2", "3", "4"], True),
+        ("birads", ["1", "2", "3", "4", "5"], True),
+        ("stage", ["I", "II", "III", "IV"], True),
+        ("dr_grade", ["0.0", "1.0", "2.0"], True),
+        ("diagnosis", ["0", "1", "2", "3", "4"], False),
+        ("grade", ["0", "1"], False),  # two classes have no distance
+        ("grade", ["0", "2", "5"], False),  # not consecutive: codes, perhaps
+        ("grade", ["low", "medium", "high"], False),  # the order of words is not known
+        ("upgraded", ["0", "1", "2"], False),
+    ],
+)
+def test_grades_are_proposed_as_ordered(tmp_path: Path, column: str, values: list[str], proposed: bool) -> None:
+    rows = [f"img/{i}.png,{values[i % len(values)]},p{i}" for i in range(24)]
+    root = manifest(tmp_path, "\n".join([f"path,{column},patient", *rows]))
+    found = recognize(root, {"label": column})
+    assert found.ordered is proposed
+    assert [question.key for question in found.questions] == ["ordered"] * proposed
+    study = study_config.parse(new_study(found, "s", 1).text)
+    assert bool(study.task.ordered) is proposed
+    assert any("names a grade" in reason for reason in found.why) is proposed
+    for answer in (False, "false", "no"):
+        refused = recognize(root, {"label": column, "ordered": answer})
+        assert not refused.ordered
+        assert not refused.questions
+        assert study_config.parse(new_study(refused, "s", 1).text).task.ordered is None

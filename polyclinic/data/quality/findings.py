@@ -92,10 +92,10 @@ def health_information(layout: Layout, looks: Sequence[Look], health: Level, lim
             kinds[what].append(shown("/".join(parts)))
     for what, names in kinds.items():
         found.append(Finding("warning", "names", f"{_n(len(names), 'file name')} like {what}", tuple(names)))
-    fields: dict[str, list[str]] = defaultdict(list)
+    fields: dict[str, dict[str, None]] = defaultdict(dict)  # in order; the parts of a file count once
     for look in looks:
         for name in look.hidden:
-            fields[name].append(shown(look.item.name))
+            fields[name][shown(_file_of(look))] = None
     for name, files in fields.items():
         level: Level = health if name in ("GPS", "a DICOM extension") else "warning"
         found.append(
@@ -112,6 +112,11 @@ def health_information(layout: Layout, looks: Sequence[Look], health: Level, lim
         text = f"{_n(len(faces), 'scan')} of a head may show a face: deface it before anything leaves the site"
         found.append(Finding("warning", "faces", text, tuple(faces)))
     return found
+
+
+def _file_of(look: Look) -> str:
+    """Return the name of an example, or of the slide or video that it is a part of."""
+    return look.item.name if look.item.part is None else look.item.name.removesuffix(f"#{look.item.part.name}")
 
 
 def compare(looks: Sequence[Look], allowed: Mapping[int, str]) -> list[Finding]:
@@ -184,9 +189,11 @@ def _classes(looks: Sequence[Look]) -> list[Finding]:
 
 def _copies(looks: Sequence[Look]) -> list[Finding]:
     found = []
-    hashes = [look.digest for look in looks]
-    groups = [[looks[i] for i in members] for members in equal(hashes)]
-    pairs = [[looks[i], looks[j]] for i, j in nearly_equal([look.picture for look in looks], hashes)]
+    groups = [[looks[i] for i in members] for members in equal([look.digest for look in looks])]
+    groups = [members for members in groups if len({*map(_file_of, members)}) > 1]  # a scene that does not move
+    single = [look for look in looks if look.item.part is None]  # tiles and frames resemble each other
+    alike = nearly_equal([look.picture for look in single], [look.digest for look in single])
+    pairs = [[single[i], single[j]] for i, j in alike]
     for same, code, sets in (("equal", "duplicates", groups), ("nearly equal", "near-duplicates", pairs)):
         if not sets:
             continue

@@ -26,7 +26,7 @@ from polyclinic.data.sources.excel import EXCEL, OTHER_SHEETS, sheets_of
 from polyclinic.data.sources.tabular_files import TABLES, read_columns
 from polyclinic.errors import MissingDependency
 
-VOLUMES = tuple(suffix for suffix in files.VOLUMES if suffix != ".dcm")
+VOLUMES = (*(suffix for suffix in files.VOLUMES if suffix != ".dcm"), *files.SLIDES, *files.VIDEOS)
 _MASK = r"(?i:label|mask|segmentation|seg)"
 
 
@@ -40,6 +40,7 @@ class Item:
         patient: Its patient; None if unknown.
         row: Its position in an archive.
         key: The archive's array; ``"dicom"`` for a DICOM series.
+        part: The part of the file that is the example: a tile of a slide, or a frame of a video.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Item:
     mask: Path | None = None
     row: int = 0
     key: str = ""
+    part: files.Part | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Inspection of one example: the summary of an image that the data check keeps."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyclinic.data.files import OPTIONS, ImageOptions, read_case, read_mask
+from polyclinic.data.files import OPTIONS, VIDEOS, ImageOptions, kind_of, read_case, read_mask
 from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.formats.grids import GridMismatch
 from polyclinic.data.formats.mask_labels import labels_in
 from polyclinic.data.formats.nifti import is_nifti
 from polyclinic.data.formats.safe_reading import Unreadable, read_npz, refusing
+from polyclinic.data.formats.slides import describe
 from polyclinic.data.formats.value_ranges import ValueRange
+from polyclinic.data.formats.video import personal_metadata
 from polyclinic.data.formats.volume import Volume, as_image, as_mask, canonical
 from polyclinic.data.quality.folder_layout import Item, Layout
 from polyclinic.data.quality.image_hashes import content_hash, small_picture
@@ -79,7 +82,7 @@ def read_item(item: Item, options: ImageOptions = OPTIONS) -> tuple[Volume, Volu
     """
     slices = item.key == DICOM
     try:
-        case = read_case(item.paths, item.mask, options, slices=slices)
+        case = read_case(item.paths, item.mask, options, slices=slices, part=item.part)
     except GridMismatch as mismatch:
         if item.mask is None or mismatch.path != item.mask:
             raise
@@ -102,7 +105,7 @@ def look(
     """Return the summary of an example."""
     values = volume.array.float().flatten()
     sample = values[:: max(1, values.numel() // 100_000)].numpy()
-    hidden = tuple(name for path in item.paths[:1] for name in (*_in_volume(path), *in_picture(path)))
+    hidden = tuple(name for path in item.paths[:1] for name in _hidden(path, item.part is not None))
     labels = None if mask is None else labels_in(mask.array)
     return Look(
         item,
@@ -125,8 +128,18 @@ def look(
     )
 
 
-def _in_volume(path: Path) -> list[str]:
-    return in_nifti(path) if is_nifti(path) else []
+def _hidden(path: Path, parts: bool) -> list[str]:
+    """Return metadata of a file that may name a person. ``parts``: whether it is a slide or a video."""
+    if parts:
+        return _in_slide_or_video(path, path.stat().st_mtime_ns)
+    return [*(in_nifti(path) if is_nifti(path) else []), *in_picture(path)]
+
+
+@functools.lru_cache(maxsize=1024)  # once for all tiles of a slide
+def _in_slide_or_video(path: Path, changed: int) -> list[str]:
+    if kind_of(path) in VIDEOS:
+        return personal_metadata(path)
+    return [f"a picture of the {name}" for name in describe(path).pictures]
 
 
 def thumbnail(volume: Volume, side: int = THUMB) -> np.ndarray[Any, Any]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +39,7 @@ class Loaded:
         options: How the source reads files; None if it has none.
         labels: The mask values that files may have; None if nothing declares them.
         ignore: The mask value of voxels without annotation; None if there are none.
+        masks: For DICOM, the mask of each series, by the series' files.
     """
 
     recognized: Recognized | None = None
@@ -52,6 +53,7 @@ class Loaded:
     options: ImageOptions | None = None
     labels: tuple[int, ...] | None = None
     ignore: int | None = None
+    masks: Mapping[tuple[Path, ...], Path] = field(default_factory=dict)
 
     def findings(self) -> list[Finding]:
         """Return what a study's source refuses, and what the data lacks for a study."""
@@ -98,9 +100,9 @@ def load(
         return Loaded(recognized, table, info[0], known, notes=notes)
     found = source.collection
     items = _items(source, layout, info[0], known) if layout.kind != "dicom" else ()
-    return Loaded(
-        recognized, table, info[0], known, items, (), "", notes, source.options, found.labels_in_files, found.ignore
-    )
+    masks = {entry.images: entry.mask for entry in found.entries if entry.mask} if layout.kind == "dicom" else {}
+    how = (source.options, found.labels_in_files, found.ignore, masks)
+    return Loaded(recognized, table, info[0], known, items, (), "", notes, *how)
 
 
 def built(recognized: Recognized) -> Source:
@@ -121,7 +123,8 @@ def _items(source: FromFiles, layout: Layout, classes: tuple[str, ...], known: b
     items = []
     for entry in found.entries:
         path = entry.images[0]
-        name = str(path.relative_to(layout.root)) if layout.root in path.parents else entry.id
+        inside = layout.root in path.parents and entry.part is None
+        name = str(path.relative_to(layout.root)) if inside else entry.id
         label = classes[entry.label] if isinstance(entry.label, int) and entry.label < len(classes) else None
         split = entry.columns.get("split", "").lower()
         items.append(
@@ -133,6 +136,7 @@ def _items(source: FromFiles, layout: Layout, classes: tuple[str, ...], known: b
                 SPLITS.get(split, split or None),
                 entry.columns.get(site) or None,
                 entry.mask,
+                part=entry.part,
             )
         )
     return tuple(items)

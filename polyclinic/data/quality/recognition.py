@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,16 @@ from typing import Any
 
 from polyclinic.data.archives import ENDINGS
 from polyclinic.data.examples import DataError
-from polyclinic.data.files import is_image, opened, stem_of
+from polyclinic.data.files import VIDEOS, is_image, kind_of, opened, stem_of
 from polyclinic.data.formats.bids import read_bids
 from polyclinic.data.formats.column_roles import SPLITS, USUAL, column_of, identifying, key_of, usual_columns
+from polyclinic.data.formats.dicom.file import open_dicom
+from polyclinic.data.formats.dicom.segments import referenced_series, segments_of
+from polyclinic.data.formats.dicom.series import dicom_files
 from polyclinic.data.formats.parsing import clean, is_missing, is_number, plain
-from polyclinic.data.formats.safe_reading import LIMITS, Limits, read_npz
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_npz
+from polyclinic.data.formats.slides import is_slide
+from polyclinic.data.formats.video import frame_rate
 from polyclinic.data.paired_folders import FOLDERS, cases_in
 from polyclinic.data.quality.folder_layout import Layout, detect
 from polyclinic.data.quality.manifest_paths import by_column, filled
@@ -28,6 +34,7 @@ from polyclinic.data.quality.mask_names import is_mask, named_pairs
 from polyclinic.data.sources.excel import EXCEL, sheets_of
 from polyclinic.data.sources.npz import SPLITS as NPZ_SPLITS
 from polyclinic.data.sources.tabular_files import TABLES, read_columns
+from polyclinic.errors import MissingDependency
 
 STUDY_LIMITS = replace(LIMITS, decoded_bytes=4 * 2**30)
 """The limits of a study that does not set ``gigabytes``."""
@@ -72,6 +79,13 @@ EVENTS = (
 HAPPENED = ({"1"}, {"2"}, {"dead", "deceased", "died", "1:deceased", "event", "yes", "true"})
 CENSORED = ({"0"}, {"1"}, {"alive", "living", "0:living", "censored", "no", "false"})
 """Values of such a column: in the usual code 0 and 1, in that of R, and in words."""
+GRADES = re.compile(
+    r"(?i)(^|[_ \W])(grade|grading|stage|staging|severity|bi-?rads|pi-?rads|li-?rads|ti-?rads|lung-?rads|kl|kellgren"
+    r"|isup|mayo|dr|retinopathy|etdrs|fazekas|tnm|gold|nyha|asa|ecog|density|fibrosis|steatosis)([_ \W]|$)"
+    r"|(grade|stage|severity|score)$"
+)
+"""Names of columns whose values are grades in ascending order, if these are consecutive numbers."""
+ROMAN = ("I", "II", "III", "IV", "V")
 QUANTITIES = ("age", "time", "survival", "score", "volume", "weight", "height", "bmi")
 """Names of columns of numbers that are quantities, however few values occur."""
 _SITE = re.compile(r"(?i)^(site|hospital|clinic|cent(er|re)|institution|scanner|vendor|lab)[ _-]?\w*$")
@@ -103,6 +117,7 @@ class Recognized:
         why: Reasons, each a sentence.
         questions: What the data cannot say, with defaults that ``options`` already contain.
         official: Whether the data has a split of its own.
+        ordered: Whether the classes are grades in ascending order.
     """
 
     options: dict[str, Any]
@@ -110,6 +125,7 @@ class Recognized:
     why: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     official: bool = False
+    ordered: bool = False
 
 
 @dataclass
@@ -122,6 +138,7 @@ class _Draft:
     why: list[str] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     official: bool = False
+    ordered: bool = False
 
     def ask(self, key: str, text: str, default: Any, choices: Sequence[str] = ()) -> Any:
         """Return the answer to a question, by default the given one."""
@@ -132,7 +149,8 @@ class _Draft:
 
     def done(self) -> Recognized:
         """Return the result. Answers that are options of the source are taken as they are."""
-        return Recognized(self.options, self.task, tuple(self.why), tuple(self.questions), self.official)
+        why, questions = tuple(self.why), tuple(self.questions)
+        return Recognized(self.options, self.task, why, questions, self.official, self.ordered)
 
 
 def recognize(
@@ -172,6 +190,7 @@ def recognize(
         "dicom": partial(_dicom, draft, root, limits),
     }
     steps[layout.kind]()
+    _divided(draft, root)
     draft.options |= given
     return draft.done()
 
@@ -186,6 +205,26 @@ def _pairs(draft: _Draft, root: Path) -> None:
     draft.options["kind"] = "pairs"
     named = "nnU-Net's or the Decathlon's folders" if images == "imagesTr" else "two folders with equal file names"
     draft.why.append(f"{named}: images in {images}, masks in {masks}")
+
+
+def _divided(draft: _Draft, root: Path) -> None:
+    """Set how slides and videos are divided, if the data are such files."""
+    if draft.options["kind"] not in ("folders", "manifest", "patterns"):
+        return
+    folder = root if root.is_dir() else Path(draft.options.get("root", "") or root.parent)
+    files = [folder / name for name in _paths(folder)]
+    videos = [path for path in files if kind_of(path) in VIDEOS]
+    if "tiles" not in draft.answers and any(map(is_slide, files[:MANY])):
+        text = "pixels along each side of a tile, and micrometers per pixel"
+        draft.options["tiles"] = draft.ask("tiles", text, {"size": 256, "mpp": 0.5})
+        draft.why.append("the files are whole-slide images; the tiles with tissue are the examples")
+    elif "frames" not in draft.answers and len(videos) > len(files) / 2:
+        rate = 25.0
+        with suppress(MissingDependency, Unreadable):  # the source reports them
+            rate = frame_rate(videos[0])
+        text = f"which frames of the videos (about {rate:.3g} per second)"
+        draft.options["frames"] = draft.ask("frames", text, {"every": max(1, round(rate))})
+        draft.why.append(f"{len(videos)} files are videos; single frames are the examples")
 
 
 def _images(draft: _Draft, root: Path) -> None:
@@ -345,9 +384,31 @@ def _target(draft: _Draft, name: str, cells: Sequence[str]) -> None:
         draft.why.append(f"{name} has {len(different)} different numbers, so it is a quantity")
     else:
         draft.why.append(f"{name} has {len(different)} classes: {', '.join(sorted(different)[:6])}")
+        _grades(draft, name, different)
     if lost := len(cells) - len(known):
         draft.options["missing_labels"] = "drop"
         draft.why.append(f"{lost} rows without {name} are left out")
+
+
+def _grades(draft: _Draft, name: str, values: set[str]) -> None:
+    """Propose ordered classes if the name is that of a grade and the values are three or more consecutive ones."""
+    if len(values) < 3 or not GRADES.search(name):
+        return
+    if all(value.isdecimal() for value in values):
+        numbers = sorted(map(int, values))
+    elif values <= {*ROMAN}:
+        numbers = sorted(ROMAN.index(value) for value in values)
+    else:
+        return
+    if numbers != list(range(numbers[0], numbers[-1] + 1)) or numbers[0] > 1:
+        return
+    shown = sorted(values, key=int) if all(value.isdecimal() for value in values) else sorted(values)
+    text = f"whether the values of {name}, {', '.join(shown)}, are grades in ascending order"
+    draft.ordered = str(draft.ask("ordered", text, True, ("true", "false"))).lower() in ("true", "yes", "y")
+    if draft.ordered:
+        draft.why.append(
+            f"{name} names a grade, and its values are consecutive: ordered = true counts the distance of grades"
+        )
 
 
 def _survival(draft: _Draft, columns: Mapping[str, Sequence[str]], apart: set[str]) -> bool:
@@ -578,10 +639,12 @@ def _dicom(draft: _Draft, root: Path, limits: Limits) -> None:
     tables = [path for path in sorted(folder.iterdir()) if path.name.lower().endswith(TABLES)]
     given = draft.answers.get("labels") or (str(tables[0]) if tables else "")
     draft.options["kind"] = "dicom"
+    if not draft.answers.get("label") and _segments(draft, root, given, limits):
+        return
     if not given:
         raise DataError(
-            f"{root.name} is a tree of DICOM files: a study needs a table with one row per patient (PatientID and a "
-            "label); name it with --labels TABLE"
+            f"{root.name} is a tree of DICOM files without masks: a study needs a table with one row per patient "
+            "(PatientID and a label); name it with --labels TABLE"
         )
     names = sheets_of(Path(given), limits) if str(given).lower().endswith(EXCEL) else []
     if len(names) > 1:
@@ -593,3 +656,39 @@ def _dicom(draft: _Draft, root: Path, limits: Limits) -> None:
     label = _label(draft, columns, used)
     draft.options["label"] = label
     _target(draft, label, columns.get(label, []))
+
+
+def _segments(draft: _Draft, root: Path, table: str, limits: Limits) -> bool:
+    """Recognize segmentations (SEG) and structure sets (RTSTRUCT) as the masks of the series that they refer to.
+
+    Returns whether there are any. Segments that most of the files have are proposed, in the order of their numbers.
+    """
+    found: dict[str, list[int]] = defaultdict(list)
+    spelled: dict[str, str] = {}
+    masks = 0
+    for path in dicom_files(root) if root.is_dir() else []:
+        try:
+            if not referenced_series(path, open_dicom(path, pixels=False, limits=limits)):
+                continue
+            names = segments_of(path, limits)
+        except Unreadable:  # the source reports it
+            continue
+        masks += 1
+        for number, name in names.items():
+            found[name.casefold()].append(number)
+            spelled.setdefault(name.casefold(), name)
+    if not masks:
+        return False
+    often = [key for key, numbers in found.items() if len(numbers) > masks / 2] or [
+        max(found, key=lambda k: len(found[k]))
+    ]
+    order = sorted(often, key=lambda key: (sorted(found[key])[len(found[key]) // 2], key))
+    chosen = [re.sub(r"([*?\[])", r"[\1]", spelled[key]) for key in order]
+    draft.task = "segmentation"
+    draft.why.append(f"{masks} segmentations or structure sets are the masks of the series that they refer to")
+    text = "the segments that become labels 1, 2, ...; where they overlap, later ones are painted over earlier ones"
+    draft.options["segments"] = list(draft.ask("segments", text, chosen, list(spelled.values())))
+    if table:
+        draft.options["labels"] = table
+        draft.why.append(f"{Path(table).name} states which patients are read; --label COLUMN predicts a column instead")
+    return True

@@ -179,10 +179,13 @@ def check_folder(
     if loaded.items:
         layout = replace(layout, items=loaded.items)
     hints = ""
-    if given:
+    if given or loaded.masks:
         options = _reading(options, loaded, given)
     if layout.kind == DICOM:
         layout, hints = _dicom(layout, found, health, options)
+        if loaded.masks:
+            items = (replace(item, mask=loaded.masks.get(item.paths)) for item in layout.items)
+            layout = replace(layout, items=tuple(item for item in items if item.mask is not None))
     looks: list[Look] = []
     refused: list[tuple[str, str]] = []
     for seen in look_at(layout, thumbs, options, hints):

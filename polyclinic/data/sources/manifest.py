@@ -20,6 +20,7 @@ from polyclinic.data.formats.column_roles import (
     no_column,
     usual_columns,
 )
+from polyclinic.data.formats.parsing import clean, plain
 from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, event_problems, survival_notes
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info, Task
@@ -206,6 +207,12 @@ class Manifest(FromFiles):
             problems += wrong
         problems += _missing(lines, files, named, root)
         ids = [row[0] for row in named]
+        if self.frames and self.frames.column:
+            if self.frames.column in rows:
+                numbers = [plain(clean(cell)).zfill(7) for cell in rows[self.frames.column]]  # in order of display
+                ids = [f"{name}#frame{number}" for name, number in zip(ids, numbers, strict=True)]
+            else:
+                problems.append(no_column(rows, self.frames.column, "frame"))
         if twice := {name: n for name, n in Counter(ids).items() if n > 1 and name}:
             some = ", ".join(f"{name} is listed {n} times" for name, n in list(twice.items())[:5])
             problems.append(f"{len(twice)} files are listed more than once: {some}")

@@ -69,7 +69,7 @@ def new_study(recognized: Recognized, name: str, rounds: int = 20, sites: str = 
     data["split"] = _split(table, data, recognized.official, why)
     shape, options = _shape(source, why)
     data |= options
-    task = _task(recognized.task, shape, table)
+    task = _task(recognized.task, shape, table) | ({"ordered": True} if recognized.ordered else {})
     network = task["network"]
     training: dict[str, Any] = {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "lr": 0.05}
     if network == "unet":
@@ -173,7 +173,8 @@ def _sample(found: Collection) -> tuple[dict[str, Picture], list[str]]:
             continue
         last = i
         try:
-            pictures[entry.id] = picture_of(read_case(entry.images, entry.mask, found.options, slices=entry.slices))
+            case = read_case(entry.images, entry.mask, found.options, slices=entry.slices, part=entry.part)
+            pictures[entry.id] = picture_of(case)
         except Unreadable as refusal:
             problems.append(f"{entry.id}: {refusal}")
     return pictures, problems
@@ -264,7 +265,10 @@ def _cuts(targets: "np.ndarray[Any, Any]") -> list[float]:
 
 def questions_text(questions: Sequence[Question]) -> list[str]:
     """Return one line for each question, with the option that answers it."""
-    return [
-        f"--{q.key.replace('_', '-')}: {q.text}; {', '.join(q.choices[:12]) or 'default'} [{inline(q.default)}]"
-        for q in questions
-    ]
+    return [f"{_flag(q)}: {q.text}; {', '.join(q.choices[:12]) or 'default'} [{inline(q.default)}]" for q in questions]
+
+
+def _flag(question: Question) -> str:
+    """Return the option of the command line that answers a question."""
+    table = isinstance(question.default, dict)
+    return f"--set data.{question.key}=..." if table else f"--{question.key.replace('_', '-')}"

@@ -160,7 +160,10 @@ def frame_planes(path: Path, dataset: Any, frames: int, plane: Plane | None) -> 
         for item in per_frame:
             inner = [first_item(source, name) for source in (item, shared[0]) for name in groups]
             found.append(plane_of(path, *inner))
-        return [each for each in found if each is not None] if all(found) else None
+        known = [each for each in found if each is not None]
+        if known and len(known) < frames:
+            raise Unreadable(path, f"states the position of {len(known)} of its {frames} frames")
+        return known or None
     if plane is None:
         return None
     if frames == 1:
@@ -172,6 +175,27 @@ def frame_planes(path: Path, dataset: Any, frames: int, plane: Plane | None) -> 
         return None
     start, normal = np.array(plane.position), plane.normal
     return [replace(plane, position=tuple(start + normal * (o - offsets[0]))) for o in offsets]
+
+
+_FRAME_MARKS = (  # sequence and element that separate several images in one multi-frame file, in this order
+    ("FrameContentSequence", "StackID"),
+    ("FrameContentSequence", "TemporalPositionIndex"),
+    ("MREchoSequence", "EffectiveEchoTime"),
+    ("MRDiffusionSequence", "DiffusionBValue"),
+    ("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"),
+    ("MRImageFrameTypeSequence", "FrameType"),
+    ("CTImageFrameTypeSequence", "FrameType"),
+)
+
+
+def images_within(dataset: Any) -> str:
+    """Return how many images the frames of a file form, and what distinguishes them; "" if nothing does."""
+    frames = element(dataset, "PerFrameFunctionalGroupsSequence") or []
+    for group, keyword in _FRAME_MARKS:
+        values = [str(element(first_item(frame, group), keyword) or "") for frame in frames if first_item(frame, group)]
+        if len(values) == len(frames) and len(set(values)) > 1:
+            return f"{len(set(values))} images, distinguished by {keyword}"
+    return ""
 
 
 def first_item(dataset: Any, keyword: str) -> Any:

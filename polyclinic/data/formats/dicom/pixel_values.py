@@ -48,7 +48,7 @@ def values_of(
         slope, inter = _slopes(path, dataset, stored.shape[0])
         if first_item(dataset, "ModalityLUTSequence") is not None:
             stored = np.asarray(require_pydicom().pixels.apply_modality_lut(stored, dataset))
-        rescale_type = str(element(dataset, "RescaleType") or "HU").upper()
+        rescale_type = _rescale_type(dataset)
         scaled = _states_rescale(dataset)
         padding = _padding(path, dataset, unscaled)
     if len({*slope}) == len({*inter}) == 1:
@@ -74,6 +74,14 @@ def _states_rescale(dataset: Any) -> bool:
         return True
     groups = (element(dataset, "SharedFunctionalGroupsSequence"), element(dataset, "PerFrameFunctionalGroupsSequence"))
     return any(g and first_item(g[0], "PixelValueTransformationSequence") is not None for g in groups)
+
+
+def _rescale_type(dataset: Any) -> str:
+    """Return the units that the header states for rescaled values, in capitals; "HU" if it states none."""
+    groups = [element(dataset, f"{which}FunctionalGroupsSequence") for which in ("PerFrame", "Shared")]
+    inner = [first_item(frame, "PixelValueTransformationSequence") for group in groups for frame in group or []]
+    found = {str(element(one, "RescaleType") or "") for one in (dataset, *inner) if one is not None} - {""}
+    return found.pop().upper() if len(found) == 1 else "HU" if not found else "SEVERAL"
 
 
 def _padding(path: Path, dataset: Any, stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:

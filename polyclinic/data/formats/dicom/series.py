@@ -16,8 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyclinic.data.formats.dicom.file import element, image_shape, looks_like_dicom, open_dicom, quiet, states
-from polyclinic.data.formats.dicom.geometry import Plane, flat_spacing, frame_planes, plane_of, stack
+from polyclinic.data.formats.dicom.file import (
+    element,
+    image_shape,
+    looks_like_dicom,
+    open_dicom,
+    quiet,
+    states,
+    whole_number,
+)
+from polyclinic.data.formats.dicom.geometry import Plane, flat_spacing, frame_planes, images_within, plane_of, stack
 from polyclinic.data.formats.dicom.pixel_values import values_of
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fits, refusing
 from polyclinic.data.formats.volume import Volume, affine_from
@@ -301,10 +309,16 @@ def _one_file(path: Path, fill: float | None, limits: Limits, tolerance_mm: floa
         segments = str(element(dataset, "Modality") or "") in ("SEG", "RTSTRUCT")
         raise Unreadable(path, "is a mask of an image, not an image" if segments else "contains no image")
     with quiet(), refusing(path, "its functional groups are damaged"):
+        _refuse_parts(path, dataset, header.shape)
         planes = frame_planes(path, dataset, header.shape[0], header.plane)
     values, units, notes = values_of(path, dataset, fill, limits)
     if planes is not None:
-        order, affine, more = stack(path, planes, tolerance_mm)
+        try:
+            order, affine, more = stack(path, planes, tolerance_mm)
+        except Unreadable as refusal:
+            if several := images_within(dataset):
+                raise Unreadable(path, f"contains {several}: save each as a file of its own") from None
+            raise refusal
         array = values if order == sorted(order) else values.index_select(values.ndim - 3, torch.tensor(order))
         return Volume(array, affine, header.modality, units, True, notes + more, full_scale=_full_scale(units))
     with quiet(), refusing(path, "its pixel spacing is damaged"):
@@ -313,7 +327,19 @@ def _one_file(path: Path, fill: float | None, limits: Limits, tolerance_mm: floa
     if header.shape[0] > 1:
         notes += ("its frames have no position: they are time points or views, stored as slices 1 mm apart",)
     affine = affine_from(np.diag([step[1], step[0], 1.0]) @ np.diag([-1.0, -1.0, 1.0]), np.zeros(3))
-    return Volume(values, affine, header.modality, units, bool(note), notes, False, _full_scale(units))
+    known = bool(note) and header.shape[0] == 1  # the distance of frames is not stated
+    return Volume(values, affine, header.modality, units, known, notes, False, _full_scale(units))
+
+
+def _refuse_parts(path: Path, dataset: Any, shape: tuple[int, int, int, int]) -> None:
+    """Refuse a file that is one of several of an image, and an image that is stored as tiles."""
+    if (total := whole_number(path, dataset, "InConcatenationTotalNumber", 1)) > 1 or (
+        whole_number(path, dataset, "InConcatenationNumber", 1) > 1
+    ):
+        raise Unreadable(path, f"is one of {max(total, 2)} parts of an image (a concatenation): join them first")
+    whole = [whole_number(path, dataset, f"TotalPixelMatrix{axis}", 0) for axis in ("Rows", "Columns")]
+    if all(whole) and (whole[0] > shape[1] or whole[1] > shape[2]):
+        raise Unreadable(path, f"is a slide of {whole[0]} x {whole[1]} pixels in tiles, which is not read as DICOM")
 
 
 def _full_scale(units: str) -> float | None:

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 
 from polyclinic.cli.app import app
+from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import ImageOptions, read_case, read_image
 from polyclinic.data.formats.dicom.segments import read_segments, segments_of
 from polyclinic.data.formats.grids import GridMismatch
 from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.quality.recognition import recognize
 from polyclinic.data.quality.site_check import check_folder
 from polyclinic.data.sources.dicom_images import DicomImages
 from polyclinic.data.sources.manifest import Manifest
+from polyclinic.studies.config import study_config
+from polyclinic.studies.config.new_study import new_study
 from tests.support.image_files import Dataset, Items, image, oblique, pydicom, save, series
 
 SIZE = (5, 8, 9)
@@ -399,3 +403,46 @@ def test_segmentations_in_a_tree_are_no_examples(tmp_path: Path) -> None:
     assert report.examples == 1
     assert any("1 DICOM objects are not images" in f.message for f in report.findings)
     assert read_segments(next((tmp_path / "ct").iterdir()), None, ()) is None
+
+
+def test_check_and_new_study_recognize_masks_in_a_tree(tmp_path: Path) -> None:
+    """Segments that most masks have are proposed, by the order of their numbers; the check reads the same pairs."""
+    tree(tmp_path / "t")
+    found = recognize(tmp_path / "t")
+    assert found.task == "segmentation"
+    assert found.options["segments"] == ["Liver", "Tumor"]
+    (question,) = found.questions
+    assert question.key == "segments"
+    assert set(question.choices) == {"Liver", "Tumor", "Lung"}
+    report = check_folder(tmp_path / "t")
+    assert report.data == found.options
+    source = DataSpec(**report.data).source()
+    assert report.examples == len(source.table()) == 3
+    assert report.mask_labels == {0: 3, 1: 3, 2: 1}
+    assert not [f.message for f in report.findings if f.code in ("study", "unreadable")]
+    study = study_config.parse(new_study(recognize(tmp_path / "t", {"segments": ["Tumor"]}), "t", 1).text)
+    assert study.data.options["segments"] == ["Tumor"]
+    assert study.task.kind == "segmentation"
+
+
+def test_a_table_of_labels_is_used_if_a_label_is_named(tmp_path: Path) -> None:
+    tree(tmp_path / "t")
+    (tmp_path / "t/labels.csv").write_text("patient,label\n" + "".join(f"P{i},{i % 2}\n" for i in range(4)))
+    masks = recognize(tmp_path / "t")
+    assert masks.options["labels"].endswith("labels.csv")
+    assert "label" not in masks.options
+    assert DataSpec(**masks.options).source().info.task == "segmentation"
+    labeled = recognize(tmp_path / "t", {"label": "label"})
+    assert labeled.task == "classification"
+    assert "segments" not in labeled.options
+
+
+def test_names_with_wildcards_are_proposed_as_they_are(tmp_path: Path) -> None:
+    paths = series(tmp_path / "a", VALUES, STEP, None, ORIGIN, PatientID="P0")
+    uid = str(pydicom.dcmread(paths[0]).SeriesInstanceUID)
+    rois = structures([(1, contour(np.eye(3), OUTER, 1.0))], ("GTV[1]*", "GTV1"))
+    save(of_series(rois, uid), tmp_path / "a" / "rt.dcm")
+    found = recognize(tmp_path)
+    assert found.options["segments"] == ["GTV[[]1][*]", "GTV1"]
+    source = DataSpec(**found.options).source()
+    assert int((source.examples(source.table().ids).targets == 1).sum()) == int(enclosed(OUTER).sum())

@@ -24,6 +24,7 @@ def predict(
     window: list[int] | None = None,
     probabilities: bool = False,
     uncertainty: bool = False,
+    dicom_seg: bool = False,
     device: str = "cpu",
     fresh: bool = False,
     json_: Json = False,
@@ -45,6 +46,7 @@ def predict(
         window: Size of the sliding windows for masks, one number for each axis (z y x); by default the study's.
         probabilities: Also write the probability of each class for each voxel.
         uncertainty: Also write the entropy for each voxel and, with several models, their disagreement.
+        dicom_seg: Write the masks of DICOM images as DICOM segmentations (SEG), `CASE.dcm`. Needs the extra dicom-seg.
         device: The device of PyTorch, such as `cuda:0`.
         fresh: Repeat what an earlier prediction in the folder has done.
     """
@@ -57,7 +59,7 @@ def predict(
         size = tuple(window) if window else None
         require_window(size, trained)
         predictor = Predictor(trained, tta_axes(trained) if tta else (), device, size)
-        work = Work(predictor, images, out, Outputs(probabilities, uncertainty), fresh)
+        work = Work(predictor, images, out, Outputs(probabilities, uncertainty, dicom_seg), fresh)
         members = ", ".join(member.name for member in trained.members)
         results = []
         with progress.status("") as status:

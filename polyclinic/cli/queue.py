@@ -88,6 +88,7 @@ def queue_study(
         send_weights: Whether the server sends the start weights to sites without them.
     """
     from polyclinic.studies.config import study_config
+    from polyclinic.studies.config.loader import plan_content
     from polyclinic.studies.run import deployment
 
     if bool(inputs) != (outputs > 0):
@@ -99,7 +100,9 @@ def queue_study(
     how = deployment.how(study)
     if send_weights:
         how = {**how, "weights": sent_weights.stated(arms[0]["plan"])}
-    queued = study_runs.put(server, text, title, study.hash, arms, how, arms[0]["plan"]["sites"])
+    queued = study_runs.put(
+        server, text, title, study.hash, arms, how, arms[0]["plan"]["sites"], plan_content(text, path.parent)
+    )
     for note in notes:
         line(f"note     {note}")
     labels = ", ".join(dict.fromkeys(arm["label"] for arm in arms))
@@ -114,6 +117,7 @@ def queue_study(
 def export_study(server: ServerFolder, title: str, study: Mapping[str, Any], out: Path) -> list[str]:
     """Write the run folder of a study and return the arms that are not finished."""
     from polyclinic.studies.config import study_config
+    from polyclinic.studies.config.loader import plan_content
     from polyclinic.studies.run import deployment
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -127,9 +131,9 @@ def export_study(server: ServerFolder, title: str, study: Mapping[str, Any], out
     if not done:
         raise SetupError(f"no run of {title} has finished yet: `polyclinic server status` shows the progress")
     survey = study_runs.survey_of(server, title)
-    missing = deployment.collect(
-        study_config.read(path), path.read_text(encoding="utf-8"), title, arms, survey, done, out
-    )
+    text = path.read_text(encoding="utf-8")
+    plan = plan_content(text, path.parent)
+    missing = deployment.collect(study_config.read(path), text, title, arms, survey, done, out, plan)
     if missing:
         line(f"missing  {', '.join(missing)}: not finished; export again into another folder when they are")
     line(f"exported {title} to {out}")

@@ -1,7 +1,7 @@
 """Examples in memory, the data of one role at one site."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar
 
@@ -42,9 +42,9 @@ class Case:
         """Millimeters between voxels of the preprocessed image."""
         return self.geometry.spacing_mm
 
-    def labels(self, scores: Tensor) -> Tensor:
-        """Return the best class of each voxel of the original grid, given class scores [C, *grid]."""
-        return self.geometry.labels(scores)
+    def labels(self, scores: Tensor, decide: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the label of each voxel of the original grid, given class scores [C, *grid]."""
+        return self.geometry.labels(scores, decide)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ neighbor along a single axis whose spacing is more than three times that of the 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,11 @@ from polyclinic.errors import DataError
 
 ANISOTROPIC = 3.0
 """Ratio of spacings above which the coarsest axis is interpolated by nearest neighbor."""
+
+
+def best_class(scores: Tensor) -> Tensor:
+    """Return the class with the largest score: int64 [...] for scores [C, ...]."""
+    return scores.argmax(0)
 
 
 @dataclass(frozen=True)
@@ -143,13 +148,14 @@ class Geometry:
             stored=pick(self.stored),
         )
 
-    def labels(self, scores: Tensor) -> Tensor:
-        """Return the best class of each voxel of the original grid, 0 outside of the stored grid.
+    def labels(self, scores: Tensor, decide: Callable[[Tensor], Tensor] = best_class) -> Tensor:
+        """Return the label of each voxel of the original grid, 0 outside of the stored grid.
 
         The first axis is processed in slabs, so that the scores of all voxels are never in memory at once.
 
         Args:
             scores: Class scores (logits) on the stored grid. Shape [C, *stored].
+            decide: Returns the labels [...] of interpolated scores [C, ...]; at most 255 with up to 255 classes.
 
         Returns:
             Shape [*original], uint8 (int16 with more than 255 classes).
@@ -157,10 +163,10 @@ class Geometry:
         self._require(scores)
         kind = torch.uint8 if len(scores) <= 255 else torch.int16
         if self.same_grid:
-            return scores.argmax(0).to(kind)
+            return decide(scores).to(kind)
         out = torch.zeros(self.original, dtype=kind, device=scores.device)
         for low, slab in self._slabs(scores):
-            part = slab.argmax(0).to(kind)
+            part = decide(slab).to(kind)
             out[(slice(low[0], low[0] + part.shape[0]), *self._inner(low, part))] = part
         return out
 

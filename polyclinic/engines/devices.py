@@ -33,3 +33,14 @@ def chosen_device(name: str) -> str:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f'device = "{name}" cannot be used here: use auto, cpu or cuda') from error
     return name
+
+
+def worker_device(name: str, worker: int) -> str:
+    """Return the device of a worker process: for ``cuda``, the GPUs of this machine in turn; others are shared.
+
+    Args:
+        name: The device of the run.
+        worker: The number of the worker, from 0.
+    """
+    count = torch.cuda.device_count() if name == "cuda" else 0
+    return f"cuda:{worker % count}" if count > 1 else name

@@ -34,7 +34,7 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.learning.training.own_training import OwnTraining
 from polyclinic.learning.weights.matching import StartWeights
 from polyclinic.methods.base.kept_optimizer import OWN_OPTIMIZERS, KeptOptimizer
-from polyclinic.methods.registry import Setting, build
+from polyclinic.methods.registry import Setting, build, entry
 
 TASKS: Mapping[str, type[Task]] = {
     task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression, Survival, Reconstruction)
@@ -103,6 +103,11 @@ class Plan:
     def build_method(self) -> Evaluated[Any]:
         """Build the method with its transforms and evaluation."""
         task, local = self.build_task(), self.build_local()
+        if isinstance(task, Segmentation) and task.regions and entry(self.method).exclusive:
+            raise ConfigError(
+                f"{self.method} takes the network's outputs for classes that exclude each other: leave task.regions "
+                "out, or choose another method"
+            )
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
         if isinstance(local, OwnTraining) and self.method not in own_training.METHODS:
             raise ConfigError(

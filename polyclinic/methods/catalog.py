@@ -44,6 +44,8 @@ class Entry:
             ``tests/attacks/test_release_audit.py`` verifies this for every method by the release audit.
         exposes: What DP-SGD does not cover, or why it cannot be used; empty if it covers everything.
         network: The network that it is for; any if empty.
+        exclusive: Whether it takes the outputs of a segmentation for classes that exclude each other, so that it cannot
+            learn regions.
         stacks: Whether it takes all images of a site at once, so that these must be in memory (no ``patch`` in
             ``[data]``).
         fixed: Arguments that distinguish this name from others of the same class. They are not options.
@@ -66,6 +68,7 @@ class Entry:
     private: tuple[Way, ...] = ()
     exposes: str = ""
     network: str = ""
+    exclusive: bool = False
     stacks: bool = False
     fixed: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
@@ -439,6 +442,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=("dp-sgd",),
             unseen="a mixture of all models, adapted to its images",
             fidelity="departs: routing weights have sum 1; no rotations; predictions after the last pass",
+            exclusive=True,
         ),
         Entry(
             "fednorm",
@@ -483,6 +487,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes=NOT_BY_EXAMPLE,
             fidelity="departs: the second head is trained in every round; a softmax over classes instead of sigmoids",
+            exclusive=True,
         ),
         Entry(
             "fedproto",
@@ -663,6 +668,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("segmentation",),
             exposes="it sends exact losses at the edges of masks",
             fidelity="departs: the mixture starts from one division; the weight of quality grows by layers instead of blocks",
+            exclusive=True,
         ),
         Entry(
             "fedmlp",
@@ -925,6 +931,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=BOTH,
             unseen=NOTHING,
+            exclusive=True,
         ),
     ),
     "Client end: weakly and semi-supervised learning": (
@@ -951,6 +958,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=("gaussian",),
             exposes=NOT_BY_EXAMPLE,
             fidelity=ABSTRACT,
+            exclusive=True,
         ),
         Entry(
             "fedperl",
@@ -962,6 +970,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             unlabeled=True,
             exposes=NOT_BY_EXAMPLE,
             fidelity="departs: descriptors without accuracy on images of the server; pseudo-labels averaged over all images",
+            exclusive=True,
         ),
         Entry(
             "fedmix",
@@ -974,6 +983,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             unlabeled=True,
             exposes=NOT_BY_EXAMPLE,
             fidelity="departs: empty masks are used only of images known to be empty; sites predict with the first network",
+            exclusive=True,
         ),
         Entry(
             "histofl",
@@ -1008,6 +1018,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             uplink=("low-rank",),
             private=BOTH,
             fidelity=ABSTRACT,
+            exclusive=True,
         ),
         Entry(
             "fedkd",
@@ -1020,6 +1031,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=BOTH,
             fixed={"representation": 1.0, "decision": 1.0, "temperature": 1.0, "adaptive": True, "broadcast": True},
             fidelity="departs: attention matrices are omitted; the broadcast is decomposed, and sent as full weights",
+            exclusive=True,
         ),
         Entry(
             "mutual",
@@ -1029,6 +1041,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the shared model",
             stateful=True,
             private=BOTH,
+            exclusive=True,
         ),
         Entry(
             "teacher-student",
@@ -1037,6 +1050,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Kumar et al. 2021; Hinton et al. 2015",
             private=BOTH,
             fidelity=ABSTRACT,
+            exclusive=True,
         ),
         Entry(
             "fedmd",
@@ -1058,6 +1072,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the model, which the server sees site by site",
             private=("dp-sgd",),
             fidelity="departs: distills for a fixed number of epochs instead of selecting by validation",
+            exclusive=True,
         ),
         Entry(
             "fedad",
@@ -1078,6 +1093,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Zhu and Luo 2022",
             private=("gaussian",),
             exposes=NOT_BY_EXAMPLE,
+            exclusive=True,
         ),
         Entry(
             "fedreplay",

@@ -120,7 +120,7 @@ def prices(runs: Mapping[int, Path], epsilons: Sequence[float], options: Options
     for rounds, folder in runs.items():
         run = read_run(folder)
         result = evaluate(run, options)
-        study = parse((folder / "study.toml").read_text(encoding="utf-8"))
+        study = parse((folder / "study.toml").read_text(encoding="utf-8"), folder / "study.toml")
         noise = {m.called: float(m.training.get("private", {}).get("noise", 0.0)) for m in study.methods}
         for wanted in [None, *sorted(epsilons)]:
             label = PLAIN if wanted is None else _label(wanted)

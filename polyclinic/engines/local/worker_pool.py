@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,6 +28,7 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.rounds import Arrival
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
+from polyclinic.engines.devices import worker_device
 from polyclinic.engines.local import shared_memory
 from polyclinic.engines.site_runtime import work
 from polyclinic.secure_aggregation.engine_simulation import secured
@@ -243,6 +244,7 @@ def _serve(
     torch.set_num_threads(1)
     for other in inherited:
         other.close()  # otherwise the pipes would not be reported as closed
+    sites = {name: replace(site, device=worker_device(site.device, number)) for name, site in sites.items()}
     while True:
         try:
             name, request, memory, reply, kept = json.loads(line.recv_bytes())

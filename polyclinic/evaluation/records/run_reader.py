@@ -4,6 +4,7 @@
 runs/<name>-<hash>/
   study.toml      the study as run           records.jsonl   one record per line
   run.json        sites, methods, versions   journal.jsonl   the hash-chained journal
+  run-plan.toml   the plan that the study names, if any
   arms/<label>-seed<s>/predictions.safetensors   and optionally validation.safetensors of the same form
   linear/<label>-seed<s>.safetensors             optionally, the same of linear baselines
 ```
@@ -24,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from polyclinic.core.config_problems import problems_of
 from polyclinic.errors import RunError
-from polyclinic.evaluation.records.method_runs import LINEAR_FOLDER, LINEAR_LOCAL, LINEAR_POOLED, arm_name
+from polyclinic.evaluation.records.method_runs import LINEAR_FOLDER, LINEAR_LOCAL, LINEAR_POOLED, PLAN, arm_name
 from polyclinic.evaluation.records.predictions import Predictions, joined, read_predictions
 from polyclinic.evaluation.records.record_schema import (
     Chosen,
@@ -64,6 +65,7 @@ class Run:
             are another's test patients, which must not determine a threshold.
         linear: Test predictions of the linear baselines, as ``arms``; empty if the run has none.
         study: The text of ``study.toml``.
+        plan: The text of the plan that it names; empty without one.
         missing: Descriptions of the parts of a finished run that this one lacks.
         unread: Number of lines of each kind of record that this version does not know.
     """
@@ -76,6 +78,7 @@ class Run:
     splits: Mapping[tuple[str, int, int], Mapping[str, Predictions]] = field(default_factory=dict)
     linear: Mapping[tuple[str, int], Mapping[str, Predictions]] = field(default_factory=dict)
     study: str = ""
+    plan: str = ""
     missing: tuple[str, ...] = ()
     unread: Mapping[str, int] = field(default_factory=dict)
 
@@ -144,7 +147,7 @@ class Run:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the files on which results depend, by path within the folder."""
-        files = [self.path / n for n in ("study.toml", "run.json", "records.jsonl", "journal.jsonl")]
+        files = [self.path / n for n in ("study.toml", PLAN, "run.json", "records.jsonl", "journal.jsonl")]
         files += sorted(self.path.glob("arms/*/predictions.safetensors")) + sorted(
             self.path.glob("arms/*/model.safetensors")
         )
@@ -194,8 +197,9 @@ def read_run(folder: str | Path) -> Run:
     if problems:
         raise NotARun("\n".join([*problems, f"{_count(problems)} in {path}; nothing was written."]))
     text = study.read_text(encoding="utf-8") if study.is_file() else ""
+    plan = (path / PLAN).read_text(encoding="utf-8") if (path / PLAN).is_file() else ""
     splits = found if info.folds else {}
-    return Run(path, info, lines, arms, validation, splits, linear, text, tuple(missing), unread)
+    return Run(path, info, lines, arms, validation, splits, linear, text, plan, tuple(missing), unread)
 
 
 def _linear(path: Path, info: RunInfo, problems: list[str]) -> dict[tuple[str, int, int], Mapping[str, Predictions]]:

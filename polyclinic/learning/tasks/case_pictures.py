@@ -66,7 +66,7 @@ def case_pictures(task: Task, params: Tree, data: Any, outputs: Tree, device: st
         image, truth, spacing = _read(data, i)
         with torch.inference_mode():
             scores = task.predict(model, image[None].to(device), getattr(data, "patch", None))[0].cpu()
-        predicted, dice = scores.argmax(0), outputs["dice"][i].float()
+        predicted, dice = task.labels(scores), outputs["dice"][i].float()
         found[f"{rank}/dice"] = torch.where(outputs["absent"][i].bool(), torch.nan, dice)
         for plane, slices in enumerate(_planes(_bytes(image), truth.clamp_min(0), predicted, spacing)):
             found |= {f"{rank}/{plane}/{name}": leaf for name, leaf in slices.items()}

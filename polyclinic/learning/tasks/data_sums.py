@@ -119,4 +119,5 @@ def middle(edges: Tensor) -> Tensor:
 def _classes(targets: Tensor, classes: int) -> Tensor:
     if targets.is_floating_point():  # labels or regression targets, which are summed
         return targets.double().nan_to_num().sum(0)
-    return targets.flatten().bincount(minlength=classes).double()
+    known = targets.flatten()
+    return known[known >= 0].bincount(minlength=classes).double()  # without pixels that are not annotated

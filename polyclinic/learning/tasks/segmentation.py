@@ -1,6 +1,7 @@
 """Segmentation in two and three dimensions, with defined scores for empty masks."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.tasks.lesions import Lesions, lesion_scores
 from polyclinic.learning.tasks.own_metrics import value_of
-from polyclinic.learning.tasks.segmentation_loss import supervised
+from polyclinic.learning.tasks.segmentation_loss import in_regions, supervised
 from polyclinic.learning.tasks.surface_distances import surfaces
 from polyclinic.learning.tasks.task import Task
 
@@ -44,8 +46,11 @@ class ScoredCase(Protocol):
     def grid_spacing_mm(self) -> tuple[float, ...] | None:
         """Millimeters between voxels of the preprocessed image, if known."""
 
-    def labels(self, scores: Tensor) -> Tensor:
-        """Return the best class of each voxel of the original grid, given class scores [C, *grid]."""
+    def labels(self, scores: Tensor, decide: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the label of each voxel of the original grid, given class scores [C, *grid].
+
+        ``decide`` returns the labels [...] of scores [C, ...].
+        """
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,10 @@ class Segmentation(Task):
     Where the data know how an image was resampled and cropped, predictions are brought back to the grid of its file and
     compared with the file's mask there, so that coarser preprocessing cannot raise a score.
 
+    With ``regions`` the network gives a logit for each region. Where it is above 0, the region's own label is assigned,
+    in the order of the regions, so that later ones are painted over earlier ones, as in nnU-Net. Scores are those of
+    the regions in the painted labels, in place of classes.
+
     Attributes:
         spacing_mm: Pixel size along each axis, for distances, if the files do not state it.
         tolerance_mm: Distance up to which two surfaces agree, for the surface Dice; 2 mm by default. If pixel sizes are
@@ -69,6 +78,7 @@ class Segmentation(Task):
         lesion_smallest: Volume in mm³ (pixels if spacings are unknown) up to which true lesions are left out.
         space: ``"native"``: scores are on the grid of the files where it is known; ``"grid"``: on that of the network.
         batch_dice: Whether the loss takes the Dice of all images of a minibatch together.
+        regions: The labels of each region, such as ``((1, 2, 3), (2, 3), (3,))``; the classes by default.
     """
 
     spacing_mm: tuple[float, ...] | None = None
@@ -79,15 +89,30 @@ class Segmentation(Task):
     lesion_dilation: int = 3
     lesion_smallest: float = 50.0
     batch_dice: bool = False
+    regions: tuple[tuple[int, ...], ...] = ()
 
     kind: ClassVar[str] = "segmentation"
+
+    @property
+    def label_count(self) -> int:
+        """Number of labels of a mask, with the background."""
+        return 1 + max(map(max, self.regions)) if self.regions else super().label_count
+
+    def labels(self, scores: Tensor) -> Tensor:
+        """Return the predicted labels of class scores, or of logits of regions, [C, ...]: int64 [...]."""
+        if not self.regions:
+            return scores.argmax(0)
+        found = torch.zeros_like(scores[0], dtype=torch.int64)
+        for label, score in zip(own_labels(self.regions), scores, strict=True):
+            found = torch.where(score > 0, label, found)
+        return found
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021).
 
         Pixels without annotation count in neither. The losses of a network with deep supervision are weighted.
         """
-        return supervised(model(batch[0]), batch[1], IGNORED, self.batch_dice)
+        return supervised(model(batch[0]), batch[1], IGNORED, self.batch_dice, self.regions)
 
     def predict(self, model: nn.Module, inputs: Tensor, patch: tuple[int, ...] | None = None) -> Tensor:
         """Return class scores [b, C, *spatial], by sliding windows if ``window`` or ``patch`` is set.
@@ -106,14 +131,16 @@ class Segmentation(Task):
         return scores if isinstance(scores, Tensor) else scores[0]
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
-        """Return ``dice``, ``empty``, ``absent`` and ``blank`` [b, K] for K foreground classes.
+        """Return ``dice``, ``empty``, ``absent`` and ``blank`` [b, K] for K foreground classes, or regions.
 
         Masks are compared on the network's grid. ``blank`` marks empty truth. With full metrics also ``volume_error``,
         the relative difference of volumes, and the metrics of ``agreement`` in mm if pixel sizes are known, else in
         pixels.
         """
         scores = self.predict(model, batch[0])
-        return self._compared(scores.argmax(1), batch[1], scores.shape[1], self.spacing_mm, full_metrics)
+        return self._compared(
+            self.labels(scores.movedim(1, 0)), batch[1], scores.shape[1], self.spacing_mm, full_metrics
+        )
 
     def outputs_of(
         self, model: nn.Module, data: Any, index: Tensor, device: str = "cpu", *, full_metrics: bool = False
@@ -130,9 +157,8 @@ class Segmentation(Task):
         if measured is None:
             x, y = data[index]
             scores = self.predict(model, x.to(device))
-            return self._compared(
-                scores.argmax(1), y.to(device), scores.shape[1], self.spacing_mm, full_metrics, sliced
-            )
+            labels = self.labels(scores.movedim(1, 0))
+            return self._compared(labels, y.to(device), scores.shape[1], self.spacing_mm, full_metrics, sliced)
         parts = []
         if patch is not None:
             for i in index.tolist():
@@ -153,9 +179,9 @@ class Segmentation(Task):
     ) -> dict[str, Tensor]:
         """Return the outputs of one case, given its class scores [C, *grid]."""
         if self.space == "grid":
-            labels, truth, known = scores.argmax(0), case.truth_on_grid, self.spacing_mm or case.grid_spacing_mm
+            labels, truth, known = self.labels(scores), case.truth_on_grid, self.spacing_mm or case.grid_spacing_mm
         else:
-            labels, truth, known = case.labels(scores).long(), case.truth, case.spacing_mm
+            labels, truth, known = case.labels(scores, self.labels).long(), case.truth, case.spacing_mm
         spacing = known if measured else None
         return self._compared(labels[None], truth[None], len(scores), spacing, full_metrics, sliced)
 
@@ -172,15 +198,24 @@ class Segmentation(Task):
         tolerance = self.tolerance_mm or (None if spacing is None else DEFAULT_TOLERANCE_MM)
         lesions = Lesions(self.lesion_dilation, self.lesion_smallest) if self.lesions and full_metrics else None
         found = agreement(
-            labels, truth, classes, spacing, tolerance, full_metrics=full_metrics, counts=sliced, lesions=lesions
+            labels,
+            truth,
+            classes,
+            spacing,
+            tolerance,
+            full_metrics=full_metrics,
+            counts=sliced,
+            lesions=lesions,
+            regions=self.regions,
         )
         own = {name: self._own_values(name, labels, truth, classes) for name in self.metrics}
         return found | own | ({"sliced": torch.ones(len(labels), dtype=torch.uint8)} if sliced else {})
 
     def _own_values(self, name: str, labels: Tensor, truth: Tensor, classes: int) -> Tensor:
-        """Return the values of a package's metric for each case and foreground class, [b, K]."""
-        maps = zip(labels.cpu().numpy(), truth.cpu().numpy(), strict=True)
-        values = [[value_of(name, (p == k) & (t != IGNORED), t == k) for k in range(1, classes)] for p, t in maps]
+        """Return the values of a package's metric for each case and foreground class, or region, [b, K]."""
+        p, t = _masks(labels, truth, classes, self.regions)
+        pairs = zip(p.cpu().numpy(), t.cpu().numpy(), strict=True)
+        values = [[value_of(name, one, other) for one, other in zip(*pair, strict=True)] for pair in pairs]
         return torch.tensor(values, dtype=torch.float64)
 
     def summary(self, outputs: Tree) -> dict[str, float]:
@@ -210,6 +245,35 @@ def _dice_of_volumes(outputs: Tree) -> float:
     return float((2 * sums["overlap"] / both)[both > 0].mean())
 
 
+def own_labels(regions: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the label that each region is painted with: its one label that no later region contains.
+
+    Raises:
+        ConfigError: If regions are empty or equal, labels are not from 1 to 255, or a region has no such label, or
+            several.
+    """
+    for region in regions:
+        if not region or not all(1 <= label <= 255 for label in region) or len(set(region)) < len(region):
+            raise ConfigError(f"regions: {list(region)} must be different labels from 1 to 255, without the background")
+    found = []
+    for i, region in enumerate(regions):
+        left = sorted(set(region) - {label for later in regions[i + 1 :] for label in later})
+        if len(left) != 1:
+            what = "no label" if not left else f"the labels {', '.join(map(str, left))}"
+            raise ConfigError(
+                f"regions: {list(region)} has {what} outside of the regions after it, and needs exactly one, which its "
+                "pixels get in a mask. List larger regions before those inside them, and split labels or leave some out"
+            )
+        found.append(left[0])
+    return tuple(found)
+
+
+def _masks(predicted: Tensor, target: Tensor, classes: int, regions: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return predicted and true masks of each foreground class, or region, bool [b, K, *spatial]."""
+    sets = regions or [(k,) for k in range(1, classes)]
+    return in_regions(predicted, sets) & (target.unsqueeze(1) != IGNORED), in_regions(target, sets)
+
+
 def agreement(
     predicted: Tensor,
     target: Tensor,
@@ -220,8 +284,9 @@ def agreement(
     full_metrics: bool = False,
     counts: bool = False,
     lesions: Lesions | None = None,
+    regions: Sequence[Sequence[int]] = (),
 ) -> dict[str, Tensor]:
-    """Compare two label maps [b, *spatial] for each case and foreground class: tensors [b, classes - 1].
+    """Compare two label maps [b, *spatial] for each case and foreground class, or region: tensors [b, K].
 
     Dice and surface Dice are 1, and distances 0, for classes that are in neither map. ``hd95`` is the larger of the two
     directed 95th percentiles of surface distances, as in MONAI.
@@ -235,9 +300,9 @@ def agreement(
         full_metrics: Whether to compute distances and volumes.
         counts: Whether to include the numbers of pixels: ``predicted``, ``reference``, and in both (``overlap``).
         lesions: How lesions are separated, to compare them one by one; None to leave this out.
+        regions: The labels of each region, which are compared in place of the classes.
     """
-    labels = torch.arange(1, classes, device=target.device).view(1, -1, *[1] * (target.ndim - 1))
-    p, t = (predicted.unsqueeze(1) == labels) & (target.unsqueeze(1) != IGNORED), target.unsqueeze(1) == labels
+    p, t = _masks(predicted, target, classes, regions)
     axes = tuple(range(2, p.ndim))
     both, in_p, in_t = (p & t).sum(axes), p.sum(axes), t.sum(axes)
     neither = (in_p + in_t) == 0

@@ -78,6 +78,11 @@ class Task(ABC):
         """Return the initial parameters of a run with ``seed``."""
         return initial(self.network, seed)
 
+    @property
+    def label_count(self) -> int:
+        """Number of classes, labels or values of a target."""
+        return int(self.network.outputs)
+
     def with_network(self, network: Any) -> Self:
         """Return a copy of the task with another network."""
         return replace(self, network=network)

@@ -68,7 +68,7 @@ class Reference:
         if request.job != "match":
             return self.fingerprint.site_update(request, memory, site)
         task, data, reference = self.fingerprint.task, site.data["train"], request.trees["reference"]
-        sums = count_up(data, task.network.outputs) | spread_out(data, reference["edges"])
+        sums = count_up(data, task.label_count) | spread_out(data, reference["edges"])
         here = self.quantiles(Summary(sums, reference["edges"]))
         own = {"front.here": here.float(), "front.there": reference["there"].float()}
         return Reply(), {**memory, "own": own}

@@ -55,7 +55,7 @@ class ZScore:
         return None if state.sums else Request(0, {}, "moments")
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        sums = count_up(site.data["train"], self.task.network.outputs)
+        sums = count_up(site.data["train"], self.task.label_count)
         own = {**memory, "own": self.standardize(sums)} if self.by_site else memory
         by_pixel = tree.scale(sums, 1 / math.prod(self.task.network.inputs[1:]))  # in digits that secure sums keep
         return Reply({"sums": WeightedMean(by_pixel, float(len(site.data["train"])))}), own

@@ -76,8 +76,10 @@ class FedSM(SizeWeighted[State]):
     @property
     def selecting(self) -> Classification:
         """The selector's task: the site that an image is from."""
-        inputs, kind = self.task.network.inputs, "mlp" if len(self.task.network.inputs) == 1 else "cnn"
-        return Classification(Network(kind, inputs, len(self.sites), (("width", self.width), ("norm", "none"))))
+        inputs, options = self.task.network.inputs, (("width", self.width), ("norm", "none"))
+        if len(inputs) == 2:  # a bag of features
+            return Classification(Network("attention-mil", inputs, len(self.sites), options[:1]))
+        return Classification(Network("mlp" if len(inputs) == 1 else "cnn", inputs, len(self.sites), options))
 
     @property
     def prediction_task(self) -> Task:

@@ -75,7 +75,7 @@ class Fingerprint(Method[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         data, edges = site.data[self.role], request.trees["edges"]["edges"] if request.job == "histogram" else None
-        sums = count_up(data, self.task.network.outputs) if edges is None else spread_out(data, edges)
+        sums = count_up(data, self.task.label_count) if edges is None else spread_out(data, edges)
         reply = Reply({"sums": WeightedMean(tree.scale(sums, 1 / self.pixels), max(1.0, float(len(data))))})
         return (reply + Reply({"apart": PerSite({site.name: sums})}) if self.by_site else reply), memory
 

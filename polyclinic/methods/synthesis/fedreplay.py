@@ -66,7 +66,7 @@ class FedReplay(Method[State]):
         begin = memory.get("replay", self.replay.first())
         learn = LocalTraining(self.epochs, self.local.batch_size, "adam", self.lr)
         end = learn.fit(self.replay, begin, site, request.round, slot="replay")
-        counts = count_up(site.data["train"], self.task.network.outputs)["classes"]
+        counts = count_up(site.data["train"], self.task.label_count)["classes"]
         sent = {**tree.select(end, _generates), "classes": counts}
         return Reply({"generator": PerSite({site.name: sent})}), {**memory, "replay": end}
 

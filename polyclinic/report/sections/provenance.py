@@ -161,6 +161,7 @@ def reproduce_section(page: ReportContext) -> Section:
             Table("environment", "Run and environment.", words(what="", value=""), rows),
             *([Folded("Settings of local training", [training])] if settings else []),
             Code("study.toml", run.study or "not in the run folder"),
+            *([Code("the plan that it names", run.plan)] if run.plan else []),
             Folded("SHA-256 of the files", [files]),
         ],
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from polyclinic.core.config_problems import Problem
 from polyclinic.errors import ConfigError
+from polyclinic.evaluation.records.method_runs import PLAN
 from polyclinic.studies.config.diagnostics import BadStudy
 
 
@@ -35,6 +36,8 @@ def text_of(path: Path) -> str:
 def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the table in ``text`` with ``changes`` by dotted key, without validation.
 
+    In a run folder, ``data.plan`` is the run's own copy of the plan.
+
     Raises:
         BadStudy: If the text is not TOML.
     """
@@ -42,9 +45,41 @@ def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> 
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
+    own = Path(path).parent / PLAN
+    if _plan_in(data) is not None and own.is_file():
+        data["data"]["plan"] = str(own)
     for key, value in (changes or {}).items():
         set_key(data, key.split("."), value)
     return data
+
+
+def plan_content(text: str, folder: Path) -> bytes | None:
+    """Return the content of the plan that the study in ``text`` names; None without one.
+
+    If the file no longer exists, it is that of the copy in the run folder ``folder``.
+
+    Raises:
+        DataError: If neither exists.
+    """
+    from polyclinic.data.files import placed
+    from polyclinic.errors import DataError
+
+    named = _plan_in(tomllib.loads(text))
+    if named is None:
+        return None
+    try:
+        return placed(named, "plan").read_bytes()
+    except DataError:
+        if not (folder / PLAN).is_file():
+            raise
+        return (folder / PLAN).read_bytes()
+
+
+def _plan_in(table: Mapping[str, Any]) -> str | None:
+    """Return the file of ``data.plan``; None if there is none."""
+    data = table.get("data")
+    plan = data.get("plan") if isinstance(data, Mapping) else None
+    return plan if isinstance(plan, str) and plan != "nnunet" else None
 
 
 def set_key(data: dict[str, Any], path: list[str], value: Any) -> None:

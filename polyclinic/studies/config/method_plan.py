@@ -17,6 +17,8 @@ def plan_of(study: Study, method: MethodSpec, data: Federated, seed: int) -> Pla
     continuous = study.task.kind in ("regression", "reconstruction")  # a target has as many channels as the output
     if study.task.kind == "survival":
         outputs = outputs_for(study.task_options)
+    elif study.task.regions is not None:
+        outputs = len(study.task.regions)
     else:
         outputs = data.sites[data.training[0]]["train"].width if continuous else len(data.info.classes)
     return Plan(

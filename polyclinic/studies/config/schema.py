@@ -112,6 +112,13 @@ class TaskSpec(Table):
     """The size of the sliding window at inference, in voxels (segmentation)."""
     batch_dice: bool | None = None
     """Whether the Dice loss is that of all images of a minibatch together, as in nnU-Net's 2-D mode (segmentation)."""
+    regions: Annotated[tuple[tuple[int, ...], ...], Field(min_length=1)] | None = None
+    """The labels of each region that is learned in place of the classes, such as ``[[1, 2, 3], [2, 3], [3]]``, as in
+    nnU-Net's region-based training (segmentation).
+
+    The network gives a probability for each region, and masks get the label that a region has outside of the later
+    ones.
+    """
     cuts: Annotated[tuple[Positive, ...], Field(min_length=2, max_length=1000)] | None = None
     """The ends of time intervals, ascending, in the unit of the data, such as ``[365, 730, 1095]`` (survival).
 
@@ -133,13 +140,14 @@ class TaskSpec(Table):
     ``lora`` the adapters and the head.
     """
 
-    UNSET: ClassVar[frozenset[str]] = frozenset({"batch_dice", "cuts", "hazards", "ordered"})
+    UNSET: ClassVar[frozenset[str]] = frozenset({"batch_dice", "cuts", "hazards", "ordered", "regions"})
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
         from polyclinic.core import extensions
         from polyclinic.core.config_problems import nearest
         from polyclinic.learning.networks.architectures import network_names
+        from polyclinic.learning.tasks.segmentation import own_labels
 
         if self.network not in (known := network_names()):
             raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, known)}')
@@ -150,7 +158,7 @@ class TaskSpec(Table):
         allowed = {
             "classification": {"class_weights", "label_smoothing", "ordered"},
             "multilabel": set[str](),
-            "segmentation": {"spacing_mm", "tolerance_mm", "window", "batch_dice"},
+            "segmentation": {"spacing_mm", "tolerance_mm", "window", "batch_dice", "regions"},
             "regression": {"center", "spread"},
             "survival": {"cuts", "hazards"},
             "reconstruction": {"residual"},
@@ -159,6 +167,8 @@ class TaskSpec(Table):
             raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
         if self.ordered and (self.class_weights is not None or self.label_smoothing):
             raise ConfigError("class_weights and label_smoothing have no meaning for ordered grades: leave them out")
+        if self.regions is not None:
+            own_labels(self.regions)
         if self.kind == "survival" and self.cuts is None:
             raise ConfigError("survival needs cuts, such as cuts = [365, 730, 1095] for times in days")
         if self.cuts and any(a >= b for a, b in zip(self.cuts, self.cuts[1:], strict=False)):

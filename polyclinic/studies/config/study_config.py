@@ -14,6 +14,7 @@ from pydantic import Field, PlainValidator
 
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import DataSpec
+from polyclinic.data.files import content_of, placed
 from polyclinic.engines.policy.coverage import declared_problem, ways
 from polyclinic.errors import ConfigError, PolyclinicError
 from polyclinic.learning.tasks.own_metrics import own_metric
@@ -101,7 +102,7 @@ class Study(Table):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything that a result depends on."""
+        """SHA-256 of everything that a result depends on; of a plan, its content."""
         unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
         for key in self.evaluation.unset:
@@ -109,6 +110,8 @@ class Study(Table):
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
+        if self.data.plan is not None:
+            value["data"]["plan"] = content_of(placed(self.data.plan, "plan"))
         for key in ("weights", "lora", "train", *(["loss"] if self.task.loss is None else [])):
             del value["task"][key]
         value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}

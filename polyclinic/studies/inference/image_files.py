@@ -2,6 +2,7 @@
 
 import gzip
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from polyclinic.core import atomic
+from polyclinic.data.files import ImageOptions
+from polyclinic.data.formats.dicom.segment_writer import Maker, segmentation_of
 from polyclinic.data.geometry import Geometry
 from polyclinic.studies.inference.reading import Case
 
@@ -41,6 +44,36 @@ def write_mask(folder: Path, case: Case, labels: Tensor, geometry: Geometry) -> 
     else:
         atomic.write(folder / name, _nifti(geometry.in_file(labels).numpy(), case, geometry), durable=False)
     return name
+
+
+def write_segments(
+    folder: Path,
+    case: Case,
+    labels: Tensor,
+    geometry: Geometry,
+    names: Sequence[str],
+    maker: Maker,
+    options: ImageOptions,
+) -> str:
+    """Write the labels of a DICOM image as a DICOM segmentation; return the name of the file.
+
+    Args:
+        folder: The folder.
+        case: The image.
+        labels: The labels on its original grid, uint8 or int16. Shape [*original].
+        geometry: The geometry of the image.
+        names: The names of labels 1, 2, ...
+        maker: What made the labels.
+        options: How the image was read.
+
+    Raises:
+        Unreadable: If no segmentation can be made of the image.
+    """
+    full, how = geometry.in_file(labels).numpy(), (options.series, options.limits, options.geometry_tolerance_mm)
+    dataset, buffer = segmentation_of(case.files[0], full, names, maker, *how), io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    atomic.write(folder / f"{case.id}.dcm", buffer.getvalue(), durable=False)
+    return f"{case.id}.dcm"
 
 
 def write_map(folder: Path, case: Case, what: str, values: Tensor, geometry: Geometry) -> str:

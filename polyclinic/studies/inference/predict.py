@@ -6,6 +6,7 @@ interrupted prediction resumes.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -14,14 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from polyclinic import __version__
 from polyclinic.core import atomic
+from polyclinic.data.formats.dicom.file import looks_like_dicom
+from polyclinic.data.formats.dicom.segment_writer import Maker, require_writer
+from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.geometry import Geometry
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.errors import ConfigError, PolyclinicError
-from polyclinic.studies.inference.image_files import write_map, write_mask
+from polyclinic.studies.inference.image_files import write_map, write_mask, write_segments
 from polyclinic.studies.inference.predictor import Prediction, Predictor
-from polyclinic.studies.inference.reading import Case, cases_at, pictures
+from polyclinic.studies.inference.reading import Case, Reading, cases_at, pictures
 from polyclinic.studies.inference.table_reading import TableReading
 
 ABOUT, LINES, TABLE, LABELS = "prediction.json", "cases.jsonl", "predictions.csv", "labels.json"
@@ -34,10 +40,12 @@ class Outputs:
     Attributes:
         probabilities: Whether to write the probabilities of all classes for each voxel.
         uncertainty: Whether to write the entropy for each voxel, and with several models or copies their disagreement.
+        dicom: Whether to write masks as DICOM segmentations; all images must then be DICOM.
     """
 
     probabilities: bool = False
     uncertainty: bool = False
+    dicom: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class Work:
             raise ConfigError(
                 f"--probabilities and --uncertainty write maps of masks; the table has them for {predictor.kind} anyway"
             )
+        if outputs.dicom:
+            if predictor.kind != "segmentation":
+                raise ConfigError(f"--dicom-seg writes masks, and the model predicts {predictor.kind}")
+            require_writer()
         _require_apart(place, out)
         reading = predictor.model.reading
         self.cases = reading.cases(place) if isinstance(reading, TableReading) else cases_at(place, reading)
@@ -127,19 +139,23 @@ class Work:
     def _one(self, case: Case, picture: Picture | str) -> Predicted:
         if isinstance(picture, str):
             return Predicted(case.id, problem=picture)
+        if self.outputs.dicom and (len(case.files) > 1 or not _is_dicom(case.files[0])):
+            return Predicted(case.id, problem=f"{case.files[0].name}: is no DICOM image: leave --dicom-seg out")
+        row: dict[str, Any] = {"id": case.id, "file": case.files[0].name}
         try:
             prediction = self.predictor(picture.pixels)
+            if self.predictor.kind == "segmentation":
+                assert picture.geometry is not None
+                return self._mask(case, prediction, picture.geometry, row)
+        except Unreadable as error:  # names the file
+            return Predicted(case.id, problem=str(error))
         except PolyclinicError as error:
             return Predicted(case.id, problem=f"{case.files[0].name}: {error}")
-        row: dict[str, Any] = {"id": case.id, "file": case.files[0].name}
-        if self.predictor.kind == "segmentation":
-            assert picture.geometry is not None
-            return self._mask(case, prediction, picture.geometry, row)
         return Predicted(case.id, row | self._values(prediction))
 
     def _mask(self, case: Case, prediction: Prediction, geometry: Geometry, row: dict[str, Any]) -> Predicted:
-        labels = geometry.labels(prediction.scores)
-        files = [write_mask(self.out, case, labels, geometry)]
+        labels = geometry.labels(prediction.scores, self.predictor.labels)
+        files = [self._written(case, labels, geometry)]
         row["mask"] = files[0]
         sides = geometry.original_mm
         for k, name in list(enumerate(self.predictor.model.classes))[1:]:
@@ -148,7 +164,7 @@ class Work:
             if sides is not None and len(sides) == 3:
                 row[f"ml_{name}"] = count * math.prod(sides) / 1000
         outside = prediction.scores.new_zeros(len(prediction.scores))
-        outside[0] = 1.0
+        outside[0] = 0.0 if self.predictor.regions else 1.0  # of the background
         maps = {"entropy": prediction.entropy, "disagreement": prediction.disagreement}
         for what, values in maps.items():
             if values is None:
@@ -162,6 +178,16 @@ class Work:
             shares = geometry.to_original(prediction.probabilities, outside)
             files.append(write_map(self.out, case, "probabilities", shares, geometry))
         return Predicted(case.id, row, tuple(files))
+
+    def _written(self, case: Case, labels: Tensor, geometry: Geometry) -> str:
+        """Write the mask of an image and return the name of the file."""
+        if not self.outputs.dicom:
+            return write_mask(self.out, case, labels, geometry)
+        model = self.predictor.model
+        assert isinstance(model.reading, Reading)
+        identity = hashlib.sha256(json.dumps(self.about["model"], sort_keys=True).encode()).hexdigest()
+        maker = Maker(model.method, __version__, identity)
+        return write_segments(self.out, case, labels, geometry, model.classes[1:], maker, model.reading.options)
 
     def _values(self, prediction: Prediction) -> dict[str, Any]:
         """Return the columns of one image: its class and probabilities, or its values."""
@@ -183,6 +209,7 @@ class Work:
     def _about(self) -> dict[str, Any]:
         how = {"tta": list(self.predictor.mirror), "window": self.predictor.window and list(self.predictor.window)}
         outputs = {"probabilities": self.outputs.probabilities, "uncertainty": self.outputs.uncertainty}
+        outputs["dicom"] = self.outputs.dicom
         model = json.loads(json.dumps(self.predictor.model.identity))
         return {"polyclinic": __version__, "kind": self.predictor.kind, "model": model, **how, **outputs}
 
@@ -219,6 +246,11 @@ class Work:
             return bool(case.content == line["content"])
         except OSError:
             return False
+
+
+def _is_dicom(place: Path) -> bool:
+    """Return whether a file, or the first file of a folder that is read as a series, is DICOM."""
+    return place.is_dir() or looks_like_dicom(place)
 
 
 def _lines(file: Path) -> dict[str, dict[str, Any]]:

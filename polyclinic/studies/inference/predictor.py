@@ -150,16 +150,33 @@ class Predictor:
             return score.clamp_min(torch.finfo(score.dtype).tiny).log()
         return torch.logit(score, eps=1e-12) if self.kind == "multilabel" else score
 
+    @cached_property
+    def regions(self) -> bool:
+        """Whether the outputs are regions of masks."""
+        task = self._tasks[0]
+        return isinstance(task, Segmentation) and bool(task.regions)
+
+    @property
+    def _separate(self) -> bool:
+        """Whether each output has a probability of its own: labels, or regions of masks."""
+        return self.kind == "multilabel" or self.regions
+
+    def labels(self, scores: Tensor) -> Tensor:
+        """Return the labels of scores [C, ...] of masks: int64 [...]."""
+        task = self._tasks[0]
+        assert isinstance(task, Segmentation)
+        return task.labels(scores)
+
     def _probabilities(self, scores: Tensor) -> Tensor:
-        if self.kind == "multilabel":
+        if self._separate:
             return scores.sigmoid()
         return scores if self.kind in NUMBERS else scores.softmax(0)
 
     def _entropy(self, probabilities: Tensor) -> Tensor:
-        """Return the entropy over the first axis in nats: of one class, or summed over labels."""
+        """Return the entropy over the first axis in nats: of one class, or summed over labels or regions."""
         p = probabilities.clamp(0, 1)
         each: Tensor = torch.special.entr(p)
-        return (each + torch.special.entr(1 - p) if self.kind == "multilabel" else each).sum(0)
+        return (each + torch.special.entr(1 - p) if self._separate else each).sum(0)
 
 
 def require_window(window: tuple[int, ...] | None, model: TrainedModel) -> None:

@@ -18,7 +18,7 @@ from polyclinic.engines.flare.protocol.data_restrictions import FROM_STUDY
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.site_description import shape_of
 from polyclinic.errors import ConfigError
-from polyclinic.evaluation.records.method_runs import arm_name
+from polyclinic.evaluation.records.method_runs import PLAN, arm_name
 from polyclinic.learning.tasks.survival import outputs_for
 from polyclinic.methods import registry
 from polyclinic.studies.config.study_config import Study
@@ -112,6 +112,8 @@ def method_runs(
             }
             if study.task.kind == "survival":
                 plan["outputs"] = outputs_for(study.task_options)
+            if study.task.regions is not None:
+                plan["outputs"] = len(study.task.regions)
             if method.name == MEASURES:  # no model is trained, so that the sites need not be asked for a shape
                 plan |= NO_MODEL
             external = [name for name in study.data.external if entry.newcomers]
@@ -152,6 +154,7 @@ def collect(
     descriptions: Mapping[str, Any],
     folders: Mapping[str, Path],
     out: Path,
+    plan: bytes | None = None,
 ) -> list[str]:
     """Write the run folder ``out``, and return the method runs that have not finished.
 
@@ -161,11 +164,14 @@ def collect(
         descriptions: The sites' descriptions of their data.
         folders: The folder at the server of each finished run.
         out: A new folder.
+        plan: The plan that the study names, if any.
     """
     names = sorted({site for arm in runs.values() for site in (*arm["plan"]["sites"], *arm["external"])})
     info = _info(study, title, runs, descriptions, names)
     out.mkdir(parents=True, exist_ok=True)
     atomic.write(out / "study.toml", text)
+    if plan is not None:
+        atomic.write(out / PLAN, plan)
     atomic.write_json(out / "run.json", info)
     journal, lines, missing = Journal(out / "journal.jsonl"), list[str](), list[str]()
     for run, arm in runs.items():

@@ -238,6 +238,13 @@ def _require_task(study: Study, data: Federated) -> None:
         raise DataError("the training data of all sites contain no event, so survival cannot be learned")
     if study.task.ordered:
         _require_order(study, data)
+    if study.task.regions is not None:
+        given, known = {n for region in study.task.regions for n in region}, set(range(1, len(data.info.classes)))
+        if given != known:
+            named = ", ".join(f"{n} ({name})" for n, name in enumerate(data.info.classes) if n)
+            raise DataError(
+                f"task.regions: each label above 0 of the masks must be in a region, and no other: they are {named}"
+            )
     if kind == "classification":
         present = [
             any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))

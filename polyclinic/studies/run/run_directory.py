@@ -3,6 +3,7 @@
 ```
 runs/<name>-<hash8>/
   study.toml      the study                  records.jsonl   one record per line
+  run-plan.toml   the plan that it names, from which every later command reads the study
   run.json        description of the run     journal.jsonl   the hash-chained journal
   arms/<label>-seed<s>/                         one method run:
                        checkpoint.safetensors   server state and site states after the last round
@@ -38,6 +39,7 @@ from polyclinic.core.audit_log import Journal, verify
 from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import IntegrityError, PolyclinicError, RunError
+from polyclinic.evaluation.records.method_runs import PLAN
 from polyclinic.studies.run.run_lock import LOCK, STOP, holder
 
 log = logging.getLogger(__name__)
@@ -166,8 +168,14 @@ class Folder:
             elif entry.name != LOCK:
                 entry.unlink()
 
-    def begin(self, study: str, info: Mapping[str, Any], resume: bool) -> None:
+    def begin(self, study: str, info: Mapping[str, Any], resume: bool, plan: bytes | None = None) -> None:
         """Write the description of the run, or continue with the existing run.
+
+        Args:
+            study: The study file.
+            info: The content of ``run.json``.
+            resume: Whether to continue an existing run.
+            plan: The plan that the study names, if any.
 
         Raises:
             RunExists: If the folder contains a run and ``resume`` is not set.
@@ -177,6 +185,8 @@ class Folder:
             self.hold()
         if not self.begun:
             atomic.write(self.path / "study.toml", study)
+            if plan is not None:
+                atomic.write(self.path / PLAN, plan)
             atomic.write_json(self.path / "run.json", dict(info))
         elif not resume:
             raise RunExists(

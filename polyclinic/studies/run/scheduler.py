@@ -22,11 +22,13 @@ from polyclinic.data.source import release
 from polyclinic.data.splits import Fold
 from polyclinic.engines.ray import cluster
 from polyclinic.errors import ConfigError
+from polyclinic.evaluation.records.method_runs import PLAN
 from polyclinic.evaluation.records.run_reader import read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.linear_model import linear_task
 from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.studies.config import search_space, simulation_schema
+from polyclinic.studies.config.loader import plan_content
 from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.records.run_description import described, information
@@ -81,6 +83,7 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
     work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first))
     network = inspect(resolved.task.model())
     parameters = sum(leaf.numel() for leaf in resolved.task.first(0).values())
+    plan = plan_content(resolved.text, path)
     if fresh:
         folder.clear()
     try:
@@ -88,7 +91,10 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
             data_identity.require_unchanged(path, read_info(path).data.fingerprint, first, resolved.source)
         elif not folder.begun:
             data_identity.write_identity(path, first, resolved.source)
-        folder.begin(resolved.text, information(study, splits, parameters, resolved.task), resume)
+        folder.begin(resolved.text, information(study, splits, parameters, resolved.task), resume, plan)
+        if study.data.plan is not None:  # from here on, the run's own copy is used
+            own = study.data.model_copy(update={"plan": str(path / PLAN)})
+            work.study = study = study.model_copy(update={"data": own})
         write_groups(path, resolved.source.table(), resolved.numbers, study.evaluation.subgroups)
         release(resolved.source)  # the sites have copies of their examples
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
@@ -173,7 +179,7 @@ def work_from(recipe: str) -> tuple["_Work", dict[str, Job]]:
     told = json.loads(recipe)
     if Path(told["current"]).is_dir():  # paths in the study may be relative
         os.chdir(told["current"])
-    study = parse(told["text"])
+    study = parse(told["text"], Path(told["folder"]) / "study.toml")
     if study.hash != told["study"]:
         raise ConfigError("the study was changed on the command line: write the changes into its file")
     resolved = resolve(study, told["text"])

@@ -259,7 +259,7 @@ def test_a_module_that_does_not_fit_is_refused_at_once() -> None:
 
 PERSONAL = [entry.name for entry in FAMILIES["Client end: domain-specific learning"]]
 FEATURES = ["fedmoco", "fedharmony", "fed-align", "private-heads", "fmtl"]
-SAMPLE = {("nnunet", "fedper")}
+SAMPLE = {("nnunet", "fedper"), ("attention-mil", "fedsm")}
 KNOWN = {"iop-fl": {"passes": 1}, "lc-fed": {"head_steps": 2}}
 
 

@@ -81,6 +81,34 @@ def test_a_mask_has_the_geometry_of_its_image(finished: Finished, tmp_path: Path
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == {"0": "background", "1": "one", "2": "two"}
 
 
+def test_masks_of_dicom_images_as_dicom_segmentations(finished: Finished, tmp_path: Path) -> None:
+    """They hold the labels that the NIfTI masks hold, at the slices of the series; other images are named."""
+    pytest.importorskip("highdicom", reason="needs the extra dicom-seg")
+    from polyclinic.data.files import ImageOptions, read_case
+    from tests.support.image_files import oblique, series
+
+    run, data = finished
+    values = np.asarray(nib.load(data / "images" / "case03.nii.gz").dataobj).transpose(2, 1, 0)
+    images = tmp_path / "images"
+    series(images / "scan", np.rint(values[:, ::-1]).astype(np.int16), (1.5, 1.7, 1.1), oblique((4.0, -3.0, 6.0)))
+    shutil.copy(data / "images" / "case00.nii.gz", images)
+    predicted(run, images, tmp_path / "plain", seeds=[0])
+    results = {r.id: r for r in predicted(run, images, tmp_path / "seg", Outputs(dicom=True), seeds=[0])}
+    assert results["scan"].files == ("scan.dcm",)
+    assert results["case00"].problem == "case00.nii.gz: is no DICOM image: leave --dicom-seg out"
+    case = read_case([images / "scan"], tmp_path / "seg" / "scan.dcm", ImageOptions(segments=("one", "two")))
+    mask = np.asarray(nib.load(tmp_path / "plain" / "scan.nii.gz").dataobj).transpose(2, 1, 0)
+    np.testing.assert_array_equal(case.mask.array.numpy(), mask)
+    assert {1, 2} <= set(np.unique(mask))
+    again = predicted(run, images, tmp_path / "seg", Outputs(dicom=True), seeds=[0])
+    assert [r.resumed for r in again if not r.problem] == [True]
+
+
+def test_dicom_segmentations_are_for_masks(classified: Finished, tmp_path: Path) -> None:
+    with pytest.raises(PolyclinicError, match="--dicom-seg writes masks, and the model predicts classification"):
+        predicted(classified[0], tmp_path, tmp_path / "out", Outputs(dicom=True))
+
+
 def test_an_ensemble_is_the_mean_of_the_logits(finished: Finished, tmp_path: Path) -> None:
     run, data = finished
     both = trained_model(run, "fedavg")

@@ -225,6 +225,15 @@ def read_dicom(
     path = Path(path)
     if not path.is_dir():
         return read_series(Series((path,), "", ""), fill, limits, tolerance_mm)
+    return read_series(chosen_series(path, limits, wanted), fill, limits, tolerance_mm)
+
+
+def chosen_series(path: Path, limits: Limits, wanted: Mapping[str, str]) -> Series:
+    """Return the series in a folder that has the ``wanted`` values.
+
+    Raises:
+        Unreadable: If a file is refused, or the folder contains several such series, or none.
+    """
     content = find_series(dicom_files(path), limits)
     if content.problems:
         raise content.problems[0]
@@ -232,7 +241,7 @@ def read_dicom(
     images = [series for series in fitting if not series.localizer] or fitting
     if len(images) != 1:
         raise Unreadable(path, f"contains {_series_found(images, len(content.series))}")
-    return read_series(images[0], fill, limits, tolerance_mm)
+    return images[0]
 
 
 def _series_found(images: Sequence[Series], total: int) -> str:

@@ -3,6 +3,7 @@
 ```
 studies/<name>/
   study.toml    the study file, unchanged
+  run-plan.toml the plan that it names, from which the study is read again
   study.json    its method runs, their common fields, and the names of the queued runs
 ```
 
@@ -40,6 +41,7 @@ def put(
     arms: Sequence[Mapping[str, Any]],
     how: Mapping[str, Any],
     sites: Sequence[str],
+    plan: bytes | None = None,
 ) -> list[str]:
     """Add a study and queue its survey, or its method runs directly if their plans state the shape of an example.
 
@@ -49,6 +51,7 @@ def put(
             scored.
         how: The fields of a run request that all of them share.
         sites: The sites that train.
+        plan: The plan that the study names, if any.
 
     Returns:
         The names of the runs that were queued.
@@ -77,6 +80,8 @@ def put(
         queued = [server_setup.order(home, _from_table(survey, survey_plan(sites), fields)).run]
     private_folder(folder)
     write_private(folder / "study.toml", text)
+    if plan is not None:
+        write_private(folder / "run-plan.toml", plan)
     write_private(folder / "study.json", json.dumps(table, indent=1))
     return queued
 

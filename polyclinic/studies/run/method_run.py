@@ -142,6 +142,7 @@ class MethodRun:
             yield self._event("round", done, scores, moved, facts["lost"], most, protects)
             self.folder.check_stop()
             steps, begun = [], _now(engine)
+            del step  # its request and reply are as large as the model
             if self._stalled(done, best):
                 break
         if done % study.evaluation.interval and not self._ends(state, done):  # time, budget or sites ran out

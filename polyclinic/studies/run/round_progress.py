@@ -51,6 +51,7 @@ class WatchedFederation:
             self._arrived[arrival.site] = round(time.time() - self._since, 3)
             self._write()
             yield arrival
+            del arrival  # before the next site trains
 
     def _write(self) -> None:
         if time.monotonic() - self._written < INTERVAL:

@@ -3,6 +3,9 @@
 import sys
 from dataclasses import dataclass
 
+import polyclinic  # noqa: F401  before PyTorch, whose allocation of large tensors it sets
+
+# isort: split
 import torch
 from torch.nn import functional as F
 from work import BATCH, LR, WORKS, Work, main, orders, timed

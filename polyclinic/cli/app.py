@@ -1,6 +1,7 @@
 """The command ``polyclinic``: its commands, its exit codes (``EXIT_CODES``), and how errors end it."""
 
 import errno
+import gc
 import logging
 import os
 import platform
@@ -158,6 +159,7 @@ def launch(
 
 def main() -> None:
     """Run the command line and exit with one of ``EXIT_CODES``. Only a bug has a traceback, saved in a file."""
+    gc.set_threshold(100_000, 20, 20)  # the default examines the objects of imports and reports hundreds of times
     set_up_streams()
     try:
         try:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.resources import files
@@ -32,6 +33,7 @@ def run(
     out: Path = Path("runs"),
     workers: int | None = None,
     address: str | None = None,
+    profile: bool = False,
     json_: Json = False,
 ) -> None:
     """Run a study and write its report.
@@ -49,6 +51,8 @@ def run(
         workers: Number of sites that are computed at once; the number of cores by default.
         address: Run on a Ray cluster: `auto` for the one on this machine, `local` to start one, or the address of its
             head, such as `10.0.0.1:6379`. The same as `--set engine.kind=ray --set engine.address=...`.
+        profile: Show at the end where the time went, by phase, method and site, and write it to `profile.json` in the
+            run folder.
     """
     from polyclinic.studies.config.loader import table_of, text_of
 
@@ -68,11 +72,17 @@ def run(
     from polyclinic.studies.config.scenarios import parse_all
 
     with document(json_) as emit:
-        emit(run_all(study, parse_all(text, study, given), resume, fresh, out, workers))
+        emit(run_all(study, parse_all(text, study, given), resume, fresh, out, workers, profile))
 
 
 def run_all(
-    file: Path, scenarios: Sequence[Any], resume: bool, fresh: bool, out: Path, workers: int | None
+    file: Path,
+    scenarios: Sequence[Any],
+    resume: bool,
+    fresh: bool,
+    out: Path,
+    workers: int | None,
+    profile: bool = False,
 ) -> list[dict[str, Any]]:
     """Run every study of a file, compare them if there are several, and return a summary of each."""
     from polyclinic.studies.config.preflight import preflight
@@ -91,13 +101,15 @@ def run_all(
                 progress.print(f"\n[bold]── {escape(scenario.name)} ──[/bold]")
             for note in scenario.notes:
                 progress.print(f"  [yellow]·[/yellow] {escape(note)}", soft_wrap=True)
-            summaries.append(_one(scenario, folder, resume, fresh, workers, again))
+            summaries.append(_one(scenario, folder, resume, fresh, workers, again, profile))
         if scenarios[0].name:
             _compare(out / scenarios[0].study.name, {s.name: s.folder(out) for s in scenarios})
     return summaries
 
 
-def _one(scenario: Any, held: Any, resume: bool, fresh: bool, workers: int | None, again: str) -> dict[str, Any]:
+def _one(
+    scenario: Any, held: Any, resume: bool, fresh: bool, workers: int | None, again: str, profile: bool
+) -> dict[str, Any]:
     """Run one study in a folder that is locked, write its report and return a summary of both."""
     from polyclinic.cli.progress import Display
     from polyclinic.studies.run.run_directory import Stopped
@@ -107,12 +119,14 @@ def _one(scenario: Any, held: Any, resume: bool, fresh: bool, workers: int | Non
     if workers is not None:
         study = study.model_copy(update={"engine": study.engine.model_copy(update={"workers": workers})})
     tested: list[dict[str, Any]] = []
+    begun = ready = time.perf_counter()
     log.info("%s: run begins", folder)
     with stopping(held, progress) as signals:
         try:
             with Display(progress, study) as display:
-                for event in run_study(study, scenario.text, folder, resume, fresh, held):
+                for event in run_study(study, scenario.text, folder, resume, fresh, held, profile):
                     display.show(event)
+                    ready = time.perf_counter() if event.what == "data" else ready
                     log.info("%s %s seed %s round %s", event.what, event.label, event.seed, event.round)
                     if event.what == "tested":
                         scores = {s: float(v) if math.isfinite(v) else None for s, v in event.scores.items()}
@@ -120,13 +134,28 @@ def _one(scenario: Any, held: Any, resume: bool, fresh: bool, workers: int | Non
         except (KeyboardInterrupt, Stopped):
             print(f"\nStopped. Every completed round is saved. To continue: {again}", file=sys.stderr)
             sys.exit(signals.code)
+    trained = time.perf_counter()
     page = write_report(folder)
     methods = summary(page)
     _show_summary(methods, study.metric)
+    if profile:
+        _show_profile(folder, begun, ready, trained)
     done(str(page))
     training = {method.called: study.training_of(method) for method in study.methods}
     told = {"run": folder, "metric": study.metric, "training": training}
     return {**told, "methods": methods, "tested": tested, "report": page}
+
+
+def _show_profile(folder: Path, begun: float, ready: float, trained: float) -> None:
+    """Write and show where the time went; the arguments are the times of the run's beginning and of its parts."""
+    from polyclinic.studies.records import time_profile
+
+    now = time.perf_counter()
+    found = time_profile.collect(folder, now - begun, ready - begun, now - trained)
+    line("")
+    for text in time_profile.table(found):
+        line(f"  {text}")
+    done(str(folder / time_profile.NAME))
 
 
 def summary(page: Path) -> list[dict[str, Any]]:

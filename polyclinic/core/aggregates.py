@@ -175,21 +175,36 @@ class Reply:
         return stat
 
 
-def merge(replies: Iterable[Reply]) -> Reply:
-    """Return the sum of ``replies`` from left to right. A part that only some sites sent is summed over those.
+class RunningSum:
+    """A sum to which replies are added one by one, in one buffer. It is bit-identical to adding with ``+``.
 
-    The result is bit-identical to adding with ``+``. Sums use one buffer, so that merging needs the memory of one reply
-    and reads each reply once.
+    A part that only some sites sent is summed over those. No reply is kept or modified.
+
+    Attributes:
+        total: The sum so far. Its tensors change when a reply is added.
     """
-    total, ours = Reply(), set[str]()  # the parts of `total` whose buffers were allocated by this function
-    for reply in replies:
+
+    def __init__(self) -> None:
+        """Create an empty sum."""
+        self.total = Reply()
+        self._own = set[str]()  # the parts of `total` whose buffers were allocated here
+
+    def add(self, reply: Reply) -> None:
+        """Add ``reply``, which is read once."""
         for part, stat in reply.parts.items():
-            sum_ = total.parts.get(part)
-            if part in ours and isinstance(sum_, WeightedMean) and isinstance(stat, WeightedMean):
+            sum_ = self.total.parts.get(part)
+            if part in self._own and isinstance(sum_, WeightedMean) and isinstance(stat, WeightedMean):
                 tree.add_(sum_.total, stat.total)
                 stat = WeightedMean(sum_.total, sum_.weight + stat.weight)
             elif sum_ is not None:
                 stat = sum_ + stat  # type: ignore[operator]
-                ours.add(part)
-            total = Reply({**total.parts, part: stat})
-    return total
+                self._own.add(part)
+            self.total = Reply({**self.total.parts, part: stat})
+
+
+def merge(replies: Iterable[Reply]) -> Reply:
+    """Return the sum of ``replies`` from left to right (see ``RunningSum``)."""
+    total = RunningSum()
+    for reply in replies:
+        total.add(reply)
+    return total.total

@@ -10,7 +10,16 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import ElementwiseMean, PerSite, PerSiteUniform, Reply, Stat, WeightedMean, merge
+from polyclinic.core.aggregates import (
+    ElementwiseMean,
+    PerSite,
+    PerSiteUniform,
+    Reply,
+    RunningSum,
+    Stat,
+    WeightedMean,
+    merge,
+)
 from polyclinic.core.method import Request
 from polyclinic.core.tree import Tree
 
@@ -18,6 +27,8 @@ Form: TypeAlias = tuple[tuple[object, ...], ...]
 UNCOUNTED = 10.0
 """Factor by which ``weight_ratio`` is increased for a site whose number of examples is not known."""
 BLOCK = 2**20
+HELD = 2**26
+"""Bytes of replies to one request that the server holds at once; a sum of more is formed while they arrive."""
 WITNESSES = 2
 """Number of other sites that a comparison needs. With two, one hostile site can at most halve their median."""
 
@@ -87,22 +98,37 @@ class ReplyValidator:
         self, request: Request, replies: Mapping[str, Reply], before: Mapping[str, Figures], finite: bool
     ) -> dict[str, str]:
         """Return the sites to refuse; ``finite`` says that all numbers of ``replies`` are known to be finite."""
-        reasons = {site: reason for site, reply in replies.items() if (reason := self._value(site, reply, finite))}
+        reasons = {site: reason for site, reply in replies.items() if (reason := self.refused(site, reply, finite))}
         forms = {site: _form(reply) for site, reply in replies.items() if site not in reasons}
-        if len(set(forms.values())) > 1:
-            counts = Counter(forms.values())
-            agreed = max(forms.values(), key=lambda form: (counts[form], _agreement(form, request)))
-            reasons |= {site: _difference(agreed, form) for site, form in forms.items() if form != agreed}
+        reasons |= _of_other_form(request, forms)
         figures = {site: self.figures(reply) for site, reply in replies.items() if site not in reasons}
         everyone = {**before, **figures}
         reasons |= {site: reason for site in figures if (reason := self._compared(site, everyone))}
         return dict(sorted(reasons.items()))
 
+    def refused(self, site: str, reply: Reply, finite: bool = False) -> str | None:
+        """Return why the reply of ``site`` must not be merged, whatever the other sites send; or None.
+
+        Args:
+            site: The site.
+            reply: Its reply.
+            finite: Whether all numbers of the reply are known to be finite.
+        """
+        for part, stat in reply.parts.items():
+            if reason := self._stat(site, stat, finite):
+                return f"{part}: {reason}"
+        return None
+
+    @property
+    def compares(self) -> bool:
+        """Whether a limit is relative to the replies of other sites."""
+        return self.weight_ratio is not None or self.norm_ratio is not None
+
     def figures(self, reply: Reply) -> Figures:
         """Return the values of ``reply`` that the relative limits compare; empty if there are no such limits."""
         sizes: dict[str, Size] = {}
         for part, stat in reply.parts.items():
-            if self.weight_ratio is None and self.norm_ratio is None:
+            if not self.compares:
                 break
             if isinstance(stat, WeightedMean) and stat.weight > 0:
                 size = math.nan if self.norm_ratio is None else _length(stat.total) / stat.weight
@@ -135,12 +161,6 @@ class ReplyValidator:
                     )
         return None
 
-    def _value(self, site: str, reply: Reply, finite: bool) -> str | None:
-        for part, stat in reply.parts.items():
-            if reason := self._stat(site, stat, finite):
-                return f"{part}: {reason}"
-        return None
-
     def _stat(self, site: str, stat: Stat, finite: bool) -> str | None:
         for leaves in () if finite else stat.trees:
             for name, leaf in leaves.items():
@@ -163,6 +183,55 @@ class ReplyValidator:
                 if self.max_norm is not None and weight and (norm := tree.norm(total) / weight) > self.max_norm:
                     return f"norm {norm:.3g} exceeds max_norm = {self.max_norm:g}"
         return None
+
+
+class ReplySum:
+    """The sum of the valid replies to one request, which is that of ``ReplyValidator.merge``, to the bit.
+
+    Replies are held while they are small together. If they exceed ``HELD`` bytes, and no limit compares them,
+    each is validated, added and released instead, so that memory does not grow with the number of sites. Replies of
+    different forms then have separate sums, because the majority is known at the end.
+    """
+
+    def __init__(self, validator: ReplyValidator, request: Request) -> None:
+        """Create an empty sum of replies to ``request``, which ``validator`` admits."""
+        self._validator, self._request = validator, request
+        self._held: dict[str, Reply] = {}
+        self._size = 0
+        self._reasons: dict[str, str] = {}
+        self._forms: dict[str, Form] = {}
+        self._sums: dict[Form, RunningSum] = {}
+
+    def add(self, site: str, reply: Reply) -> None:
+        """Add the reply of ``site``. Sites have one order in every engine."""
+        self._held[site] = reply
+        self._size += reply.nbytes
+        while self._size > HELD and self._held and not self._validator.compares:
+            self._release(first := next(iter(self._held)), self._held.pop(first))
+
+    def _release(self, site: str, reply: Reply) -> None:
+        if reason := self._validator.refused(site, reply):
+            self._reasons[site] = reason
+        else:
+            form = self._forms[site] = _form(reply)
+            self._sums.setdefault(form, RunningSum()).add(reply)
+
+    def result(self) -> tuple[dict[str, str], Reply]:
+        """Return the sites that were refused, each with the reason, and the sum of all other replies."""
+        if self._held:
+            return self._validator.merge(self._request, self._held)
+        others = _of_other_form(self._request, self._forms)
+        agreed = next((self._sums[form].total for site, form in self._forms.items() if site not in others), Reply())
+        return dict(sorted((self._reasons | others).items())), agreed
+
+
+def _of_other_form(request: Request, forms: Mapping[str, Form]) -> dict[str, str]:
+    """Return the sites whose replies do not have the expected form, each with the difference."""
+    if len(set(forms.values())) < 2:
+        return {}
+    counts = Counter(forms.values())
+    agreed = max(forms.values(), key=lambda form: (counts[form], _agreement(form, request)))
+    return {site: _difference(agreed, form) for site, form in forms.items() if form != agreed}
 
 
 def _length(leaves: Tree) -> float:

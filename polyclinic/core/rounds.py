@@ -4,14 +4,14 @@ They are generators. The caller does checkpoints, early stopping, logging and ev
 no callbacks.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from polyclinic.core.aggregates import PerSite, Reply, merge
 from polyclinic.core.method import Method, Request
-from polyclinic.core.reply_validation import Figures, ReplyValidator
+from polyclinic.core.reply_validation import Figures, ReplySum, ReplyValidator
 from polyclinic.core.site import Site
 from polyclinic.errors import ConfigError, RunError
 
@@ -120,38 +120,56 @@ def train(
     while (request := method.request(state)) is not None and request.round < rounds:
         asked = sorted(sampler(federation.sites, request.round) if request.recipients is None else request.recipients)
         federation.send(request, asked)
-        arrivals = sorted(federation.replies(deadline), key=lambda a: a.site)  # one order of summation everywhere
-        step, reply = _collect(request, asked, arrivals, gate, state)
+        step, reply = _collect(request, asked, federation.replies(deadline), gate, state)
         if (usable_count := len(asked) - len(step.lost)) < min_replies:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in step.lost.items())
             raise TooFewReplies(
                 f"round {request.round}: {usable_count} of {min_replies} required replies. {reasons}", step.lost
             )
         state = method.server_update(state, reply, federation.server)
-        yield Step(state, request, reply, asked, step.lost, step.bytes_up, step.bytes_down, step.seconds)
+        step = replace(step, state=state)
+        del request, reply  # they are large, and the next round needs neither
+        yield step
+        del step
 
 
 def _collect(
-    request: Request, asked: Sequence[str], arrivals: Sequence[Arrival], gate: ReplyValidator, state: State
+    request: Request, asked: Sequence[str], arrivals: Iterator[Arrival], gate: ReplyValidator, state: State
 ) -> tuple[Step[State], Reply]:
-    """Divide the arrivals into usable replies and lost sites, and merge the replies."""
+    """Divide the arrivals into usable replies and lost sites, and sum the replies.
+
+    Replies are summed in the order of sites in every engine. A reply is released when it has been added, and waits for
+    its turn if a site before it has not answered. The first answer of a site counts.
+    """
     lost = dict.fromkeys(asked, "no answer in time")
-    replies: dict[str, Reply] = {}
+    expected, waiting = set(asked), dict[str, Arrival]()
     among: dict[str, tuple[str, ...]] = {}
+    up, seconds = dict[str, int](), dict[str, float]()
+    total, turns = ReplySum(gate, request), deque(asked)
+
+    def take_turns(over: bool = False) -> None:
+        while turns and (over or turns[0] not in expected):
+            arrival = waiting.pop(site := turns.popleft(), None)
+            if arrival is not None and arrival.reply is not None:
+                among[site] = arrival.among or (site,)
+                up.update(dict.fromkeys(among[site], arrival.reply.nbytes))
+                total.add(site, arrival.reply)
+
     for arrival in arrivals:
-        if arrival.site not in lost or arrival.round != request.round:
-            continue  # not asked, or an answer to another request
-        if arrival.reply is None:
-            lost[arrival.site] = arrival.lost
-        elif arrival.site not in replies:  # an answer counts once
-            replies[arrival.site] = arrival.reply
-            among[arrival.site] = arrival.among or (arrival.site,)
-    refused, merged = gate.merge(request, replies)
-    answered = {name for site in replies if site not in refused for name in among[site]}
+        seconds[arrival.site] = arrival.seconds
+        if arrival.site in expected and arrival.round == request.round:
+            expected.remove(arrival.site)
+            if arrival.reply is None:
+                lost[arrival.site] = arrival.lost
+            else:
+                waiting[arrival.site] = arrival
+            take_turns()
+        del arrival  # its reply is released
+    take_turns(over=True)
+    refused, merged = total.result()
+    answered = {name for site in among if site not in refused for name in among[site]}
     lost = {site: refused.get(site, reason) for site, reason in lost.items() if site not in answered}
-    up = {name: reply.nbytes for site, reply in replies.items() for name in among[site]}
     down = {site: request.nbytes(site) for site in asked}
-    seconds = {arrival.site: arrival.seconds for arrival in arrivals}
     return Step(state, request, merged, asked, lost, up, down, seconds), merged
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from polyclinic.evaluation.metric import Metric
-from polyclinic.statistics.undefined import Array, Undefined
+from polyclinic.statistics.undefined import Array, Ints, Undefined
 
 BINS = 10
 TINY = 1e-6
@@ -77,7 +77,8 @@ def _calibration_error(score: Array, target: NDArray[Any], weight: Array) -> Arr
 
 def _observed_to_expected(score: Array, target: NDArray[Any], weight: Array) -> Array:
     claimed, outcome = claims_of(score, target)
-    return np.asarray((weight @ outcome) / (weight @ np.clip(claimed, TINY, None)))
+    with np.errstate(invalid="ignore"):  # no case has weight
+        return np.asarray((weight @ outcome) / (weight @ np.clip(claimed, TINY, None)))
 
 
 def logistic_fit(x: Array, y: Array, weight: Array, slope: bool = True) -> tuple[Array, Array]:
@@ -92,36 +93,53 @@ def logistic_fit(x: Array, y: Array, weight: Array, slope: bool = True) -> tuple
     Returns:
         a and b, of shape [rows]; NaN if no finite maximum exists (one class, or classes that x separates).
     """
-    rows = len(weight)
+    rows, here = len(weight), weight > 0
     a, b = np.zeros(rows), np.zeros(rows) if slope else np.ones(rows)
-    if rows > 1:  # the jackknife's rows hardly differ from the first, so that its result is a close start
-        first = logistic_fit(x, y, weight[:1], slope)
-        if np.isfinite(first).all():
-            a, b = np.full(rows, first[0][0]), np.full(rows, first[1][0])
-    separated = _separated(x, y, weight) if slope else np.zeros(rows, bool)
+    leader = _leaders(here)
+    first = np.unique(leader)
+    if len(first) < rows:  # the jackknife's rows hardly differ from the first, so that its result is a close start
+        starts = np.zeros(rows), np.zeros(rows)
+        starts[0][first], starts[1][first] = logistic_fit(x, y, weight[first], slope)
+        known = np.isfinite(starts[0][leader]) & np.isfinite(starts[1][leader])
+        a, b = np.where(known, starts[0][leader], a), np.where(known, starts[1][leader], b)
+    separated = _separated(x, y, here) if slope else np.zeros(rows, bool)
     present = ((weight @ y) > 0) & ((weight @ (1 - y)) > 0)
-    powers = np.stack([np.ones_like(x), x, x * x], axis=1)
+    live, size = present & ~separated, np.zeros(rows)
+    row, case = np.nonzero(here & live[:, None])
+    w, xs, ys = weight[row, case], x[case], y[case]
     for _ in range(50):
-        p = expit(a[:, None] + b[:, None] * x)
-        ga, gb = ((weight * (y - p)) @ powers[:, :2]).T
-        haa, hab, hbb = ((weight * (p * (1 - p)) + 1e-12) @ powers).T
+        p = expit(a[row] + b[row] * xs)
+        gradient, curvature = w * (ys - p), w * (p * (1 - p)) + 1e-12
+        ga, haa = (np.bincount(row, v, rows) for v in (gradient, curvature))
         if slope:
+            gb, hab, hbb = (np.bincount(row, v, rows) for v in (gradient * xs, curvature * xs, curvature * xs * xs))
             det = np.maximum(haa * hbb - hab**2, 1e-12)
             da, db = (hbb * ga - hab * gb) / det, (haa * gb - hab * ga) / det
         else:
-            da, db = ga / haa, np.zeros(rows)
-        size = np.maximum(np.abs(da), np.abs(db))
-        short = np.minimum(1.0, 2.0 / np.maximum(size, 1e-12))  # no step longer than 2
+            da, db = ga / np.maximum(haa, 1e-12), np.zeros(rows)
+        size = np.where(live, np.maximum(np.abs(da), np.abs(db)), size)
+        short = live * np.minimum(1.0, 2.0 / np.maximum(size, 1e-12))  # no step longer than 2
         a, b = a + short * da, b + short * db
-        if np.all((size < 1e-7) | separated | ~present):  # the error is of the order of its square
+        live &= size >= 1e-7  # the error is of the order of its square
+        if not live.any():
             break
+        if 2 * np.count_nonzero(left := live[row]) < len(row):
+            row, w, xs, ys = row[left], w[left], xs[left], ys[left]
     failed = ~present | separated | (size > 1e-4)
     return np.where(failed, np.nan, a), np.where(failed, np.nan, b)
 
 
-def _separated(x: Array, y: Array, weight: Array) -> NDArray[np.bool_]:
+def _leaders(here: NDArray[np.bool_]) -> Ints:
+    """Return for each row [b, n] of cases that are present the first row that has all of these cases."""
+    leader = np.full(len(here), -1)
+    while (rest := leader < 0).any():
+        one = int(np.argmax(rest))
+        leader[rest & ~(here & ~here[one]).any(1)] = one
+    return leader
+
+
+def _separated(x: Array, y: Array, here: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return for each row whether a threshold of x separates the classes, so that the slope has no finite estimate."""
-    here = weight > 0
     pos, neg = here & (y == 1), here & (y == 0)
     low, high = np.where(pos, x, np.inf).min(1), np.where(pos, x, -np.inf).max(1)
     return np.asarray((np.where(neg, x, -np.inf).max(1) <= low) | (np.where(neg, x, np.inf).min(1) >= high))
@@ -152,6 +170,7 @@ CALIBRATION: Mapping[str, Metric] = {
             _calibration_error,
             higher_is_better=False,
             has_interval=False,
+            by_case="always",
         ),
         Metric(
             "observed_to_expected",
@@ -160,10 +179,25 @@ CALIBRATION: Mapping[str, Metric] = {
             higher_is_better=None,
             scale="log",
             by_class=True,
+            by_case="always",
         ),
-        Metric("calibration_slope", "Calibration slope", _slope, None, needs_two_classes=True, by_class=True),
         Metric(
-            "calibration_intercept", "Calibration intercept", _intercept, None, needs_two_classes=True, by_class=True
+            "calibration_slope",
+            "Calibration slope",
+            _slope,
+            None,
+            needs_two_classes=True,
+            by_class=True,
+            by_case="two classes",
+        ),
+        Metric(
+            "calibration_intercept",
+            "Calibration intercept",
+            _intercept,
+            None,
+            needs_two_classes=True,
+            by_class=True,
+            by_case="two classes",
         ),
     )
 }

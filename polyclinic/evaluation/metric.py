@@ -7,7 +7,7 @@ undefined (an AUC of one class). ``Metric.of`` raises ``Undefined`` with the rea
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ class Metric:
         proportions: For a proportion or a mean of proportions: (score, target) -> a list of (hits [n], counted cases
             [n]) as booleans, one for each proportion; None if it is something else for these targets.
         has_interval: Whether an interval is computed; not for statistics that are biased in small samples.
+        by_case: Whether cases of weight 0 do not affect the value, so that it is computed for several sites at once:
+            ``"always"``, for ``"two classes"``, or never. Metrics that are means of values by case need no statement.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Metric:
     by_class: bool = False
     proportions: Callable[[Array, NDArray[Any]], Proportions | None] | None = None
     has_interval: bool = True
+    by_case: Literal["always", "two classes", ""] = ""
 
     @property
     def sign(self) -> float:

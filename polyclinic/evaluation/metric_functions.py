@@ -189,33 +189,47 @@ def _hits_of(truth: int) -> Callable[[Array, NDArray[Any]], Proportions | None]:
 CLASSIFICATION: Mapping[str, Metric] = {
     m.name: m
     for m in (
-        Metric("auc", "AUC", _auc, needs_two_classes=True, scale="logit", by_class=True),
-        Metric("accuracy", "Accuracy", _accuracy, scale="logit", proportions=_hits),
+        Metric("auc", "AUC", _auc, needs_two_classes=True, by_case="two classes", scale="logit", by_class=True),
+        Metric("accuracy", "Accuracy", _accuracy, scale="logit", proportions=_hits, by_case="always"),
         Metric(
             "balanced_accuracy",
             "Balanced accuracy",
             _balanced_accuracy,
             needs_two_classes=True,
+            by_case="two classes",
             scale="logit",
             by_class=True,
             proportions=_hits_by_class,
         ),
         Metric(
-            "sensitivity", "Sensitivity", _rate(sensitivity_of), scale="logit", by_class=True, proportions=_hits_of(1)
+            "sensitivity",
+            "Sensitivity",
+            _rate(sensitivity_of),
+            by_case="two classes",
+            scale="logit",
+            by_class=True,
+            proportions=_hits_of(1),
         ),
         Metric(
-            "specificity", "Specificity", _rate(specificity_of), scale="logit", by_class=True, proportions=_hits_of(0)
+            "specificity",
+            "Specificity",
+            _rate(specificity_of),
+            by_case="two classes",
+            scale="logit",
+            by_class=True,
+            proportions=_hits_of(0),
         ),
-        Metric("f1", "F1", _rate(f1_of), scale="logit", by_class=True),
+        Metric("f1", "F1", _rate(f1_of), by_case="two classes", scale="logit", by_class=True),
         Metric(
             "average_precision",
             "Average precision",
             _average_precision,
             needs_two_classes=True,
+            by_case="two classes",
             scale="logit",
             by_class=True,
         ),
-        Metric("brier", "Brier score", _brier, higher_is_better=False, scale="log"),
+        Metric("brier", "Brier score", _brier, higher_is_better=False, scale="log", by_case="always"),
     )
 }
 ORDERED: Mapping[str, Metric] = {
@@ -229,10 +243,10 @@ ORDERED: Mapping[str, Metric] = {
 REGRESSION: Mapping[str, Metric] = {
     m.name: m
     for m in (
-        Metric("mae", "Mean absolute error", _mae, higher_is_better=False, scale="log"),
-        Metric("rmse", "Root mean squared error", _rmse, higher_is_better=False, scale="log"),
-        Metric("r2", "R²", _r2),
-        Metric("bias", "Mean error (bias)", _bias, higher_is_better=None),
+        Metric("mae", "Mean absolute error", _mae, higher_is_better=False, scale="log", by_case="always"),
+        Metric("rmse", "Root mean squared error", _rmse, higher_is_better=False, scale="log", by_case="always"),
+        Metric("r2", "R²", _r2, by_case="always"),
+        Metric("bias", "Mean error (bias)", _bias, higher_is_better=None, by_case="always"),
     )
 }
 PER_CASE: Mapping[str, Metric] = {

@@ -27,6 +27,8 @@ from polyclinic.statistics.paired_tests import Difference, Question, paired
 from polyclinic.statistics.undefined import Array, Ints, Undefined
 
 MOST = 600  # patients above which groups of patients are left out
+BATCH = 200
+"""Number of cases up to which a metric is computed for several sites at once."""
 Where = tuple[str, int]  # a site, and a seed
 
 
@@ -99,10 +101,44 @@ class Sample:
         """Return the metric of one seed over the pooled cases of ``sites``; NaN if undefined."""
         key = (label, seed, tuple(sites), metric)
         if key not in self._known:
-            score, target = _together(self._cases(label, seed, sites), metric.name)
-            self._known[key] = float(metric.kernel(score, target, np.ones((1, len(target))))[0])
+            groups = self._batch((label,), (seed,), sites, metric)
+            score, target = self._arrays(label, seed, groups, metric)
+            sizes = [sum(len(c.patient) for c in self._cases(label, seed, group)) for group in groups]
+            values = metric.kernel(score, target, np.repeat(np.eye(len(groups)), sizes, axis=1)).tolist()
+            self._known.update({(label, seed, g, metric): v for g, v in zip(groups, values, strict=True)})
         value: float = self._known[key]
         return value
+
+    def _batch(
+        self, labels: tuple[str, ...], seeds: tuple[int, ...], sites: Sequence[str], metric: Metric
+    ) -> Sequence[tuple[str, ...]]:
+        """Return ``sites`` as one group, or if it is a single site, the single sites to compute the metric of at once.
+
+        A kernel is then called once for all of them, with weights of 0 for the cases of the other sites.
+        """
+        arms = [self.cases[label, seed] for label in labels for seed in seeds]
+        own = (
+            metric.name if metric.name in arms[0][sites[0]].values else ""
+        )  # a metric that is a mean of values by case
+        if len(sites) != 1 or not (metric.by_case or own):
+            return [tuple(sites)]
+        key = ("batches", labels, seeds, metric.by_case, own)
+        if key not in self._known:
+            self._known[key] = _batches(arms, metric)
+        found: Sequence[tuple[str, ...]] = self._known[key][sites[0]]
+        return found
+
+    def _arrays(
+        self, label: str, seed: int, groups: Sequence[tuple[str, ...]], metric: Metric
+    ) -> tuple[Array, NDArray[Any]]:
+        """Return the first two arguments of the metric's kernel, for the cases of all groups of sites."""
+        sites = tuple(site for group in groups for site in group)
+        cases = self._cases(label, seed, sites)
+        key = ("arrays", label, seed, sites, metric.name if metric.name in cases[0].values else "")
+        if key not in self._known:
+            self._known[key] = _together(cases, metric.name)
+        found: tuple[Array, NDArray[Any]] = self._known[key]
+        return found
 
     def by_seed(self, label: str, sites: Sequence[str], metric: Metric) -> Array:
         """Return the mean over those of ``sites`` for which the metric is defined in every seed. [seeds]"""
@@ -316,25 +352,34 @@ class Sample:
         """Return the metric, or its difference between two methods, averaged over ``seeds``, without each patient."""
         key = (tuple(labels), tuple(seeds), tuple(sites), metric)
         if key not in self._known:
-            self._known[key] = self._without_each(labels, seeds, sites, metric)
+            groups = self._batch(tuple(labels), tuple(seeds), sites, metric)
+            each = self._without_each(labels, seeds, groups, metric)
+            self._known.update({(*key[:2], group, metric): one for group, one in zip(groups, each, strict=True)})
         found: Jackknife = self._known[key]
         return found
 
     def _without_each(
-        self, labels: Sequence[str], seeds: Sequence[int], sites: Sequence[str], metric: Metric
-    ) -> Jackknife:
-        size = int(self._group(sites, seeds[0])[0].max()) + 1
-        rows, stratum = np.zeros(size + 1), np.zeros(size, np.int64)
+        self, labels: Sequence[str], seeds: Sequence[int], groups: Sequence[tuple[str, ...]], metric: Metric
+    ) -> list[Jackknife]:
+        """Return the jackknife of each group of sites."""
+        sizes = [int(self._group(sites, seeds[0])[0].max()) + 1 for sites in groups]
+        starts = [0, *accumulate(size + 1 for size in sizes)]  # of the rows of each group
+        rows, strata = np.zeros(starts[-1]), [np.zeros(size, np.int64) for size in sizes]
         signs = [1.0] if len(labels) == 1 else [metric.sign, -metric.sign]
         for seed in seeds:
             for label, sign in zip(labels, signs, strict=True):
-                of = self._members(label, seed, sites)
-                score, target = _together(self._cases(label, seed, sites), metric.name)
-                weight = np.concatenate([np.ones((1, len(of))), (of != np.arange(size)[:, None]).astype(float)])
+                members = [self._members(label, seed, sites) for sites in groups]
+                score, target = self._arrays(label, seed, groups, metric)
+                weight, at = np.zeros((len(rows), len(target))), 0
+                for sites, of, size, start, stratum in zip(groups, members, sizes, starts, strata, strict=False):
+                    mine = slice(at, at := at + len(of))
+                    weight[start, mine] = 1.0
+                    weight[start + 1 : start + 1 + size, mine] = of != np.arange(size)[:, None]
+                    if metric.by_class and target.ndim == 1 and len(self._group(sites, seed)[0]) == size:
+                        stratum[of] = np.asarray(target[mine], np.int64)
                 rows += sign * metric.kernel(score, target, weight) / len(seeds)
-                if metric.by_class and target.ndim == 1 and len(self._group(sites, seed)[0]) == size:
-                    stratum[of] = np.asarray(target, np.int64)
-        return Jackknife(float(rows[0]), rows[1:], stratum)
+        parts = np.split(rows, starts[1:-1])
+        return [Jackknife(float(part[0]), part[1:], stratum) for part, stratum in zip(parts, strata, strict=True)]
 
     def means_without_each(self, label: str, seed: int, site: str, values: Array) -> Array:
         """Return the means of per-case values [n, k] of a method at a site: of all cases, then without each patient.
@@ -380,6 +425,25 @@ def _groups_of(patients: int) -> Ints:
 
 STUDENT = "Student’s t, jackknife over patients"
 NO_INTERVAL = "no interval: biased upwards in small samples"
+
+
+def _batches(arms: Sequence[Mapping[str, Cases]], metric: Metric) -> dict[str, list[tuple[str, ...]]]:
+    """Return for each site the single sites of its batch: up to ``BATCH`` cases with arrays of the same form."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    batch, left, form = list[tuple[str, ...]](), 0, None
+    for site in (s for s in arms[0] if all(s in arm for arm in arms)):
+        cases = [arm[site] for arm in arms]
+        n, forms = (
+            max(len(c.patient) for c in cases),
+            [(c.score_for(metric.name).shape[1:], c.target.ndim) for c in cases],
+        )
+        alone = metric.by_case == "two classes" and set(forms) != {((2,), 1)}
+        if alone or n > left or forms != form:
+            batch, left, form = [], BATCH, None if alone else forms
+        batch.append((site,))
+        left -= n
+        found[site] = batch
+    return found
 
 
 def _together(cases: Sequence[Cases], metric: str) -> tuple[Array, NDArray[Any]]:

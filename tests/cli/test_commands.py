@@ -76,10 +76,18 @@ def test_a_study_from_the_first_line_to_the_report(polyclinic: Command, tmp_path
     text = study(tmp_path).split("[[methods]]")[0].replace("seeds = [0, 1]", "seeds = [0]")
     (tmp_path / "s.toml").write_text(text + '[[methods]]\nname = "local"\n\n[[methods]]\nname = "fedavg"\n')
     changes = ("--set", "training.lr=0.2", "--set", "rounds=2")
-    done = polyclinic("run", "s.toml", *changes)
+    done = polyclinic("run", "s.toml", *changes, "--profile")
     assert done.code == 0, done.err
     assert "✓ fedavg" in done.out
     (folder,) = (tmp_path / "runs").glob("small-*")
+    profile = json.loads((folder / "profile.json").read_text())
+    inside = sum(sum(one["phases"].values()) for one in profile["method_runs"])
+    assert 0 < profile["reading"] < profile["seconds"]
+    assert 0 < profile["report"] < profile["seconds"]
+    assert 0.5 * profile["seconds"] < inside + profile["reading"] + profile["report"] <= 1.05 * profile["seconds"]
+    assert " s: reading " in done.out
+    assert "slowest sites in training" in done.out
+    assert "fedavg (seed 0)" in done.out
     assert list(folder.rglob("report.html"))
     as_run = (folder / "study.toml").read_text()
     assert "changed by --set training.lr=0.2 --set rounds=2" in as_run

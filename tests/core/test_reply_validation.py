@@ -1,13 +1,14 @@
 """The gate before a merge: which replies are refused, exactly at the limits, and in which words."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, PerSiteUniform, Reply, WeightedMean, merge
 from polyclinic.core.method import Request
-from polyclinic.core.reply_validation import ReplyValidator
+from polyclinic.core.reply_validation import ReplySum, ReplyValidator
 from polyclinic.core.tree import Tree
 
 ASK = Request(0, {"params": {"w": torch.zeros(2)}})
@@ -19,6 +20,19 @@ def tensors(*values: float) -> Tree:
 
 def leaf_mean(*weights: float, total: Tree | None = None) -> Reply:
     return Reply({"fisher": ElementwiseMean(total or {"w": torch.ones(len(weights))}, {"w": torch.tensor(weights)})})
+
+
+def summed(gate: ReplyValidator, replies: Mapping[str, Reply]) -> tuple[dict[str, str], Reply]:
+    total = ReplySum(gate, ASK)
+    for site, reply in replies.items():
+        total.add(site, reply)
+    return total.result()
+
+
+@pytest.fixture(params=[2**26, 0, 20], ids=["held", "released", "the third is released"])
+def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies are held until the end, or are added when they arrive."""
+    monkeypatch.setattr("polyclinic.core.reply_validation.HELD", request.param)
 
 
 def refused(reply: Reply, gate: ReplyValidator = ReplyValidator()) -> str | None:
@@ -190,32 +204,64 @@ def test_what_is_gathered_may_differ_unless_it_says_that_it_is_alike() -> None:
     assert list(ReplyValidator().refuse(ASK, replies(PerSiteUniform))) == ["b"]
 
 
+@pytest.mark.usefixtures("_size")
 @pytest.mark.parametrize("bad", [(math.nan,), (math.inf,), (math.inf, -math.inf)], ids=str)
 def test_the_sum_is_of_the_replies_that_are_not_refused(bad: tuple[float, ...]) -> None:
     """Whether one site sends a number that is not finite, or two send infinities that cancel."""
     good = {site: Reply({"update": WeightedMean(tensors(x, 1.0), 1.0)}) for site, x in (("a", 1.0), ("c", 0.1))}
     hostile = {f"b{i}": Reply({"update": WeightedMean(tensors(0.0, x), 1.0)}) for i, x in enumerate(bad)}
-    reasons, total = ReplyValidator().merge(ASK, dict(sorted((good | hostile).items())))
+    reasons, total = summed(ReplyValidator(), dict(sorted((good | hostile).items())))
     assert reasons == dict.fromkeys(hostile, "update: w contains NaN or infinity")
     expected = merge(good.values()).mean("update")
     assert torch.equal(total.mean("update").total["w"], expected.total["w"])
     assert total.mean("update").weight == expected.weight == 2
 
 
+@pytest.mark.usefixtures("_size")
 def test_a_sum_beyond_the_largest_number_refuses_no_one() -> None:
     replies = {site: Reply({"update": WeightedMean(tensors(3e38, 1.0), 1.0)}) for site in "ab"}
-    reasons, total = ReplyValidator().merge(ASK, replies)
+    reasons, total = summed(ReplyValidator(), replies)
     assert reasons == {}
     assert total.mean("update").total["w"].tolist() == [math.inf, 2.0]
 
 
+@pytest.mark.usefixtures("_size")
+def test_the_majority_decides_when_all_replies_are_known() -> None:
+    """The sums of all forms grow until the end; that of the most frequent one is the result."""
+    odd, usual = (Reply({"update": WeightedMean({name: torch.ones(2)}, 1.0)}) for name in ("v", "w"))
+    reasons, total = summed(ReplyValidator(), {"a": odd, "b": odd, "c": usual, "d": usual, "e": usual})
+    assert list(reasons) == ["a", "b"]
+    assert total.mean("update").total["w"].tolist() == [3.0, 3.0]
+    reasons, total = summed(ReplyValidator(), {"a": odd, "b": odd, "c": usual})
+    assert list(reasons) == ["c"]
+    assert total.mean("update").total["v"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.usefixtures("_size")
+@pytest.mark.parametrize("gate", [ReplyValidator(norm_ratio=10.0), ReplyValidator(weight_ratio=10.0)])
+def test_a_limit_relative_to_other_sites_applies_to_the_first_reply_too(gate: ReplyValidator) -> None:
+    usual = Reply({"update": WeightedMean(tensors(1.0, 1.0), 1.0)})
+    hostile = Reply({"update": WeightedMean(tensors(1e6, 1e6), 1000.0 if gate.weight_ratio else 1.0)})
+    reasons, total = summed(gate, {"a": hostile, "b": usual, "c": usual, "d": usual})
+    assert list(reasons) == ["a"]
+    assert total.mean("update").total["w"].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.usefixtures("_size")
+def test_no_reply_is_changed_by_summing() -> None:
+    replies = {site: Reply({"update": WeightedMean(tensors(1.0, 2.0), 1.0)}) for site in "abc"}
+    summed(ReplyValidator(), replies)
+    assert all(reply.mean("update").total["w"].tolist() == [1.0, 2.0] for reply in replies.values())
+
+
+@pytest.mark.usefixtures("_size")
 def test_other_limits_hold_for_a_finite_sum_and_for_replies_of_several_forms() -> None:
     one, heavy = (Reply({"update": WeightedMean(tensors(1.0, 1.0), weight)}) for weight in (1.0, 9.0))
     gate = ReplyValidator(max_weight=5.0)
-    reasons, total = gate.merge(ASK, {"a": one, "b": heavy, "c": one})
+    reasons, total = summed(gate, {"a": one, "b": heavy, "c": one})
     assert list(reasons) == ["b"]
     assert total.mean("update").weight == 2
-    reasons, total = gate.merge(ASK, {"a": one, "b": leaf_mean(1.0, 1.0), "c": one})
+    reasons, total = summed(gate, {"a": one, "b": leaf_mean(1.0, 1.0), "c": one})
     assert list(reasons) == ["b"]
     assert list(total.parts) == ["update"]
-    assert gate.merge(ASK, {}) == ({}, Reply())
+    assert summed(gate, {}) == ({}, Reply())

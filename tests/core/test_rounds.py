@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
+from weakref import ref
 
 import pytest
 import torch
@@ -113,6 +114,62 @@ def test_an_answer_counts_once(task: Classification, local: LocalTraining) -> No
     (step,) = train(method, Tampered(method, sites, "site-1", lambda a: [a, a]), start, rounds=1)
     (expected,) = train(method, InProcess(method, sites), start, rounds=1)
     assert equal(step.state, expected.state)
+
+
+class Disordered(InProcess):
+    """An engine whose answers arrive in another order, of which it counts those that are in memory.
+
+    Attributes:
+        most: The largest number of replies that were in memory when the next site began to train.
+    """
+
+    order: tuple[int, ...] = (0, 1, 2, 3)
+    most = 0
+
+    def send(self, request: Request, to: Sequence[str]) -> None:
+        super().send(request, [to[i] for i in self.order])
+
+    def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
+        alive: list[ref[Any]] = []
+        for arrival in super().replies(deadline):
+            alive.append(ref(received(arrival)))
+            yield arrival
+            del arrival
+            self.most = max(self.most, sum(one() is not None for one in alive))
+
+
+@pytest.mark.parametrize(("order", "most"), [((0, 1, 2, 3), 0), ((3, 1, 0, 2), 2), ((3, 2, 1, 0), 3)])
+def test_replies_are_summed_in_the_order_of_sites_and_released(
+    order: tuple[int, ...], most: int, task: Classification, local: LocalTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reply that came before that of an earlier site waits for it; all others are released at once."""
+    sites, method = little_sites(count=4), FedAvg(task, local)
+    start = method.init(task.first(0))
+    engine = Disordered(method, sites)
+    engine.order = order
+    (expected,) = train(method, InProcess(method, sites), start, rounds=1)
+    monkeypatch.setattr("polyclinic.core.reply_validation.HELD", 0)
+    (step,) = train(method, engine, start, rounds=1)
+    assert equal(step.state, expected.state)
+    assert equal(step.reply, expected.reply)
+    assert (step.bytes_up, list(step.seconds)) == (expected.bytes_up, [f"site-{i}" for i in order])
+    assert engine.most == most
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_answer_of_a_site_counts(first: int, task: Classification, local: LocalTraining) -> None:
+    sites, method = little_sites(), FedAvg(task, local)
+    start = method.init(task.first(0))
+
+    def twice(arrival: Arrival) -> Sequence[Arrival]:
+        both = [arrival, arrival._replace(reply=None, lost="lost")]
+        return both if first == 0 else both[::-1]
+
+    (step,) = train(method, Tampered(method, sites, "site-1", twice), start, rounds=1)
+    left = sites if first == 0 else {k: v for k, v in sites.items() if k != "site-1"}
+    (expected,) = train(method, InProcess(method, left), start, rounds=1)
+    assert equal(step.state, expected.state)
+    assert step.lost == ({} if first == 0 else {"site-1": "lost"})
 
 
 def test_a_stranger_counts_nothing(task: Classification, local: LocalTraining) -> None:

@@ -64,14 +64,15 @@ class InProcess:
 
     def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
         while self._queue:
-            request, name = self._queue.popleft()
-            site, policy = self._sites[name], self._policies.get(name)
-            done = work(self._method, request, self.memory[name], site, policy, self._progress)
-            if done.reply is not None and deadline is not None and done.seconds > deadline:
-                yield Arrival(name, request.round, None, f"no answer within {deadline:g} s", done.seconds)
-                continue
-            self.memory[name] = done.memory
-            yield Arrival(name, request.round, done.reply, done.lost, done.seconds)
+            yield self._execute(*self._queue.popleft(), deadline)  # nothing here refers to a reply that was used
+
+    def _execute(self, request: Request, name: str, deadline: float | None) -> Arrival:
+        site, policy = self._sites[name], self._policies.get(name)
+        done = work(self._method, request, self.memory[name], site, policy, self._progress)
+        if done.reply is not None and deadline is not None and done.seconds > deadline:
+            return Arrival(name, request.round, None, f"no answer within {deadline:g} s", done.seconds)
+        self.memory[name] = done.memory
+        return Arrival(name, request.round, done.reply, done.lost, done.seconds)
 
     def close(self) -> None:
         """Do nothing; the engine holds no resources."""

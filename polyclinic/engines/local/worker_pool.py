@@ -134,6 +134,7 @@ class Workers:
             for line in ready:
                 if (arrival := self._hear(busy[line])) is not None:  # type: ignore[index]
                     yield arrival
+                del arrival
             if deadline is not None and not ready:
                 yield from self._stop_late(deadline)
 

@@ -39,6 +39,7 @@ from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.records import site_outliers
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.records.run_description import own_metrics
+from polyclinic.studies.records.time_profile import Stopwatch
 from polyclinic.studies.run import round_progress, run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.resolved_study import ResolvedMethod
@@ -59,6 +60,7 @@ class MethodRun:
         data: The split of the data.
         folder: The folder of the method run.
         numbers: A number for each patient, by which test sets are compared between method runs.
+        profile: Whether to write where the time went (``records.time_profile``).
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class MethodRun:
         data: Federated,
         folder: MethodRunFolder,
         numbers: Mapping[str, int],
+        profile: bool = False,
     ) -> None:
         self.study, self.job, self.data, self.folder = study, job, data, folder
         self.plan, self.method = resolved.plan, resolved.method
@@ -81,6 +84,7 @@ class MethodRun:
         if study.privacy and self.plan.private:
             self.ledgers = run_budgets.opened(self.path / "ledgers", self.plan.sites, data.info.name, study.privacy)
         self.length = 0
+        self.watch, self.profile = Stopwatch(), profile
 
     def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:
         """Run from the last checkpoint. The records ``before`` are written before the first round."""
@@ -108,6 +112,8 @@ class MethodRun:
             (self.path / round_progress.NAME).unlink(missing_ok=True)
             step_file.remove(self.path)
             self.folder.close()
+            if self.profile:
+                self.watch.write(self.path, self.job.who)
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
         study = self.study
@@ -116,8 +122,10 @@ class MethodRun:
         done, begun = at.round if at else 0, _now(engine)
         steps: list[Step[Any]] = []
         scores: dict[str, float] = {}
-        for step in () if self._stalled(done, best) else self._as_far_as_it_goes(self._steps(engine, state)):
+        exchanges = iter(()) if self._stalled(done, best) else self._as_far_as_it_goes(self._steps(engine, state))
+        for step in self._measured(exchanges):
             state, steps = step.state, [*steps, step]
+            self.watch.sites.update(step.seconds)  # type: ignore[arg-type]
             following = self.method.request(state)
             if following is not None and following.round == step.request.round:
                 continue  # the round takes another message
@@ -134,7 +142,8 @@ class MethodRun:
             self.folder.note("round", self.job.who | {"round": done, "lost": facts["lost"], **paid})
             if done % study.evaluation.interval == 0 or self._ends(state, done):
                 scores, best = self._judge(engine, state, done, best)
-            length, clock = self.folder.settle(), getattr(engine, "clock", 0.0)
+            with self.watch.phase("saving"):
+                length, clock = self.folder.settle(), getattr(engine, "clock", 0.0)
             self._save(
                 "checkpoint", Checkpoint(state, engine.memory, done, length, best.round, best.score, False, clock)
             )
@@ -142,6 +151,7 @@ class MethodRun:
             yield self._event("round", done, scores, moved, facts["lost"], most, protects)
             self.folder.check_stop()
             steps, begun = [], _now(engine)
+            del step  # its request and reply are as large as the model
             if self._stalled(done, best):
                 break
         if done % study.evaluation.interval and not self._ends(state, done):  # time, budget or sites ran out
@@ -149,9 +159,21 @@ class MethodRun:
         self._record_outliers(state)
         end = Checkpoint(state, engine.memory, done, 0, best.round, best.score, True)
         if self.job.trial is None:
-            yield self._test(engine, end)
+            with self.watch.phase("evaluation"):
+                tested = self._test(engine, end)
+            yield tested
         else:
             self._save("checkpoint", end)
+
+    def _measured(self, exchanges: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
+        """Yield ``exchanges``, whose time counts as merging, except that of the sites."""
+        while True:
+            with self.watch.phase("merging"):
+                step = next(exchanges, None)
+            if step is None:
+                return
+            yield step
+            del step
 
     def _steps(self, engine: Any, state: Any) -> Iterator[Step[Any]]:
         """Yield the exchanges from ``state`` on."""
@@ -160,7 +182,8 @@ class MethodRun:
         sampler, need = UniformSampler(trainers, size, self.seed), min(study.min_replies, size)
         how: Any = {"rounds": study.rounds, "sampler": sampler, "deadline": study.deadline, "min_replies": need}
         if study.machines is None:
-            return train(self.method, WatchedFederation(engine, self.path / round_progress.NAME), state, **how)
+            watched = WatchedFederation(engine, self.path / round_progress.NAME, self.watch)
+            return train(self.method, watched, state, **how)
         return simulation_schema.steps(study.machines, self.method, engine, state, trainers=trainers, **how)
 
     def _ends(self, state: Any, done: int) -> bool:
@@ -194,7 +217,8 @@ class MethodRun:
 
     def _judge(self, engine: Any, state: Any, done: int, best: BestRound) -> tuple[dict[str, float], BestRound]:
         """Return the scores on validation data and the best round so far."""
-        scores = self._score(engine, state, done)
+        with self.watch.phase("evaluation"):
+            scores = self._score(engine, state, done)
         best = best.after(done, scores)
         if self.study.evaluation.select == "last":
             best = best.with_best(done)
@@ -301,7 +325,8 @@ class MethodRun:
         return {"patient": torch.tensor([self.numbers[patient] for patient in self.data.sites[site][role].patients])}
 
     def _save(self, name: str, value: Checkpoint) -> None:
-        states.save(self.path / f"{name}.safetensors", value, {"study": self.study.hash})
+        with self.watch.phase("saving"):
+            states.save(self.path / f"{name}.safetensors", value, {"study": self.study.hash})
 
     def _record(self, kind: str, **facts: Any) -> None:
         self.folder.record(kind, **self.job.who, **facts)

@@ -14,16 +14,17 @@ from polyclinic.core import atomic
 from polyclinic.core.method import Request
 from polyclinic.core.rounds import Arrival, Federation
 from polyclinic.core.site import Site
+from polyclinic.studies.records.time_profile import Stopwatch
 
 NAME = "now.json"
 INTERVAL = 0.5
 
 
 class WatchedFederation:
-    """A federation whose exchanges are recorded in a file."""
+    """A federation whose exchanges are recorded in a file, and whose time counts as training."""
 
-    def __init__(self, inner: Federation, file: Path) -> None:
-        self._inner, self._file = inner, file
+    def __init__(self, inner: Federation, file: Path, watch: Stopwatch) -> None:
+        self._inner, self._file, self._watch = inner, file, watch
         self._round, self._since, self._written = 0, 0.0, 0.0
         self._asked: tuple[str, ...] = ()
         self._arrived: dict[str, float] = {}
@@ -43,14 +44,21 @@ class WatchedFederation:
         self._round, self._since = request.round + 1, time.time()
         self._asked, self._arrived = tuple(recipients), {}
         self._write()
-        self._inner.send(request, recipients)
+        with self._watch.phase("training"):
+            self._inner.send(request, recipients)
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
         """Yield the answers, and record each."""
-        for arrival in self._inner.replies(deadline):
+        arrivals = self._inner.replies(deadline)
+        while True:
+            with self._watch.phase("training"):
+                arrival = next(arrivals, None)
+            if arrival is None:
+                return
             self._arrived[arrival.site] = round(time.time() - self._since, 3)
             self._write()
             yield arrival
+            del arrival  # before the next site trains
 
     def _write(self) -> None:
         if time.monotonic() - self._written < INTERVAL:

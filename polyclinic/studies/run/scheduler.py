@@ -44,7 +44,13 @@ from polyclinic.studies.run.run_lock import STOP
 
 
 def run(
-    study: Study, text: str, path: Path, resume: bool = False, fresh: bool = False, folder: Folder | None = None
+    study: Study,
+    text: str,
+    path: Path,
+    resume: bool = False,
+    fresh: bool = False,
+    folder: Folder | None = None,
+    profile: bool = False,
 ) -> Generator[Event, None, None]:
     """Resolve ``study`` and run it in the folder at ``path``, which is locked for this process until the end.
 
@@ -55,6 +61,7 @@ def run(
         resume: Continue the run in the folder, if there is one.
         fresh: Delete the run in the folder, if there is one and this study can run.
         folder: The run folder, if the caller has locked it. It remains locked.
+        profile: Write in each method run's folder where its time went (``records.time_profile``).
 
     Raises:
         ConfigError: If the study's device does not exist here. No data were read.
@@ -68,7 +75,7 @@ def run(
     """
     _ = study.engine.device_here
     with nullcontext(folder) if folder is not None else held(path) as own, _cluster(study):
-        yield from _run_in(own, resolve(study, text), resume, fresh)
+        yield from _run_in(own, resolve(study, text), resume, fresh, profile)
 
 
 def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> Iterator[Event]:
@@ -77,10 +84,12 @@ def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> I
         yield from _run_in(folder, resolved, resume)
 
 
-def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool = False) -> Iterator[Event]:
+def _run_in(
+    folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool = False, profile: bool = False
+) -> Iterator[Event]:
     path = folder.path
     study, splits, first = resolved.study, resolved.splits, resolved.splits[0]
-    work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first))
+    work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first), profile)
     network = inspect(resolved.task.model())
     parameters = sum(leaf.numel() for leaf in resolved.task.first(0).values())
     plan = plan_content(resolved.text, path)
@@ -111,7 +120,7 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
         if jobs and possible() and any(study.training_of(method).get("private") for method in study.methods):
             warm_up()
         if jobs and study.engine.kind == "ray" and _whole_arms(study, len(jobs), workers):
-            recipe = _recipe(resolved, path)
+            recipe = _recipe(resolved, path, profile)
             yield from on_cluster(
                 jobs, work_from, recipe, path.absolute(), folder.note, study.engine.workers, study.engine.gpus
             )
@@ -157,7 +166,7 @@ def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
     return engine.parallel == "arms" or (usual and workers > 1)
 
 
-def _recipe(resolved: ResolvedStudy, path: Path) -> str:
+def _recipe(resolved: ResolvedStudy, path: Path, profile: bool) -> str:
     """Return what a worker on another machine needs in order to execute the method runs of a study, as JSON."""
     told = {
         "text": resolved.text,
@@ -166,6 +175,7 @@ def _recipe(resolved: ResolvedStudy, path: Path) -> str:
         "study": resolved.study.hash,
         "data": resolved.splits[0].fingerprint,
         "device": resolved.study.engine.device,
+        "profile": profile,
     }
     return json.dumps(told)
 
@@ -188,7 +198,9 @@ def work_from(recipe: str) -> tuple["_Work", dict[str, Job]]:
     engine = study.engine.model_copy(update={"kind": "in-process", "device": told["device"]})
     study = study.model_copy(update={"engine": engine})
     latest = (study.seeds[0], resolved.jobs[0].fold, resolved.splits[0])
-    return _Work(resolved, study, Path(told["folder"]), latest), {job.name: job for job in resolved.jobs}
+    return _Work(resolved, study, Path(told["folder"]), latest, told["profile"]), {
+        job.name: job for job in resolved.jobs
+    }
 
 
 @dataclasses.dataclass
@@ -200,12 +212,14 @@ class _Work:
         study: The study, with the engine that the method runs use.
         path: The run folder.
         latest: Seed, fold and data of the latest split.
+        profile: Whether each method run writes where its time went.
     """
 
     resolved: ResolvedStudy
     study: Study
     path: Path
     latest: tuple[int, Fold | None, Federated]
+    profile: bool = False
 
     def results(self) -> dict[str, dict[str, float]]:
         """Return the test scores of the finished method runs by name."""
@@ -254,7 +268,9 @@ class _Work:
     def _arm(self, study: Study, job: Job, folder: MethodRunFolder, sealed: bool = False) -> MethodRun:
         data = self._data(job.seed, job.fold)
         data = _sealed(data) if sealed else data
-        return MethodRun(study, job, self.resolved.method(job, data, study), data, folder, self.resolved.numbers)
+        profile = self.profile and job.trial is None
+        resolved = self.resolved.method(job, data, study)
+        return MethodRun(study, job, resolved, data, folder, self.resolved.numbers, profile)
 
     def _data(self, seed: int, fold: Fold | None) -> Federated:
         if self.latest[:2] != (seed, fold):

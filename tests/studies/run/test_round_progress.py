@@ -8,6 +8,7 @@ import torch
 
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.studies.records.time_profile import Stopwatch
 from polyclinic.studies.run import round_progress
 from polyclinic.studies.run.round_progress import WatchedFederation
 from tests.conftest import little_sites
@@ -17,7 +18,7 @@ from tests.support.local_deployment import order
 def final(watched: Path | None) -> dict[str, torch.Tensor]:
     method = order(rounds=3).build_plan().build_method()
     engine = InProcess(method, little_sites(count=3))
-    federation = engine if watched is None else WatchedFederation(engine, watched)
+    federation = engine if watched is None else WatchedFederation(engine, watched, Stopwatch())
     state = method.init(method.task.first(0))
     for step in train(method, federation, state, rounds=3):
         state = step.state
@@ -38,7 +39,7 @@ def test_a_watched_run_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_file_is_written_at_most_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
     monkeypatch.setattr(round_progress.atomic, "write", lambda path, *_, **__: written.append(path))
-    federation = WatchedFederation(InProcess(order().build_plan().build_method(), little_sites()), tmp_path / "x")
+    federation = WatchedFederation(InProcess(order().build_plan().build_method(), little_sites()), tmp_path / "x", Stopwatch())
     for _ in range(50):
         federation._write()
     assert len(written) == 1

@@ -9,7 +9,6 @@ texts for people (everything inside ``raise``, f-strings, and string literals th
 """
 
 import difflib
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -57,30 +56,34 @@ class Mutant:
         return "\n".join(line for line in lines if not line.startswith("@@"))
 
 
-def mutants(source: str) -> dict[str, Mutant]:
-    """Return every mutant of ``source`` by the hash of the changed module, in the order of lines, without repeats."""
-    wrapper = MetadataWrapper(cst.parse_module(source), unsafe_skip_copy=True)
-    module, places, spans = wrapper.module, wrapper.resolve(PositionProvider), wrapper.resolve(ByteSpanPositionProvider)
-    text, found = source.encode(), dict[str, Mutant]()
-    for node, new in _changes(module):
+class Changes:
+    """The changes of a module, in the order of its text. The text of each is generated when it is asked for."""
+
+    def __init__(self, source: str) -> None:
+        wrapper = MetadataWrapper(cst.parse_module(source), unsafe_skip_copy=True)
+        self._source, self._text, self._module = source, source.encode(), wrapper.module
+        self._lines, self._spans = wrapper.resolve(PositionProvider), wrapper.resolve(ByteSpanPositionProvider)
+        self._all = list(_changes(wrapper.module))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def mutant(self, number: int) -> Mutant | None:
+        """Return the mutant of one change; None if it leaves the module as it is or is no valid Python."""
+        node, new = self._all[number]
         if isinstance(node, cst.BaseCompoundStatement):
-            start, end, code = 0, len(source), module.deep_replace(node, new).code
+            start, end, code = 0, len(self._source), self._module.deep_replace(node, new).code
         else:  # the same, without generating the code of the whole module
-            code, span = module.code_for_node(new), spans[node]
-            if module.code_for_node(node) == code:
-                continue
-            start, end = (len(text[:k].decode()) for k in (span.start, span.start + span.length))
-        mutant = Mutant(places[node].start.line, start, end, code)
-        changed = mutant.of(source)
-        key = hashlib.sha256(changed.encode()).hexdigest()[:12]
-        if changed == source or key in found:
-            continue
+            code, span = self._module.code_for_node(new), self._spans[node]
+            if self._module.code_for_node(node) == code:
+                return None
+            start, end = (len(self._text[:k].decode()) for k in (span.start, span.start + span.length))
+        mutant = Mutant(self._lines[node].start.line, start, end, code)
         try:
-            compile(changed, "mutant", "exec")
+            compile(changed := mutant.of(self._source), "mutant", "exec")
         except SyntaxError:
-            continue
-        found[key] = mutant
-    return dict(sorted(found.items(), key=lambda item: item[1].line))
+            return None
+        return None if changed == self._source else mutant
 
 
 def _changes(module: cst.Module) -> Iterator[tuple[cst.CSTNode, cst.CSTNode]]:

@@ -22,6 +22,8 @@ import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import pytest  # noqa: E402
-from mutants import Mutant, mutants  # noqa: E402
+from mutants import Changes, Mutant  # noqa: E402
 from sample import drawn, score  # noqa: E402
 from swap import Calls, Replaced, changed_functions, swap  # noqa: E402
 
@@ -44,7 +46,7 @@ PROCESSOR, ELAPSED = (4, 10), (6, 25)
 
 
 class Target:
-    """A module under test: its source, its mutants, its tests, and what is known of each mutant."""
+    """A module under test: its source, its mutants by key, its tests, and what is known of each mutant."""
 
     def __init__(self, name: str, tests: list[str], fresh: bool = False) -> None:
         self.name, self.tests = name, tests
@@ -52,27 +54,46 @@ class Target:
         self.module = "polyclinic." + name.replace("/", ".")
         self.source = self.path.read_text()
         self.file = RESULTS / f"{name.replace('/', '.')}.json"
+        self.digest = hashlib.sha256(self.source.encode() + (HERE / "mutants.py").read_bytes()).hexdigest()
         old = json.loads(self.file.read_text()) if self.file.exists() and not fresh else {}
-        self.mutants = self._made(old)
-        self.status = {k: v for k, v in old.get("status", {}).items() if k in self.mutants}
+        old = old if old.get("digest") == self.digest else {}
+        count = old["changes"] if old else len(self._changes)
+        self.keys = [hashlib.sha256(f"{self.digest} {i}".encode()).hexdigest()[:12] for i in range(count)]
+        self._numbers = {key: i for i, key in enumerate(self.keys)}
+        self._mutants = {key: Mutant(*values) if values else None for key, values in old.get("mutants", {}).items()}
+        self.status: dict[str, str] = old.get("status", {})
         self.learned = self.file.with_suffix(".learned")  # what the tests import, and how long they take
         self.log = self.file.with_suffix(".log")  # of a run that has not been written down yet, or was killed
         if self.log.exists():
-            self.status |= {k: v for k, v in map(str.split, self.log.read_text().splitlines()) if k in self.mutants}
-        self.save()
+            self.status |= {k: v for k, v in map(str.split, self.log.read_text().splitlines()) if k in self._numbers}
 
-    def _made(self, old: dict[str, Any]) -> dict[str, Mutant]:
-        digest = hashlib.sha256(self.source.encode() + (HERE / "mutants.py").read_bytes()).hexdigest()
-        self.digest = digest
-        if old.get("digest") == digest:
-            return {key: Mutant(*values) for key, values in old["mutants"].items()}
-        return mutants(self.source)
+    @cached_property
+    def _changes(self) -> Changes:
+        return Changes(self.source)
+
+    def mutant(self, key: str) -> Mutant | None:
+        """The mutant of a key; None if the change makes no difference or is no valid Python."""
+        if key not in self._mutants:
+            self._mutants[key] = self._changes.mutant(self._numbers[key])
+        return self._mutants[key]
+
+    def changed(self, key: str) -> str:
+        """The source of the module with the mutant of ``key``."""
+        mutant = self.mutant(key)
+        assert mutant is not None
+        return mutant.of(self.source)
+
+    def every(self) -> list[str]:
+        """The keys of all mutants, without repeats."""
+        found = {self.mutant(key): key for key in reversed(self.keys)}
+        return [key for key in self.keys if (mutant := self.mutant(key)) and found[mutant] == key]
 
     def save(self) -> None:
         """Write down what is known."""
         RESULTS.mkdir(parents=True, exist_ok=True)
-        kept = {key: [m.line, m.start, m.end, m.new] for key, m in self.mutants.items()}
-        self.file.write_text(json.dumps({"digest": self.digest, "mutants": kept, "status": self.status}))
+        kept = {key: [m.line, m.start, m.end, m.new] if m else None for key, m in self._mutants.items()}
+        facts = {"digest": self.digest, "changes": len(self.keys), "mutants": kept, "status": self.status}
+        self.file.write_text(json.dumps(facts))
         self.log.unlink(missing_ok=True)
 
     def pending(self, keys: Iterable[str]) -> list[str]:
@@ -88,16 +109,16 @@ class Target:
         """How many of ``keys`` were tried to the end."""
         return sum(self.status.get(key) in (KILLED, TIMEOUT, SURVIVED) for key in keys)
 
-    def table(self, keys: Sequence[str]) -> str:
+    def table(self, keys: Sequence[str], sampled: bool) -> str:
         """How many of ``keys`` were killed, and the diffs of those that were not."""
         lines = []
-        for key in sorted(keys, key=lambda key: self.mutants[key].line):
-            if self.status.get(key) in (SURVIVED, AFRESH):
-                lines += [f"{key} {self.name}.py:{self.mutants[key].line}", self.mutants[key].diff(self.source), ""]
+        for key in sorted(keys, key=lambda key: self._numbers[key]):
+            if self.status.get(key) in (SURVIVED, AFRESH) and (mutant := self.mutant(key)):
+                lines += [f"{key} {self.name}.py:{mutant.line}", mutant.diff(self.source), ""]
         late = sum(self.status.get(key) == TIMEOUT for key in keys)
         untried = len(keys) - self.tried(keys)
-        if len(keys) < len(self.mutants):
-            share = f"a sample of {len(self.mutants)} mutants: {score(self.killed(keys), self.tried(keys))}"
+        if sampled:
+            share = f"a sample of {len(self.keys)} changes: {score(self.killed(keys), self.tried(keys))}"
         else:
             share = f"{self.killed(keys)} of {len(keys)} killed ({self.killed(keys) / max(1, len(keys)):.1%})"
         share += f", {late} of them by a time limit" if late else ""
@@ -134,7 +155,7 @@ class InOneProcess:
     def _status(self, session: pytest.Session, target: Target, key: str, base: dict[str, Any]) -> str:
         """What the tests that call a mutant's functions make of it."""
         path, module = str(target.path), importlib.import_module(target.module)
-        mutant = compile(target.mutants[key].of(target.source), path, "exec")
+        mutant = compile(target.changed(key), path, "exec")
         names = changed_functions(compile(target.source, path, "exec"), mutant)
         if names is None:
             return AFRESH
@@ -232,7 +253,7 @@ def _run(session: pytest.Session, items: list[pytest.Item]) -> int:
 
 def afresh(target: Target, key: str, tests: Sequence[str]) -> int:
     """The exit status of ``tests`` when the mutant is imported in place of the module."""
-    Replaced(target.module, str(target.path), target.mutants[key].of(target.source)).install()
+    Replaced(target.module, str(target.path), target.changed(key)).install()
     return int(pytest.main([*PYTEST, "-x", *tests]))
 
 
@@ -345,11 +366,14 @@ def apart(work: Callable[[], None]) -> bool:
 def chosen(targets: Sequence[Target], number: int | None, seed: int, over: bool) -> dict[str, list[str]]:
     """Return the mutants to try, by module: all, ``number`` of each module, or ``number`` of all modules together."""
     if number is None:
-        return {target.name: list(target.mutants) for target in targets}
-    if not over:
-        return {target.name: drawn(target.mutants, number, seed) for target in targets}
-    keys = set(drawn([key for target in targets for key in target.mutants], number, seed))
-    return {target.name: [key for key in target.mutants if key in keys] for target in targets}
+        return {target.name: target.every() for target in targets}
+    found: dict[str, list[str]] = {target.name: [] for target in targets}
+    for group in [targets] if over else [[target] for target in targets]:
+        of = {key: target for target in group for key in target.keys}
+        valid = (key for key in drawn(of, len(of), seed) if of[key].mutant(key))
+        for key in islice(valid, number):
+            found[of[key].name].append(key)
+    return found
 
 
 def selected(given: Sequence[str], known: Mapping[str, Any]) -> list[str]:
@@ -380,7 +404,11 @@ def main() -> None:
     tried_before = [name for name in known_tests if (RESULTS / f"{name.replace('/', '.')}.json").exists()]
     names = selected(given.modules, known_tests) if given.modules else tried_before
     targets = [Target(name, known_tests[name], given.fresh) for name in names]
+    if given.sample is not None and given.sample < 1:
+        parser.error("--sample N draws at least one mutant")
     keys = chosen(targets, given.sample, given.seed, given.over)
+    for target in targets:
+        target.save()
     until, failed = time.monotonic() + given.seconds, False
     killed = tried = 0
     for tests in dict.fromkeys(tuple(target.tests) for target in targets):
@@ -397,10 +425,10 @@ def main() -> None:
                     importlib.import_module(module)
                 failed |= not apart(lambda target=target, again=again: run_afresh(target, again, until))
                 target = Target(name, list(tests))
-            print(target.table(keys[name]), flush=True)
+            print(target.table(keys[name], given.sample is not None), flush=True)
             killed, tried = killed + target.killed(keys[name]), tried + target.tried(keys[name])
     if given.over:
-        print(f"together: a sample of {sum(len(target.mutants) for target in targets)} mutants: {score(killed, tried)}")
+        print(f"together: a sample of {sum(len(target.keys) for target in targets)} changes: {score(killed, tried)}")
     sys.exit(failed)
 
 

@@ -5,7 +5,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -103,15 +103,15 @@ def _function(found: Any) -> types.FunctionType | None:
 
 
 class Calls:
-    """Notes the qualified names of the functions of ``path`` that are called while it is on."""
+    """Notes which functions of ``paths`` are called while it is on: name of the path, colon, qualified name."""
 
-    def __init__(self, path: str = "") -> None:
-        self.path, self.names = path, set[str]()
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self.paths, self.names = paths, set[str]()
 
     def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
         """As ``sys.setprofile`` wants it."""
-        if event == "call" and frame.f_code.co_filename == self.path:
-            self.names.add(frame.f_code.co_qualname.split(".<locals>")[0])
+        if event == "call" and (name := self.paths.get(frame.f_code.co_filename)):
+            self.names.add(f"{name}:{frame.f_code.co_qualname.split('.<locals>')[0]}")
 
     def taken(self) -> Iterator[str]:
         """The names since the last time."""

@@ -291,8 +291,11 @@ def _read_lines(file: Path, problems: list[str], missing: list[str]) -> tuple[li
 
 
 def _in_words(error: ValidationError, where: str) -> list[str]:
-    errors = [{**e, "loc": tuple(part for part in e["loc"] if part not in _KINDS)} for e in error.errors()]
-    return [f"{where}: {p.key + ': ' if p.path else ''}{p.says}" for p in problems_of(errors)]
+    found = error.errors()
+    for e in found:
+        if e["loc"][:1] and e["loc"][0] in _KINDS:  # the kind of the record; a field of the same name comes after it
+            e["loc"] = e["loc"][1:]
+    return [f"{where}: {p.key + ': ' if p.path else ''}{p.says}" for p in problems_of(found)]
 
 
 def _count(problems: Sequence[str]) -> str:

@@ -50,7 +50,7 @@ def run(
         address: Run on a Ray cluster: `auto` for the one on this machine, `local` to start one, or the address of its
             head, such as `10.0.0.1:6379`. The same as `--set engine.kind=ray --set engine.address=...`.
     """
-    from polyclinic.studies.config.loader import table_of, text_of
+    from polyclinic.studies.config.loader import set_key, table_of, text_of
 
     require_file(study)
     given = changes(set_ or [])
@@ -64,11 +64,12 @@ def run(
 
         file, written = plan_beside(study, given)
         given["data.plan"] = str(file)
+        set_key(table, ["data", "plan"], str(file))
         progress.print(f"  [yellow]·[/yellow] {'made' if written else 'uses'} the plan {escape(str(file))}")
-    from polyclinic.studies.config.scenarios import parse_all
+    from polyclinic.studies.config.scenarios import studies_in
 
     with document(json_) as emit:
-        emit(run_all(study, parse_all(text, study, given), resume, fresh, out, workers))
+        emit(run_all(study, studies_in(table, text, study, given), resume, fresh, out, workers))
 
 
 def run_all(

@@ -18,10 +18,12 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 
 torch.set_num_threads(1)
-settings.register_profile(
-    "shared machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("shared machine")
+# "dev", the default, tries the same inputs in every run. "ci" (pytest --hypothesis-profile=ci) tries five times as many, other ones
+# each time; on a failure it prints how to repeat them. A test that sets its own number of examples keeps it.
+TOO_SLOW = [HealthCheck.too_slow]
+settings.register_profile("dev", deadline=None, derandomize=True, suppress_health_check=TOO_SLOW)
+settings.register_profile("ci", deadline=None, max_examples=500, print_blob=True, suppress_health_check=TOO_SLOW)
+settings.load_profile("dev")
 
 
 def pytest_collection_finish() -> None:

@@ -54,7 +54,7 @@ def run(
         profile: Show at the end where the time went, by phase, method and site, and write it to `profile.json` in the
             run folder.
     """
-    from polyclinic.studies.config.loader import table_of, text_of
+    from polyclinic.studies.config.loader import set_key, table_of, text_of
 
     require_file(study)
     given = changes(set_ or [])
@@ -68,11 +68,12 @@ def run(
 
         file, written = plan_beside(study, given)
         given["data.plan"] = str(file)
+        set_key(table, ["data", "plan"], str(file))
         progress.print(f"  [yellow]·[/yellow] {'made' if written else 'uses'} the plan {escape(str(file))}")
-    from polyclinic.studies.config.scenarios import parse_all
+    from polyclinic.studies.config.scenarios import studies_in
 
     with document(json_) as emit:
-        emit(run_all(study, parse_all(text, study, given), resume, fresh, out, workers, profile))
+        emit(run_all(study, studies_in(table, text, study, given), resume, fresh, out, workers, profile))
 
 
 def run_all(

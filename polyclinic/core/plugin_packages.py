@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
@@ -39,10 +39,10 @@ class Package(NamedTuple):
     hash: str
 
 
-def packages_of(wanted: Mapping[str, Iterable[str]]) -> tuple[Package, ...]:
+def packages_of(wanted: Mapping[str, Collection[str]]) -> tuple[Package, ...]:
     """Return the packages that provide the plug-ins ``wanted``, names by group. Other names need no package."""
     found = _entry_points(tuple(_entry_point_files()))
-    points = [point for group, names in wanted.items() for point in found.get(group, ()) if point.name in set(names)]
+    points = [point for group, names in wanted.items() for point in found.get(group, ()) if point.name in names]
     return tuple(sorted({_package(point) for point in points}))
 
 

@@ -23,15 +23,6 @@ SKIPPED = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 """Fields of nodes that do not affect execution, or that follow from the position of the node."""
 
 
-def hash_of_sources(sources: Iterable[bytes]) -> str:
-    """Return the SHA-256 of a set of Python files in hexadecimal.
-
-    Args:
-        sources: The contents of the files, in any order.
-    """
-    return combined(map(hash_of_source, sources))
-
-
 def combined(hashes: Iterable[str]) -> str:
     """Return the SHA-256 of the hashes of files, in any order. Empty hashes, of files without code, are ignored."""
     return hashlib.sha256("\n".join(sorted(filter(None, hashes))).encode()).hexdigest()

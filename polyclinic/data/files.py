@@ -288,11 +288,6 @@ def picture_of(case: Case, *, as_bytes: bool = False) -> Picture:
     return Picture(pixels, labels, spacing, geometry)
 
 
-def read_volume(path: Path, options: ImageOptions = OPTIONS) -> Volume:
-    """Read the image in one file of any supported format, or in a folder that is a DICOM series."""
-    return _upright(path, options)[0]
-
-
 def read_mask(
     path: Path, options: ImageOptions = OPTIONS, image: Volume | None = None, turn: int = 1
 ) -> tuple[Volume, tuple[str, ...]]:

@@ -14,10 +14,17 @@ PLAN_GROUPS = ("networks", "losses", "metrics", "transforms", "augmentations", "
 """Groups of plug-ins, besides methods, that a plan can name."""
 
 
-def packages_in(plan: Mapping[str, object]) -> tuple[Package, ...]:
-    """Return the packages that ``plan``, as a mapping, needs by its names; Polyclinic's own names need none."""
-    texts = {text for key, value in plan.items() if key not in ("sites", "kind") for text in texts_in(value)}
-    return packages_of({"methods": methods_in(plan) - METHODS.keys(), **dict.fromkeys(PLAN_GROUPS, texts)})
+def packages_in(*plans: Mapping[str, object]) -> tuple[Package, ...]:
+    """Return the packages that ``plans``, as mappings, need by their names; Polyclinic's own names need none."""
+    methods = {name for plan in plans for name in methods_in(plan)} - METHODS.keys()
+    texts = {
+        text
+        for plan in plans
+        for key, value in plan.items()
+        if key not in ("sites", "kind")
+        for text in texts_in(value)
+    }
+    return packages_of({"methods": methods, **dict.fromkeys(PLAN_GROUPS, texts)})
 
 
 def methods_in(plan: Mapping[str, object]) -> set[str]:

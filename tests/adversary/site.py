@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from polyclinic.core import serialization as states
-from polyclinic.core.aggregates import Reply
+from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.tree import Tree, norm, sub
 from polyclinic.engines.flare.pki import site_keys
@@ -256,9 +256,7 @@ def weighted(reply: Reply, weight: float) -> Reply:
     """``reply`` with the same values, of which each claims ``weight``."""
     return Reply(
         {
-            part: replace(stat * (weight / stat.weight), weight=weight)
-            if hasattr(stat, "weight") and isinstance(stat.weight, float)
-            else stat
+            part: replace(stat * (weight / stat.weight), weight=weight) if isinstance(stat, WeightedMean) else stat
             for part, stat in reply.parts.items()
         }
     )

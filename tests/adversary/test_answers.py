@@ -1,6 +1,7 @@
 """Whatever one site answers, the server neither takes it for another's, nor stops, nor moves its model far for it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,15 @@ def of_another_message(said: Said) -> None:
     said.table["head"] = "ab" * 32
 
 
+def changed(said: Said, change: Callable[[Any], Any]) -> Reply:
+    """The reply with ``change`` of the sum of each mean."""
+    found: dict[str, Any] = {}
+    for part, stat in said.reply.parts.items():
+        assert isinstance(stat, WeightedMean)
+        found[part] = WeightedMean(change(stat.total), stat.weight)
+    return Reply(found)
+
+
 def garbage(said: Said) -> None:
     said.signed = False
     said.table["signature"] = "QUJD" * 86
@@ -65,9 +75,7 @@ def garbage(said: Said) -> None:
 def another_file(said: Said) -> None:
     """The file is changed, its hash in the message too, and the signature stays."""
     said.signed = False
-    said.reply = Reply(
-        {part: WeightedMean(tree.scale(stat.total, -50.0), stat.weight) for part, stat in said.reply.parts.items()}
-    )  # type: ignore[union-attr]
+    said.reply = changed(said, lambda total: tree.scale(total, -50.0))
 
 
 @pytest.mark.parametrize("attack", [empty, garbage, of_another_message, another_file])
@@ -134,9 +142,7 @@ def test_a_weight_beyond_the_sites_number_of_patients_does_not_count_in_full(tmp
 @pytest.mark.parametrize("factor", [1e4, 1e8, 1e30])
 def test_an_immense_update_does_not_move_the_model(factor: float, tmp_path: Path) -> None:
     def huge(said: Said) -> None:
-        said.reply = Reply(
-            {part: WeightedMean(tree.scale(stat.total, factor), stat.weight) for part, stat in said.reply.parts.items()}
-        )  # type: ignore[union-attr]
+        said.reply = changed(said, lambda total: tree.scale(total, factor))
 
     end, model = attacked(tmp_path, huge)
     assert end.outcome == "finished", end.why
@@ -152,9 +158,7 @@ def with_leaves(change: Any) -> Attack:
     """Changes the leaves of the update."""
 
     def attack(said: Said) -> None:
-        said.reply = Reply(
-            {part: WeightedMean(change(dict(stat.total)), stat.weight) for part, stat in said.reply.parts.items()}
-        )  # type: ignore[union-attr]
+        said.reply = changed(said, lambda total: change(dict(total)))
 
     return attack
 

@@ -103,7 +103,8 @@ def step(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
             function(self, **chosen)
             self.check()
 
-        return rule(**strategies)(run)
+        decorated: Any = rule(**strategies)
+        return decorated(run)
 
     return decorate
 

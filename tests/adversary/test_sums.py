@@ -38,6 +38,7 @@ from tests.adversary.server import (
     session_of,
     small_order,
 )
+from tests.support.known import known
 
 SECURE = LENIENT.replace("secure = false", "secure = true")
 STRICT = SECURE.replace("min_sites = 3", "min_sites = 4")
@@ -232,7 +233,7 @@ def _collude(server: HostileServer, names: list[str], threshold: int) -> Tensor 
     except ProtocolError as error:
         why = str(error)
         return None if "refused" in why else pytest.fail(f"the protocol failed, which shows nothing: {why}")
-    opened = accomplice._opened(victim)
+    opened = known(accomplice._opened(victim))
     seeds = {r.site: bytes.fromhex(r.seeds[victim]) for r in revealed if victim in r.seeds} | {
         helper: opened[shamir.SHARE_BYTES :]
     }
@@ -258,7 +259,7 @@ def _unmasked(
         shamir.rebuild({session.place(who): shares[who] for who in sorted(shares)[:threshold]})
         for shares in (seeds, privates)
     )
-    plus, minus = [], [seed]
+    plus, minus = list[bytes](), [seed]
     for advert in adverts:
         if advert.site != victim:
             mask = pair_mask(

@@ -21,7 +21,7 @@ TASK = Classification(Network("mlp", (13,), 2, (("width", 32),)))
 def people(n: Any = 30) -> Any:
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(n, 13, generator=rng)
-    data = Rows(x, (x[:, 0] > 0).long())
+    data: Any = Rows(x, (x[:, 0] > 0).long())
     data.patients = tuple(f"p{i // 2}" for i in range(n))  # two images each
     return data
 
@@ -76,8 +76,7 @@ def test_gradients_are_the_tasks_or_a_canarys(task: Classification) -> None:
     canaries = drawn(task)[0]
     both, ready = WithCanaries(data, canaries), audited(task, canaries, data.y)
     assert len(both) == 26
-    params = {n: p for n, p in cached_model(task, task.first()).named_parameters()}
-    params = {n: p.detach().clone() for n, p in params.items()}
+    params = {n: p.detach().clone() for n, p in cached_model(task, task.first()).named_parameters()}
     plain = per_example_gradients(task.model().train(), params, task.loss, data[torch.arange(6)])
     mixed = per_example_gradients(ready.model().train(), params, ready.loss, both[torch.arange(26)])
     for name, gradient in plain.items():

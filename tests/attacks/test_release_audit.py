@@ -111,7 +111,7 @@ def test_what_is_not_covered_is_not_declared(name: str, way: Way) -> None:
 
 def test_the_loss_of_prr_fl_is_chosen_by_scores_on_all_training_patients() -> None:
     """One patient more or less turns its stage, and with it every other patient's gradient."""
-    method = typical("prr-fl", "dp-sgd").build_method().inner
+    method: Any = typical("prr-fl", "dp-sgd").build_method().inner
     found, changed = places()
     pairs = [(method.task.first(seed), {"personal": method.task.first(100 + seed)}) for seed in range(40)]
     turned = [
@@ -126,7 +126,7 @@ def test_the_loss_of_prr_fl_is_chosen_by_scores_on_all_training_patients() -> No
 
 def test_the_model_that_fedsoup_sends_is_chosen_by_validation_patients() -> None:
     """One patient of the validation data more or less decides which of two means leaves the site."""
-    method = typical("fedsoup", "dp-sgd").build_method().inner
+    method: Any = typical("fedsoup", "dp-sgd").build_method().inner
     found, changed = places()
     models = [[method.task.first(3 * seed + k) for k in range(2)] for seed in range(40)]
     chosen = [
@@ -238,7 +238,7 @@ class Leaky(FedAvg):
             return Reply({"update": WeightedMean.of(tree.sub(end, request.trees["params"]))}), memory
         reply, kept = super().site_update(request, memory, site)
         update = reply.mean("update")
-        more: dict[str, Any] = {
+        ways: dict[str, dict[str, Any]] = {
             "weight": {"update": WeightedMean(update.total, update.weight * (1 + float(x.abs().mean())))},
             "leaf weight": {"more": ElementwiseMean({"x": torch.ones(2)}, {"x": torch.ones(2) * x.mean()})},
             "gather": {"more": PerSite({site.name: {"x": x.amax()[None]}})},
@@ -252,7 +252,8 @@ class Leaky(FedAvg):
             "least bit": {"more": WeightedMean.of({"a": 1 + 1e-7 * y.float().mean()[None]})},
             "nan": {"more": WeightedMean.of({"a": torch.tensor([torch.nan if x.max() > 10 else 0.0])})},
             "unlabeled": {"more": WeightedMean.of({"a": hidden[None]})} if self.way == "unlabeled" else {},
-        }.get(self.way, {})
+        }
+        more = ways.get(self.way, {})
         if self.way == "later":
             seen = memory.get("seen", {"x": torch.zeros(1)})
             more, kept = {"more": WeightedMean.of(seen)}, {**kept, "seen": {"x": x.mean()[None]}}

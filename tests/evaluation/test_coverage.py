@@ -20,7 +20,7 @@ TASKS = {"auc": "classification", "accuracy": "classification", "dice": "segment
 def as_sample(trial: sim.Trial) -> Sample:
     """Return the first repetition as a run's cases."""
     _, sites, seeds, n = trial.scores[0].shape
-    ids, cases = np.arange(n), {}
+    ids, cases = np.arange(n), dict[tuple[str, int], dict[str, Cases]]()
     target = (ids < trial.positives).astype(np.int64)
     for method, x in zip("ab", trial.scores, strict=True):
         for seed in range(seeds):

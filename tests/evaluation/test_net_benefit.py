@@ -12,6 +12,7 @@ from polyclinic.evaluation import net_benefit as nb
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.sample import sample
+from tests.support.known import known
 from tests.support.synthetic_run import write_run
 
 SITES = {"ada": ("training", 40, 0.4, 0.0, 0.0), "bo": ("training", 30, 0.2, 0.2, 0.1)}
@@ -45,7 +46,7 @@ def test_the_curve_is_a_mean_over_sites_and_seeds_with_welchs_interval(tmp_path:
     for site in SITES:
         arms = [run.arms["fedavg", seed][site] for seed in (0, 1)]
         worth = np.where(arms[0].target == 1, 1, -t / (1 - t))
-        each.append(np.mean([worth * (p.score[:, 1] >= t) for p in arms], axis=0))
+        each.append(np.mean([worth * (known(p.score)[:, 1] >= t) for p in arms], axis=0))
     assert point.model.value == pytest.approx(np.mean([x.mean() for x in each]))
     var = np.array([x.var(ddof=1) / len(x) for x in each]) / 4
     df = var.sum() ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(var, each, strict=True))

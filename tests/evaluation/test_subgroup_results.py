@@ -15,6 +15,7 @@ from polyclinic.evaluation.run_evaluation import evaluate
 from polyclinic.evaluation.subgroup_results import by_group, groups_of, write_groups
 from polyclinic.report import build_report
 from tests.report.test_report import FEW, LITTLE
+from tests.support.known import known
 from tests.support.synthetic_run import write_groups as make_groups
 from tests.support.synthetic_run import write_run
 
@@ -63,15 +64,15 @@ def test_a_group_of_everybody_is_the_whole_and_each_is_by_hand(run: Any) -> None
         run, {"sex": {"odd": everybody[1::2], "even": everybody[::2]}, "all": {"a": everybody, "b": everybody}}
     )
     tables = [np.bincount(tensors[f"{s}/target"]).prod() for s in LITTLE]  # pairs of a positive and a negative patient
-    each = [evaluate(read_run(run), FEW).of("fedavg").sites[s]["auc"].value for s in LITTLE]
-    whole = np.average(each, weights=tables)
+    each = [known(evaluate(read_run(run), FEW).of("fedavg").sites[s]["auc"].value) for s in LITTLE]
+    whole = float(np.average(each, weights=tables))
     assert [g.estimate.value for g in groups["all"].groups] == pytest.approx([whole, whole])
     assert groups["all"].groups[0].difference.why == "the groups have patients in common"
     for group, parity in zip(groups["sex"].groups, (1, 0), strict=True):
         rows = {s: tensors[f"{s}/patient"] % 2 == parity for s in LITTLE}
         targets = [tensors[f"{s}/target"][rows[s]] for s in LITTLE]
         scores = [tensors[f"{s}/score"][rows[s]].astype(float) for s in LITTLE]
-        aucs = [measure("classification", p, y)["auc"] for p, y in zip(scores, targets, strict=True)]
+        aucs = np.array([measure("classification", p, y)["auc"] for p, y in zip(scores, targets, strict=True)])
         assert group.estimate.value == pytest.approx(np.average(aucs, weights=[np.bincount(y).prod() for y in targets]))
         assert group.estimate.low < group.estimate.value <= group.estimate.high
         assert group.patients == sum(map(len, targets))

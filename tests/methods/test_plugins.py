@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,21 @@ def test_only_named_methods_of_others_have_packages(install: Install) -> None:
     assert [package.name for package in packages_in({"method": "mine"})] == ["mine-pack"]
     assert order("krum", plan={"options": {"over": "mine"}}).packages == packages_in({"method": "mine"})
     assert order(study={"name": "s", "hash": "h", "arms": [{"label": "x", "plan": {"method": "mine"}}]}).packages
+
+
+def test_the_packages_of_a_study_are_looked_up_once(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("mine-pack")
+    listed, lists = tuple(plugins._entry_point_files()), Counter[str]()
+
+    def counted() -> tuple[tuple[str, int, int], ...]:
+        lists["of packages"] += 1
+        return listed
+
+    monkeypatch.setattr(plugins, "_entry_point_files", counted)
+    arms = [{"label": str(i), "plan": {"method": "mine" if i == 3 else "fedavg"}} for i in range(5)]
+    found = order(study={"name": "s", "hash": "h", "arms": arms}).packages
+    assert [package.name for package in found] == ["mine-pack"]
+    assert lists.total() == 1
 
 
 def test_two_packages_with_one_method_are_both_hashed_and_must_both_be_allowed(install: Install) -> None:

@@ -12,6 +12,7 @@ from polyclinic.evaluation.run_evaluation import Options
 from polyclinic.learning.training.dp_sgd import Spend
 from polyclinic.privacy.guarantee import guarantee
 from polyclinic.report import build_report
+from tests.support.known import known
 from tests.support.synthetic_run import write_run
 
 FEW = Options()
@@ -36,10 +37,9 @@ def built(path: Any, spends: Any, private: Any = ("fedprox", "fedbn")) -> Any:
 
 def cells(section: Any, table: Any) -> Any:
     """The rows of a table, as texts."""
-    body = re.search(rf'aria-label="{table}".*?</table>', section, re.S)[0]
+    body = known(re.search(rf'aria-label="{table}".*?</table>', section, re.S))[0]
     rows = re.findall(r"<tr.*?</tr>", body, re.S)
-    strip = lambda cell: re.sub(r"<[^>]+>", "", cell).strip()  # noqa: E731
-    return [[strip(c) for c in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)] for row in rows]
+    return [[re.sub(r"<[^>]+>", "", c).strip() for c in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)] for row in rows]
 
 
 @pytest.mark.parametrize(

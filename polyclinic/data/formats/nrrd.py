@@ -39,11 +39,6 @@ _TO_RAS = {  # signs that turn a space into right-anterior-superior
 }
 
 
-def is_nrrd(path: str | os.PathLike[str]) -> bool:
-    """Return whether the file name is that of an NRRD file."""
-    return str(path).lower().endswith((".nrrd", ".nhdr"))
-
-
 def read_nrrd(
     path: str | os.PathLike[str], mask: bool = False, fill: float | None = None, limits: Limits = LIMITS
 ) -> Volume:

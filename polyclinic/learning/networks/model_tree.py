@@ -105,6 +105,11 @@ def params_of(model: nn.Module) -> Tree:
     return {name: leaf.detach().to("cpu", copy=True) for name, leaf in _floating(_leaves(model)).items()}
 
 
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of numbers in ``params_of(model)``."""
+    return sum(leaf.numel() for leaf in _floating(_leaves(model)).values())
+
+
 def load(model: nn.Module, params: Tree) -> nn.Module:
     """Copy ``params`` into ``model``, reset its counters to 0, and return it.
 

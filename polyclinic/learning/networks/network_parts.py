@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.model_tree import NORMALIZATIONS
 
-Builder = Callable[[int], nn.Module]
-
 
 @dataclass(frozen=True)
 class Parts:

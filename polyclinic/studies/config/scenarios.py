@@ -71,7 +71,25 @@ def parse_all(
     complete: Complete | None = None,
 ) -> tuple[Scenario, ...]:
     """Return every study in ``text``; ``path`` is its name in messages."""
-    data = table_of(text, path, changes)
+    return studies_in(table_of(text, path, changes), text, path, changes, complete)
+
+
+def studies_in(
+    data: dict[str, Any],
+    text: str,
+    path: Path | str,
+    changes: Mapping[str, Any] | None = None,
+    complete: Complete | None = None,
+) -> tuple[Scenario, ...]:
+    """Return every study in the table ``data`` of a file with this ``text`` and ``path``.
+
+    Args:
+        data: The table, with ``changes``.
+        text: The text of the file, for the lines of messages.
+        path: Its name in messages.
+        changes: The changes, which are named in the text of each study.
+        complete: Completes each study.
+    """
     items = data.get("scenarios")
     if items is None:
         study, problems = checked(data)

@@ -3,11 +3,12 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from polyclinic import __version__
 from polyclinic.data.examples import DataError
@@ -101,13 +102,17 @@ def method_facts(method: MethodSpec) -> dict[str, Any]:
     return {"label": method.called, **known, "options": options}
 
 
-def start_facts(task: Task) -> dict[str, Any]:
-    """Return the entry ``start`` of ``run.json``, on the start weights of the task's network; empty without any."""
+def start_facts(task: Task, model: nn.Module) -> dict[str, Any]:
+    """Return the entry ``start`` of ``run.json``, on the start weights of the task's network; empty without any.
+
+    Args:
+        task: The task.
+        model: A model that it built.
+    """
     network: Any = task.network
     if not isinstance(network, FineTuned) or network.start is None or (account := network.account()) is None:
         return {}
-    item, model = store.find(network.start.sha256), task.model()
-    constant = frozen(model)
+    item, constant = store.find(network.start.sha256), frozen(model)
     sizes = {name: leaf.numel() for name, leaf in model.state_dict().items() if leaf.is_floating_point()}
     card = {key: getattr(item.card, key) for key in ("license", "source", "trained_on", "citation", "redistribute")}
     return {
@@ -124,15 +129,33 @@ def start_facts(task: Task) -> dict[str, Any]:
     }
 
 
-def information(study: Study, splits: Sequence[Federated], parameters: int, task: Task) -> dict[str, Any]:
-    """Return the content of ``run.json``. ``splits`` are those of the first seed, one for each fold."""
+def information(
+    study: Study,
+    hash: str,
+    splits: Sequence[Federated],
+    patients_known: bool,
+    task: Task,
+    parameters: int,
+    start: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the content of ``run.json``.
+
+    Args:
+        study: The study.
+        hash: Its hash.
+        splits: The splits of the first seed, one for each fold.
+        patients_known: What ``patients_apart`` returned for the first of them.
+        task: The task of every method.
+        parameters: The number of the model's parameters.
+        start: What ``start_facts`` returned.
+    """
     data = splits[0]
     by = "sites" if study.folds == "sites" else "patients"
     folded = {} if study.folds is None else {"folds": len(splits), "folds_by": by}
     return {
         "name": study.name,
         "title": study.title or study.name,
-        "hash": study.hash,
+        "hash": hash,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "task": study.task.kind,
         "classes": list(data.info.classes),
@@ -150,7 +173,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
             "simulated": data.simulated,
             "fingerprint": data.fingerprint,
             "sites_are": _sites_are(study, data),
-            "checks": ["patients_apart"] if patients_apart(data) else [],
+            "checks": ["patients_apart"] if patients_known else [],
             **({"near_duplicates": near} if (near := _nearly_equal(data)) else {}),
         },
         "sites": [_site(row, splits, study.folds) for row in data.rows],
@@ -166,7 +189,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         "inputs": list(data.shape),
         "outputs": task.network.outputs,
         "training": {method.called: study.training_of(method) for method in study.methods},
-        **start_facts(task),
+        **start,
     }
 
 

@@ -9,9 +9,8 @@ another from its checkpoint.
 import asyncio
 import json
 import socket
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,16 +20,16 @@ import torch
 
 from polyclinic.engines.ray.cluster import ClusterError, installation, ray, require_same_installation, slots
 from polyclinic.errors import PolyclinicError
-from polyclinic.studies.run.events import Event
-from polyclinic.studies.run.parallel_runs import DEATHS, MethodRunFailed, Work
-from polyclinic.studies.run.run_directory import Note, Stopped
+from polyclinic.studies.run.events import Event, Job
+from polyclinic.studies.run.executors import DEATHS, Ended, Work, ended, event_of
+from polyclinic.studies.run.run_directory import Note
 
 START = 600.0
 """Seconds without any worker after which the run ends."""
 SHARED = "machines"
 """A file in the run folder, by which workers recognize it."""
 
-Make: TypeAlias = Callable[[str], tuple[Work[Any], dict[str, Any]]]
+Make: TypeAlias = Callable[[str], tuple[Work, dict[str, Job]]]
 """Builds, from the recipe, the function that executes a method run, and all method runs by name."""
 
 
@@ -56,11 +55,7 @@ class Mailbox:
 
     async def take(self) -> list[str]:
         """Wait for messages, and take all of them."""
-        return [await self._messages.get(), *await self.rest()]
-
-    async def rest(self) -> list[str]:
-        """Take the messages that are there."""
-        return [self._messages.get_nowait() for _ in range(self._messages.qsize())]
+        return [await self._messages.get(), *(self._messages.get_nowait() for _ in range(self._messages.qsize()))]
 
     async def answer(self, number: int, value: int) -> None:
         """Answer the question ``number``."""
@@ -73,8 +68,8 @@ class Runner:
     def __init__(self, make: Make, recipe: str, folder: str, mailbox: Any) -> None:
         torch.set_num_threads(1)
         self._make, self._recipe, self._folder, self._mailbox = make, recipe, Path(folder), mailbox
-        self._work: Work[Any] | None = None
-        self._jobs: dict[str, Any] = {}
+        self._work: Work | None = None
+        self._jobs: dict[str, Job] = {}
 
     def prepare(self, mark: str) -> str:
         """Read the study and its data; return the machine, its installation, and the reason why it cannot as JSON."""
@@ -92,169 +87,159 @@ class Runner:
             told["problem"] = f"on the machine {told['node']}: {error}"
         return json.dumps(told)
 
-    def run(self, name: str) -> str:
-        """Execute the method run ``name`` from its last checkpoint; return its outcome as JSON."""
-        package = ray()
+    def run(self, name: str, attempt: int) -> str:
+        """Execute the method run ``name`` from its last checkpoint; return outcome, text and number of events as JSON.
+
+        Args:
+            attempt: A number that no other execution has; it accompanies each event.
+        """
+        package, job, events = ray(), self._jobs[name], 0
 
         def note(event: str, details: dict[str, Any]) -> int:
             return int(package.get(self._mailbox.ask.remote(json.dumps({"note": [event, details]}))))
 
         assert self._work is not None
+        end = Ended(job, "done")
         try:
-            for event in self._work(self._jobs[name], note):
-                package.get(self._mailbox.tell.remote(json.dumps({"event": asdict(event)})))
-        except Stopped as error:
-            return json.dumps(["stopped", str(error)])
+            for event in self._work(job, note):
+                package.get(self._mailbox.tell.remote(json.dumps({"attempt": attempt, "event": asdict(event)})))
+                events += 1
         except Exception as error:
-            ours = isinstance(error, PolyclinicError)
-            return json.dumps(["refused", str(error)] if ours else ["failed", traceback.format_exc()])
-        return json.dumps(["done", ""])
+            end = ended(job, error)
+        return json.dumps([end.outcome, end.text, events])
 
 
 @dataclass
-class _Running:
-    """A worker: while it prepares, and while it executes a method run, ``reference`` is the result."""
+class _Worker:
+    """A worker: while it prepares, and while it executes a method run, ``reference`` is the result.
+
+    Attributes:
+        attempt: The number of this execution of a method run.
+    """
 
     actor: Any
     reference: Any
-    job: tuple[Any, int] | None = None
+    job: Job | None = None
     ready: bool = False
+    attempt: int = 0
 
 
-class _Workers:
-    """The workers of one run."""
-
-    def __init__(self, make: Make, recipe: str, folder: Path, gpus: float, mark: str) -> None:
-        self._remote = ray().remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Runner)
-        self.mailbox = ray().remote(num_cpus=0, max_concurrency=1000)(Mailbox).remote()
-        self._given, self._mark = (make, recipe, str(folder), self.mailbox), mark
-        self.all: list[_Running] = []
-
-    def start(self) -> None:
-        """Start one more worker."""
-        actor = self._remote.remote(*self._given)
-        self.all.append(_Running(actor, actor.prepare.remote(self._mark)))
-
-    def remove(self, worker: _Running) -> None:
-        """Remove a worker that died."""
-        self.all.remove(worker)
-        with suppress(Exception):
-            ray().kill(worker.actor)
-
-    def close(self) -> None:
-        """End all workers."""
-        for actor in (*(worker.actor for worker in self.all), self.mailbox):
-            with suppress(Exception):  # the cluster may be gone
-                ray().kill(actor)
-
-
-def on_cluster(
-    jobs: Sequence[Any],
-    make: Make,
-    recipe: str,
-    folder: Path,
-    note: Note,
-    workers: int | None = None,
-    gpus: float = 0.0,
-) -> Iterator[Event]:
-    """Execute the method runs on the cluster to which this process is connected, and yield their events.
+class ClusterWorkers:
+    """Executes method runs in worker processes of the cluster to which this process is connected.
 
     Args:
-        jobs: The method runs.
         make: A function of an importable module, called by every worker with ``recipe``.
         recipe: Text.
         folder: The run folder, which all machines share.
         note: Writes to the journal of the run.
+        count: The number of method runs; more workers are not needed.
         workers: Number of workers; by default as many as the cluster can run at once.
         gpus: GPUs of each worker; a fraction shares one GPU between workers.
-
-    Raises:
-        ClusterError: If a machine does not share the folder, has another installation or other data, or no worker can
-            start.
-        MethodRunFailed: If a method run fails with an error of Polyclinic, or its worker dies ``DEATHS`` times.
-        Stopped: If the run was asked to stop, after every method run has completed its round.
-        RuntimeError: If it fails with any other error. The message contains the traceback.
     """
-    package, waiting, stopped = ray(), deque((job, 0) for job in jobs), ""
-    deaths_at_start, mark = 0, f"{socket.gethostname()} {package.get_runtime_context().get_job_id()}"
-    (folder / SHARED).write_text(mark, encoding="ascii")
-    own = _Workers(make, recipe, folder, gpus, mark)
-    letters = own.mailbox.take.remote()
-    try:
-        for _ in range(min(workers or slots(1, gpus), len(waiting))):
-            own.start()
-        while waiting or any(worker.job for worker in own.all):
-            for worker in own.all:
-                if worker.ready and worker.job is None and waiting:
-                    worker.job = waiting.popleft()
-                    worker.reference = worker.actor.run.remote(worker.job[0].name)
-            busy = {w.reference: w for w in own.all if w.job or not w.ready}
-            patience = None if any(worker.ready for worker in own.all) else START
-            ready, _ = package.wait([letters, *busy], num_returns=1, timeout=patience)
-            if not ready:
-                raise ClusterError(f"no worker could start within {START:g} s: is the cluster busy?")
-            if ready[0] == letters:
-                yield from _events(package.get(letters), own.mailbox, note)
-                letters = own.mailbox.take.remote()
-                continue
-            worker = busy[ready[0]]
-            try:
-                told = json.loads(package.get(worker.reference))
-            except package.exceptions.RayTaskError as error:
-                raise RuntimeError(str(error)) from error
-            except package.exceptions.RayError as error:
-                own.remove(worker)
-                deaths_at_start += not worker.ready
-                if deaths_at_start == DEATHS:
-                    raise ClusterError(f"{DEATHS} workers died while they started: {error}") from error
-                own.start()
-                if worker.job:
-                    waiting.appendleft(_died(worker.job, error))
-                continue
-            if not worker.ready:
-                _require_usable(told)
-                worker.ready = True
-                continue
-            worker.job = None
-            yield from _events(package.get(own.mailbox.rest.remote()), own.mailbox, note)
-            kind, text = told
-            if kind == "stopped":
-                waiting.clear()
-                stopped = text
-            elif kind == "refused":
-                raise MethodRunFailed(text)
-            elif kind == "failed":
-                raise RuntimeError(text)
-        yield from _events(package.get(own.mailbox.rest.remote()), own.mailbox, note)
-        if stopped:
-            raise Stopped(stopped)
-    finally:
-        own.close()
-        (folder / SHARED).unlink(missing_ok=True)
 
+    def __init__(
+        self,
+        make: Make,
+        recipe: str,
+        folder: Path,
+        note: Note,
+        count: int,
+        workers: int | None = None,
+        gpus: float = 0.0,
+    ) -> None:
+        self._ray, self._note, self._shared = ray(), note, folder / SHARED
+        mark = f"{socket.gethostname()} {self._ray.get_runtime_context().get_job_id()}"
+        self._shared.write_text(mark, encoding="ascii")
+        self._remote = self._ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Runner)
+        self._mailbox = self._ray.remote(num_cpus=0, max_concurrency=1000)(Mailbox).remote()
+        self._given, self._mark = (make, recipe, str(folder), self._mailbox), mark
+        self._letters = self._mailbox.take.remote()
+        self._arrived = Counter[int]()  # events, by attempt
+        self._attempts = 0
+        self._deaths_at_start = 0
+        self._workers: list[_Worker] = []
+        for _ in range(min(workers or slots(1, gpus), count)):
+            self._start()
 
-def _events(messages: Sequence[str], mailbox: Any, note: Note) -> Iterator[Event]:
-    """Write the notes among ``messages`` to the journal, and yield the events."""
-    for message in messages:
-        value = json.loads(message)
-        if "event" in value:
-            yield Event(**{**value["event"], **{k: tuple(value["event"][k]) for k in ("notes", "external")}})
-        else:
-            mailbox.answer.remote(value["ask"], note(*value["note"]))
+    def has_room(self) -> bool:
+        """Return whether a worker is ready and has no method run."""
+        return any(worker.ready and worker.job is None for worker in self._workers)
 
+    def begin(self, job: Job) -> None:
+        """Give a method run to a worker."""
+        worker = next(worker for worker in self._workers if worker.ready and worker.job is None)
+        self._attempts += 1
+        worker.job, worker.attempt = job, self._attempts
+        worker.reference = worker.actor.run.remote(job.name, worker.attempt)
 
-def _died(job: tuple[Any, int], error: Exception) -> tuple[Any, int]:
-    """Return the method run with one more death of its worker.
+    def happened(self) -> Iterator[Event | Ended]:
+        """Wait for messages or for a worker that has prepared, finished a method run or died.
 
-    Raises:
-        MethodRunFailed: If there were ``DEATHS``.
-    """
-    if job[1] + 1 == DEATHS:
-        raise MethodRunFailed(
-            f"the worker of a method run died {DEATHS} times ({type(error).__name__}); is there enough memory? "
-            "--resume continues from its last round"
-        )
-    return job[0], job[1] + 1
+        Raises:
+            ClusterError: If a machine does not share the folder, has another installation or other data, or no worker
+                can start.
+        """
+        busy = {w.reference: w for w in self._workers if w.job or not w.ready}
+        patience = None if any(worker.ready for worker in self._workers) else START
+        done, _ = self._ray.wait([self._letters, *busy], num_returns=1, timeout=patience)
+        if not done:
+            raise ClusterError(f"no worker could start within {START:g} s: is the cluster busy?")
+        if done[0] == self._letters:
+            yield from self._events()
+            return
+        worker = busy[done[0]]
+        try:
+            result = json.loads(self._ray.get(worker.reference))
+        except self._ray.exceptions.RayTaskError as error:
+            raise RuntimeError(str(error)) from error
+        except self._ray.exceptions.RayError as error:
+            yield from self._replace(worker, error)
+            return
+        if not worker.ready:
+            _require_usable(result)
+            worker.ready = True
+            return
+        outcome, text, events = result
+        while self._arrived[worker.attempt] < events:  # they arrived in the mailbox before the result
+            yield from self._events()
+        assert worker.job is not None
+        job, worker.job = worker.job, None
+        yield Ended(job, outcome, text)
+
+    def close(self) -> None:
+        """End all workers."""
+        for actor in (*(worker.actor for worker in self._workers), self._mailbox):
+            with suppress(Exception):  # the cluster may be gone
+                self._ray.kill(actor)
+        self._shared.unlink(missing_ok=True)
+
+    def _start(self) -> None:
+        """Start one more worker."""
+        actor = self._remote.remote(*self._given)
+        self._workers.append(_Worker(actor, actor.prepare.remote(self._mark)))
+
+    def _replace(self, worker: _Worker, error: Exception) -> Iterator[Ended]:
+        """Start another worker in place of one that died, and yield the end of its method run."""
+        self._workers.remove(worker)
+        with suppress(Exception):
+            self._ray.kill(worker.actor)
+        self._deaths_at_start += not worker.ready
+        if self._deaths_at_start == DEATHS:
+            raise ClusterError(f"{DEATHS} workers died while they started: {error}") from error
+        self._start()
+        if worker.job:
+            yield Ended(worker.job, "died", f"the worker of a method run ({type(error).__name__})")
+
+    def _events(self) -> Iterator[Event]:
+        """Wait for messages, write the notes among them to the journal, and yield the events."""
+        messages, self._letters = self._ray.get(self._letters), self._mailbox.take.remote()
+        for message in messages:
+            value = json.loads(message)
+            if "event" in value:
+                self._arrived[value["attempt"]] += 1
+                yield event_of(value["event"])
+            else:
+                self._mailbox.answer.remote(value["ask"], self._note(*value["note"]))
 
 
 def _require_usable(told: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ from polyclinic.engines.plan import Plan
 from polyclinic.engines.site_description import shape_of
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.method_runs import PLAN, arm_name
+from polyclinic.learning.networks.model_tree import parameter_count
 from polyclinic.learning.tasks.survival import outputs_for
 from polyclinic.methods import registry
 from polyclinic.studies.config.study_config import Study
@@ -240,6 +241,8 @@ def _info(
     )
     external = {site for arm in runs.values() for site in arm["external"]}
     plan = Plan.from_json(json.dumps({"inputs": inputs, "outputs": outputs, **first["plan"]}))
+    task = plan.build_task()
+    model = task.model()
     labels = {arm["label"] for arm in runs.values()}
     continuous = study.task.kind in ("regression", "survival", "reconstruction")
     notes = [
@@ -275,8 +278,8 @@ def _info(
         "environment": environment(),
         "inputs": list(plan.inputs),
         "outputs": plan.outputs,
-        "parameters": sum(leaf.numel() for leaf in plan.build_task().first(0).values()),
-        **start_facts(plan.build_task()),
+        "parameters": parameter_count(model),
+        **start_facts(task, model),
     }
 
 

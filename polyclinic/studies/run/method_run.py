@@ -54,7 +54,8 @@ class MethodRun:
     """One method with one seed and one fold.
 
     Args:
-        study: The study.
+        study: The study; in a trial of a search, with its number of rounds.
+        hash: The hash of the study that is run.
         job: The method, seed and fold.
         resolved: The method and its plan.
         data: The split of the data.
@@ -66,6 +67,7 @@ class MethodRun:
     def __init__(
         self,
         study: Study,
+        hash: str,
         job: Job,
         resolved: ResolvedMethod,
         data: Federated,
@@ -73,7 +75,7 @@ class MethodRun:
         numbers: Mapping[str, int],
         profile: bool = False,
     ) -> None:
-        self.study, self.job, self.data, self.folder = study, job, data, folder
+        self.study, self.hash, self.job, self.data, self.folder = study, hash, job, data, folder
         self.plan, self.method = resolved.plan, resolved.method
         self.seed, self.numbers = job.seed, numbers
         self.label, self.entry, self.path = job.method.called, registry.entry(job.method.name), folder.path
@@ -270,7 +272,7 @@ class MethodRun:
             leaves = {f"{site}/{key}": leaf for site, outputs in found.items() for key, leaf in outputs.items()}
             if leaves:
                 write_tensors(self.path / f"{name}.safetensors", leaves)
-        meta = {"study": self.study.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
+        meta = {"study": self.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
         write_tensors(self.path / "model.safetensors", self.method.shared_model(best.state), meta)
         write_statistics(self.path, self.data.statistics)
         self._record("sealed", opened=opened)
@@ -326,7 +328,7 @@ class MethodRun:
 
     def _save(self, name: str, value: Checkpoint) -> None:
         with self.watch.phase("saving"):
-            states.save(self.path / f"{name}.safetensors", value, {"study": self.study.hash})
+            states.save(self.path / f"{name}.safetensors", value, {"study": self.hash})
 
     def _record(self, kind: str, **facts: Any) -> None:
         self.folder.record(kind, **self.job.who, **facts)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, federate
@@ -18,6 +20,7 @@ from polyclinic.data.splits import Fold
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import uncovered
 from polyclinic.evaluation.subgroup_results import MANY, groups_of
+from polyclinic.learning.networks.model_tree import Inspection, inspect, parameter_count
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
@@ -28,7 +31,7 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.records.run_description import patients_apart, space_of
+from polyclinic.studies.records.run_description import patients_apart, space_of, start_facts
 from polyclinic.studies.run.events import Job
 
 
@@ -59,6 +62,11 @@ class ResolvedStudy:
         jobs: The method runs in their order.
         methods: The methods that were built for validation, by the name of their job.
         numbers: A number for each patient, by which test sets are compared between method runs.
+        hash: The study's hash.
+        patients_known: Whether the data name the patient of each example.
+        network: The classification of the model's tensors.
+        parameters: The number of the model's parameters.
+        start: The entry of ``run.json`` on start weights; empty without any.
     """
 
     study: Study
@@ -68,6 +76,11 @@ class ResolvedStudy:
     jobs: tuple[Job, ...]
     methods: Mapping[str, ResolvedMethod]
     numbers: Mapping[str, int]
+    hash: str
+    patients_known: bool
+    network: Inspection
+    parameters: int
+    start: Mapping[str, Any]
 
     @property
     def task(self) -> Task:
@@ -109,9 +122,23 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
     elif study.folds is not None:
         folds = [Fold(i, study.folds) for i in range(study.folds)]
     jobs = tuple(Job(m, seed, fold) for seed in study.seeds for fold in folds for m in study.methods)
-    splits = _splits(study, source, jobs)
+    splits, patients_known = _splits(study, source, jobs)
+    model = _model(study, text, splits[0])
     methods = _methods(study, text, splits[0], folds[0])
-    return ResolvedStudy(study, text, source, splits, jobs, methods, {name: i for i, name in enumerate(patients)})
+    return ResolvedStudy(
+        study,
+        text,
+        source,
+        splits,
+        jobs,
+        methods,
+        {name: i for i, name in enumerate(patients)},
+        study.hash,
+        patients_known,
+        inspect(model),
+        parameter_count(model),
+        start_facts(next(iter(methods.values())).method.task, model),
+    )
 
 
 def _require_columns(study: Study, source: Source) -> None:
@@ -135,20 +162,36 @@ def _require_columns(study: Study, source: Source) -> None:
         raise DataError("\n".join(problems))
 
 
-def _splits(study: Study, source: Source, jobs: tuple[Job, ...]) -> tuple[Federated, ...]:
-    """Check the splits of all seeds and folds, and return those of the first seed.
+def _splits(study: Study, source: Source, jobs: tuple[Job, ...]) -> tuple[tuple[Federated, ...], bool]:
+    """Check the splits of all seeds and folds; return those of the first seed, and whether the data name patients.
 
     Raises:
         DataError: If any of them cannot be used.
     """
-    splits = list[Federated]()
+    splits, known = list[Federated](), list[bool]()
     for seed, fold in dict.fromkeys((job.seed, job.fold) for job in jobs):
         data = federate(study.data, seed, fold, source)
         _require_task(study, data)
-        patients_apart(data)
+        known.append(patients_apart(data))
         if seed == study.seeds[0]:
             splits.append(data if not splits else dataclasses.replace(data, sites={}))
-    return tuple(splits)
+    return tuple(splits), known[0]
+
+
+def _model(study: Study, text: str, data: Federated) -> nn.Module:
+    """Build a model, to check and to describe it.
+
+    Raises:
+        BadStudy: If start weights, adapters or what is trained do not fit the network.
+        ConfigError: If the options or the shape of the inputs do not suit the network.
+    """
+    try:
+        return plan_of(study, study.methods[0], data, study.seeds[0]).build_task().model()
+    except ValueError as error:
+        if not study.task.tuning:
+            raise
+        key, _, says = str(error).partition(": ")
+        raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), [Problem(_place(key), says)]) from None
 
 
 def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dict[str, ResolvedMethod]:
@@ -159,12 +202,6 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
     """
     methods = dict[str, ResolvedMethod]()
     problems = list[Problem]()
-    if study.task.tuning:
-        try:
-            plan_of(study, study.methods[0], data, study.seeds[0]).build_task().model()
-        except ValueError as error:
-            key, _, says = str(error).partition(": ")
-            raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), [Problem(_place(key), says)]) from None
     for i, spec in enumerate(study.methods):
         first = Job(spec, study.seeds[0], fold)
         try:
@@ -177,7 +214,7 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
             task = methods[first.name].method.task
             if reason := _stacked(plan.method, data) or frozen_problem(plan.method, task) or uncovered(plan):
                 problems.append(Problem(("methods", i, "name"), reason))
-            elif isinstance(local := plan.build_local(), DPSGD):
+            elif plan.training.get("private") and isinstance(local := plan.build_local(), DPSGD):
                 labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]
                 refusals = [
                     r for examples in labeled[:1] for r in local.trial(methods[first.name].method.task, examples)

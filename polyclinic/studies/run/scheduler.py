@@ -26,18 +26,17 @@ from polyclinic.evaluation.records.method_runs import PLAN
 from polyclinic.evaluation.records.run_reader import read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.linear_model import linear_task
-from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.studies.config import search_space, simulation_schema
 from polyclinic.studies.config.loader import plan_content
 from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.records.run_description import described, information
 from polyclinic.studies.run import data_identity
-from polyclinic.studies.run.cluster_runs import on_cluster
+from polyclinic.studies.run.cluster_runs import ClusterWorkers
 from polyclinic.studies.run.events import Event, Job, cores
+from polyclinic.studies.run.executors import ChildProcesses, Executor, ThisProcess, possible, run_jobs, warm_up
 from polyclinic.studies.run.linear_baselines import linear_files, write_linear_baselines
 from polyclinic.studies.run.method_run import MethodRun, external_in
-from polyclinic.studies.run.parallel_runs import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
 from polyclinic.studies.run.run_directory import Folder, MethodRunFolder, Note, Stopped, held
 from polyclinic.studies.run.run_lock import STOP
@@ -78,21 +77,12 @@ def run(
         yield from _run_in(own, resolve(study, text), resume, fresh, profile)
 
 
-def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> Iterator[Event]:
-    """Run a resolved study. The arguments and errors are those of ``run``."""
-    with held(path) as folder, _cluster(resolved.study):
-        yield from _run_in(folder, resolved, resume)
-
-
-def _run_in(
-    folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool = False, profile: bool = False
-) -> Iterator[Event]:
+def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, profile: bool) -> Iterator[Event]:
     path = folder.path
     study, splits, first = resolved.study, resolved.splits, resolved.splits[0]
     work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first), profile)
-    network = inspect(resolved.task.model())
-    parameters = sum(leaf.numel() for leaf in resolved.task.first(0).values())
-    plan = plan_content(resolved.text, path)
+    own = path if folder.begun and read_info(path).hash == resolved.hash else None
+    plan = plan_content(resolved.text, own)
     if fresh:
         folder.clear()
     try:
@@ -100,15 +90,24 @@ def _run_in(
             data_identity.require_unchanged(path, read_info(path).data.fingerprint, first, resolved.source)
         elif not folder.begun:
             data_identity.write_identity(path, first, resolved.source)
-        folder.begin(resolved.text, information(study, splits, parameters, resolved.task), resume, plan)
+        info = information(
+            study,
+            resolved.hash,
+            splits,
+            resolved.patients_known,
+            resolved.task,
+            resolved.parameters,
+            resolved.start,
+        )
+        folder.begin(resolved.text, info, resume, plan)
         if study.data.plan is not None:  # from here on, the run's own copy is used
-            own = study.data.model_copy(update={"plan": str(path / PLAN)})
-            work.study = study = study.model_copy(update={"data": own})
+            kept = study.data.model_copy(update={"plan": str(path / PLAN)})
+            work.study = study = study.model_copy(update={"data": kept})
         write_groups(path, resolved.source.table(), resolved.numbers, study.evaluation.subgroups)
         release(resolved.source)  # the sites have copies of their examples
-        folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
+        folder.note("resumed" if resume else "begun", {"study": resolved.hash, "data": first.fingerprint})
         notes = [*simulation_schema.told(study), *(note for data in splits for note in described(data))]
-        yield Event("data", notes=(*dict.fromkeys(notes), *network.warnings))
+        yield Event("data", notes=(*dict.fromkeys(notes), *resolved.network.warnings))
         done = work.results()
         jobs = [job for job in resolved.jobs if job.name not in done]
         for job in resolved.jobs:
@@ -116,20 +115,8 @@ def _run_in(
                 scores = done[job.name]
                 told = {"scores": scores, "external": external_in(scores, study, first)}
                 yield job.event("tested", round=study.rounds, rounds=study.rounds, **told)
-        workers = study.engine.workers or _capacity(study)
-        if jobs and possible() and any(study.training_of(method).get("private") for method in study.methods):
-            warm_up()
-        if jobs and study.engine.kind == "ray" and _whole_arms(study, len(jobs), workers):
-            recipe = _recipe(resolved, path, profile)
-            yield from on_cluster(
-                jobs, work_from, recipe, path.absolute(), folder.note, study.engine.workers, study.engine.gpus
-            )
-        elif _whole_arms(study, len(jobs), workers):
-            inside = study.engine.model_copy(update={"kind": "in-process"})  # each method run has one process
-            work.study = study.model_copy(update={"engine": inside})
-            yield from side_by_side(jobs, work, folder.note, workers)
-        else:
-            yield from in_turn(jobs, work, folder.note)
+        if jobs:
+            yield from run_jobs(jobs, _executor(work, len(jobs), folder.note))
         if work.add_linear_baselines():
             folder.note("linear baselines", {})
         folder.finish([job.name for job in resolved.jobs])
@@ -145,6 +132,23 @@ def _cluster(study: Study) -> AbstractContextManager[None]:
     """Return the connection to the Ray cluster of ``study``, if it runs on one."""
     engine = study.engine
     return cluster.connected(engine.address, engine.workers) if engine.kind == "ray" else nullcontext()
+
+
+def _executor(work: "_Work", jobs: int, note: Note) -> Executor:
+    """Return what executes the method runs of a study, of which ``jobs`` remain."""
+    study = work.study
+    workers = study.engine.workers or _capacity(study)
+    if possible() and any(study.training_of(method).get("private") for method in study.methods):
+        warm_up()
+    if not _whole_arms(study, jobs, workers):
+        return ThisProcess(work, note)
+    if study.engine.kind == "ray":
+        path = work.path.absolute()
+        recipe = _recipe(work.resolved, path, work.profile)
+        return ClusterWorkers(work_from, recipe, path, note, jobs, study.engine.workers, study.engine.gpus)
+    inside = study.engine.model_copy(update={"kind": "in-process"})  # each method run has one process
+    work = dataclasses.replace(work, study=study.model_copy(update={"engine": inside}))
+    return ChildProcesses(work, note, workers)
 
 
 def _capacity(study: Study) -> int:
@@ -170,9 +174,9 @@ def _recipe(resolved: ResolvedStudy, path: Path, profile: bool) -> str:
     """Return what a worker on another machine needs in order to execute the method runs of a study, as JSON."""
     told = {
         "text": resolved.text,
-        "folder": str(path.absolute()),
+        "folder": str(path),
         "current": os.getcwd(),
-        "study": resolved.study.hash,
+        "study": resolved.hash,
         "data": resolved.splits[0].fingerprint,
         "device": resolved.study.engine.device,
         "profile": profile,
@@ -198,9 +202,8 @@ def work_from(recipe: str) -> tuple["_Work", dict[str, Job]]:
     engine = study.engine.model_copy(update={"kind": "in-process", "device": told["device"]})
     study = study.model_copy(update={"engine": engine})
     latest = (study.seeds[0], resolved.jobs[0].fold, resolved.splits[0])
-    return _Work(resolved, study, Path(told["folder"]), latest, told["profile"]), {
-        job.name: job for job in resolved.jobs
-    }
+    work = _Work(resolved, study, Path(told["folder"]), latest, told["profile"])
+    return work, {job.name: job for job in resolved.jobs}
 
 
 @dataclasses.dataclass
@@ -243,7 +246,7 @@ class _Work:
                     fact = json.loads(line)
                     yield by_key[fact["method"], fact["seed"], fact.get("fold", 0)], fact
 
-    def __call__(self, job: Job, note: Note) -> Iterator[Event]:
+    def __call__(self, job: Job, note: Note) -> Generator[Event, None, None]:
         """Execute one method run from its last checkpoint, after its search."""
         folder = MethodRunFolder(self.path / "arms" / job.name, note, self.path / STOP)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -268,9 +271,8 @@ class _Work:
     def _arm(self, study: Study, job: Job, folder: MethodRunFolder, sealed: bool = False) -> MethodRun:
         data = self._data(job.seed, job.fold)
         data = _sealed(data) if sealed else data
-        profile = self.profile and job.trial is None
-        resolved = self.resolved.method(job, data, study)
-        return MethodRun(study, job, resolved, data, folder, self.resolved.numbers, profile)
+        method, profile = self.resolved.method(job, data, study), self.profile and job.trial is None
+        return MethodRun(study, self.resolved.hash, job, method, data, folder, self.resolved.numbers, profile)
 
     def _data(self, seed: int, fold: Fold | None) -> Federated:
         if self.latest[:2] != (seed, fold):

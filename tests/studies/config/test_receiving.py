@@ -59,25 +59,27 @@ def model(run: Any) -> Any:
     return load_file(run / "arms" / "fedavg-seed0" / "model.safetensors")
 
 
-def test_both_engines_give_the_same_bits_and_count_what_travels(tmp_path: Path) -> None:
-    runs = []
-    for engine in ("in-process", "workers"):
-        (tmp_path / engine).mkdir()
-        runs.append(ran(tmp_path / engine, engine))
-    ours, theirs = model(runs[0]), model(runs[1])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process."""
+    return ran(tmp_path_factory.mktemp("whole"))
+
+
+def test_both_engines_give_the_same_bits_and_count_what_travels(whole: Path, tmp_path: Path) -> None:
+    ours, theirs = model(whole), model(ran(tmp_path, "workers"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    down = {line["method"]: sum(line["bytes_down"].values()) for line in facts(runs[0]) if line["kind"] == "round"}
+    down = {line["method"]: sum(line["bytes_down"].values()) for line in facts(whole) if line["kind"] == "round"}
     assert down["fedavg"] < 0.8 * down["whole"]  # a model this small is names and frames for the most part
 
 
-def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    whole = model(ran(tmp_path))
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    expected = model(whole)
     text = STUDY.format(path=npz(tmp_path), engine="in-process", more="")
     for stop_after in (3, 7):
         path = tmp_path / f"stopped-{stop_after}"
         stopped_and_resumed(text, path, stop_after)
         again = model(path)
-        assert all(torch.equal(whole[name], again[name]) for name in whole), stop_after
+        assert all(torch.equal(expected[name], again[name]) for name in expected), stop_after
 
 
 def test_attackers_receive_it_too(tmp_path: Path) -> None:

@@ -6,48 +6,34 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.data.config import DataSpec
 from polyclinic.engines.plan import Plan
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.resolved_study import resolve
-from polyclinic.studies.run.scheduler import run, run_resolved
+from polyclinic.studies.run.scheduler import run
 from tests.studies.run.test_scheduler import npz, study
 
 
-def test_a_run_uses_the_methods_that_its_validation_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_opens_its_source_and_builds_each_method_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     npz(tmp_path)
-    text = study(tmp_path)
-    built: Counter[str] = Counter()
-    build = Plan.build_method
+    text = study(tmp_path, **{"rounds = 4": "rounds = 1"}).split('[[methods]]\nname = "cross"')[0]
+    parsed, built, opened = parse(text), Counter[str](), Counter[str]()
+    build, source = Plan.build_method, type(parsed.data).source
 
-    def counted(plan: Plan) -> object:
+    def built_once(plan: Plan) -> object:
         built[f"{plan.method} {plan.seed}"] += 1
         return build(plan)
 
-    monkeypatch.setattr(Plan, "build_method", counted)
-    resolved = resolve(parse(text), text)
-    first = dict(built)
-    assert first
-    assert set(first.values()) == {1}
-    for _ in run_resolved(resolved, tmp_path / "run"):
-        pass
-    assert set(built) > set(first), "the methods of other seeds are built when they run"
-    assert set(built.values()) == {1}
+    def opened_once(spec: DataSpec) -> object:
+        opened["source"] += 1
+        return source(spec)
 
-
-def test_a_run_reads_the_source_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    npz(tmp_path)
-    text = study(tmp_path)
-    parsed, opened = parse(text), []
-    real = type(parsed.data).source
-
-    def counted(spec: object) -> object:
-        opened.append(spec)
-        return real(spec)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(type(parsed.data), "source", counted)
+    monkeypatch.setattr(Plan, "build_method", built_once)
+    monkeypatch.setattr(type(parsed.data), "source", opened_once)
     for _ in run(parsed, text, tmp_path / "run"):
         pass
-    assert len(opened) == 1
+    assert built == {"local 0": 1, "pooled 0": 1, "local 1": 1, "pooled 1": 1}
+    assert opened == {"source": 1}
 
 
 def test_a_changed_method_or_a_trial_is_built_anew(tmp_path: Path) -> None:

@@ -176,8 +176,7 @@ class RunRequest:
     @property
     def packages(self) -> tuple[Package, ...]:
         """The installed packages that provide what this request or its study names, in their current versions."""
-        plans = [self.plan, *(arm["plan"] for arm in self.arms)]
-        return tuple(sorted({package for plan in plans for package in packages_in(plan)}))
+        return packages_in(self.plan, *(arm["plan"] for arm in self.arms))
 
     @property
     def hash(self) -> str:

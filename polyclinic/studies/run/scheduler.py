@@ -83,7 +83,8 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
     work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first))
     network = inspect(resolved.task.model())
     parameters = sum(leaf.numel() for leaf in resolved.task.first(0).values())
-    plan = plan_content(resolved.text, path)
+    own = path if folder.begun and read_info(path).hash == study.hash else None
+    plan = plan_content(resolved.text, own)
     if fresh:
         folder.clear()
     try:
@@ -93,8 +94,8 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
             data_identity.write_identity(path, first, resolved.source)
         folder.begin(resolved.text, information(study, splits, parameters, resolved.task), resume, plan)
         if study.data.plan is not None:  # from here on, the run's own copy is used
-            own = study.data.model_copy(update={"plan": str(path / PLAN)})
-            work.study = study = study.model_copy(update={"data": own})
+            kept = study.data.model_copy(update={"plan": str(path / PLAN)})
+            work.study = study = study.model_copy(update={"data": kept})
         write_groups(path, resolved.source.table(), resolved.numbers, study.evaluation.subgroups)
         release(resolved.source)  # the sites have copies of their examples
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})

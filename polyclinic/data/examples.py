@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from polyclinic.data.geometry import Geometry
+from polyclinic.data.geometry import Geometry, best_class
 from polyclinic.errors import DataError as DataError
 
 Item = TypeVar("Item")
@@ -42,7 +42,7 @@ class Case:
         """Millimeters between voxels of the preprocessed image."""
         return self.geometry.spacing_mm
 
-    def labels(self, scores: Tensor, decide: Callable[[Tensor], Tensor]) -> Tensor:
+    def labels(self, scores: Tensor, decide: Callable[[Tensor], Tensor] = best_class) -> Tensor:
         """Return the label of each voxel of the original grid, given class scores [C, *grid]."""
         return self.geometry.labels(scores, decide)
 

@@ -4,8 +4,8 @@ Xu, Li, Guo, Yang, Roth, Hatamizadeh, Zhao, Xu, Huang and Xu, "Closing the Gener
 Medical Image Segmentation", CVPR 2022, Algorithm 1 (FedSM-extra) with SoftPull. https://arxiv.org/abs/2203.10144.
 
 Departures: the selector is a small network instead of VGG-11, without normalization layers, since a site has only its
-own kind of image and these layers would remove its style. Updates are weighted by examples, those of the selector and
-of its Adams' moments equally.
+own kind of image and these layers would remove its style; for bags of features it is a network with attention. Updates
+are weighted by examples, those of the selector and of its Adams' moments equally.
 """
 
 from dataclasses import dataclass

@@ -53,26 +53,23 @@ def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> 
     return data
 
 
-def plan_content(text: str, folder: Path) -> bytes | None:
-    """Return the content of the plan that the study in ``text`` names; None without one.
+def plan_content(text: str, folder: Path | None) -> bytes | None:
+    """Return the content of the plan of the study in ``text``; None if it has none.
 
-    If the file no longer exists, it is that of the copy in the run folder ``folder``.
+    Args:
+        text: The study file.
+        folder: The folder whose copy of the plan is preferred to the file that the study names, if there is a copy.
 
     Raises:
-        DataError: If neither exists.
+        DataError: If there is neither.
     """
     from polyclinic.data.files import placed
-    from polyclinic.errors import DataError
 
     named = _plan_in(tomllib.loads(text))
     if named is None:
         return None
-    try:
-        return placed(named, "plan").read_bytes()
-    except DataError:
-        if not (folder / PLAN).is_file():
-            raise
-        return (folder / PLAN).read_bytes()
+    own = None if folder is None else folder / PLAN
+    return (own if own is not None and own.is_file() else placed(named, "plan")).read_bytes()
 
 
 def _plan_in(table: Mapping[str, Any]) -> str | None:

@@ -163,3 +163,13 @@ def test_a_network_learns_nested_regions() -> None:
     assert found["dice"].shape == (8, 3)
     assert (found["dice"].mean(0) > torch.tensor([0.9, 0.9, 0.6])).all()
     assert TASK.scores(found)["dice"] > TASK.scores(outputs(TASK, TASK.first(), test))["dice"] + 0.3
+
+
+def test_counts_leave_out_pixels_without_annotation() -> None:
+    from polyclinic.learning.tasks.data_sums import count_up
+
+    data = nested(3, 6)
+    before = count_up(data, TASK.label_count)["classes"]
+    assert before.tolist() == [float((data.y == k).sum()) for k in range(4)]
+    data.y[:, :4] = IGNORED
+    assert count_up(data, TASK.label_count)["classes"].tolist() == [float((data.y == k).sum()) for k in range(4)]

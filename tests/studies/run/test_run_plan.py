@@ -57,7 +57,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("change", ["deleted", "edited"])
 def test_a_run_is_read_with_its_own_plan(
-    planned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, change: str
+    planned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     finished, folder = planned
     monkeypatch.setenv("POLYCLINIC_CACHE", str(folder / "cache"))
@@ -78,7 +78,12 @@ def test_a_run_is_read_with_its_own_plan(
         assert read_again(before, 0)[2].fingerprint == before.info.data.fingerprint
         again = study_config.read(finished / "study.toml")
         assert again.hash == before.info.hash  # so that the run is continued in its own folder
-        list(run(again, (finished / "study.toml").read_text(), finished, resume=True))
+        text = (finished / "study.toml").read_text()
+        list(run(again, text, finished, resume=True))
+        copied = tmp_path / finished.name
+        shutil.copytree(finished, copied)
+        list(run(again, text, copied, fresh=True))  # with the plan that it was read with
+        assert (copied / PLAN).read_bytes() == content
     finally:
         file.write_bytes(content)
 

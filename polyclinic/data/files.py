@@ -305,6 +305,8 @@ def read_mask(
     if kind_of(path) in PICTURES:
         pixels = read_picture(path, options.limits)
         array, notes = _turned_with(path, pixels, image, turn)
+        if pixels.transparent and len(np.unique(array.reshape(-1, *array.shape[2:]), axis=0)) == 1:
+            raise Unreadable(path, "has one color, and differs in transparency only: save the labels as gray values")
         if array.ndim == 3 and array.shape[-1] == 3 and (array == array[..., :1]).all():
             array = array[..., 0]  # gray values stored as colors
         if pixels.lossy and not set(np.unique(array).tolist()) <= {0, 255}:
@@ -356,7 +358,7 @@ def _upright(path: Path, options: ImageOptions) -> tuple[Volume, int]:
     if kind not in PICTURES:
         return _read_volume(path, kind, False, options), 1
     pixels = read_picture(path, options.limits)
-    array, scale, notes = pixels.upright, pixels.full_scale, tuple[str, ...]()
+    array, scale, notes = pixels.upright, pixels.full_scale, pixels.notes
     if options.bits and array.dtype == np.uint16:
         scale = float(2**options.bits - 1)
         if (highest := int(array.max())) > scale:
@@ -364,7 +366,8 @@ def _upright(path: Path, options: ImageOptions) -> tuple[Volume, int]:
     if array.dtype == np.uint8:
         tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     else:
-        tensor, notes = as_image(path, array, options.fill)
+        tensor, more = as_image(path, array, options.fill)
+        notes += more
     if tensor.ndim == 2:
         return replace(_plain_picture(tensor, ""), full_scale=scale, notes=notes), pixels.orientation
     color = _plain_picture(tensor.movedim(-1, 0), "RGB" if tensor.shape[-1] == 3 else "")

@@ -5,17 +5,19 @@ is compared in one Unicode form. Names that differ only in case, spaces or punct
 says whether they are one.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from polyclinic.data.formats.parsing import clean, is_missing, is_number, plain, similar
+from polyclinic.data.formats.parsing import clean, is_missing, is_number, may_be_missing, plain, similar
 from polyclinic.data.source import Task
 
 MissingLabels = Literal["refuse", "drop"]
 MOST_ROWS = 5
+_COMMA = re.compile(r"[+-]?\d[\d.' ]*,\d+([.,]\d+)*")
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,10 @@ class Reading:
                     outside.append(i)
             values.append(value)
         if no_number:
-            problems.append(f"{_rows(len(no_number), 'with')} no number in {name} ({_some(no_number, words, places)})")
+            problems.append(
+                f"{_rows(len(no_number), 'with')} no number in {name} ({_some(no_number, words, places)})"
+                f"{comma_hint(words[no_number[0]])}"
+            )
         if outside:
             remedy = "; say what -1 means with uncertain = ..." if any(float(words[i]) == -1 for i in outside) else ""
             problems.append(
@@ -288,6 +293,11 @@ def survival_notes(targets: Sequence[tuple[float, ...]], sites: Sequence[str]) -
     return notes
 
 
+def comma_hint(word: str) -> str:
+    """Return what to do about a number with a decimal comma or with separators of thousands; "" for other words."""
+    return ": write numbers with a decimal point and without other separators" if _COMMA.fullmatch(word) else ""
+
+
 def _rows(count: int, joint: str) -> str:
     return f"{count} row{'s' * (count != 1)} {joint}"
 
@@ -300,11 +310,17 @@ def _some(rows: Sequence[int], words: Sequence[str], places: Sequence[str]) -> s
 
 
 def _questions(name: str, found: Mapping[str, int]) -> list[str]:
-    """Return one problem for each group of names that may be one class."""
+    """Return one problem for each name that may mean a missing value, and for each group that may be one class."""
     groups: dict[str, list[str]] = defaultdict(list)
     for text in sorted(found):
         groups[similar(text)].append(text)
-    return [
+    doubtful = [text for text in sorted(found) if may_be_missing(text) and not (set(text) == {"-"} and "+" in found)]
+    problems = [
+        f"{name} has {text!r} ({found[text]}), which may mean a missing value: leave those examples out, or list it "
+        "with the other classes in classes = [...] if it is a class"
+        for text in doubtful
+    ]
+    return problems + [
         f"{name} has {' and '.join(f'{text!r} ({found[text]})' for text in group)}, which differ only in case, spaces "
         f'or punctuation: list one of them in classes = ["{group[0]}", ...] to read them as one class, or all to keep '
         "them apart"

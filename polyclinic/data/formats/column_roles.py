@@ -7,11 +7,12 @@ found whatever its case. A role that the study does not name is filled by the fi
 
 import difflib
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from polyclinic.data.formats.parsing import is_missing
+from polyclinic.data.formats.parsing import clean, is_missing, is_number, plain
 
 Role = Literal["patient", "site", "split", "label", "image", "mask"]
 NONE = "none"
@@ -142,6 +143,37 @@ def matched(ids: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 
 def _without_zeros(name: str) -> str:
     return re.sub(r"(?<!\d)0+(?=\d)", "", name.removeprefix("sub-"))
+
+
+SPELLINGS = "spelled in several ways"
+ROUNDED = "that a spreadsheet has rounded"
+
+
+def same_patients(values: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Return the patient of each row, under one spelling, and notes.
+
+    Ids that differ only in case, separators, leading zeros or a decimal zero are one patient: if they were two, one
+    person could be in training and test data. The spelling is the first in alphabetical order.
+    """
+    spelled: dict[tuple[str, str], set[str]] = defaultdict(set)
+    keys = [_patient_key(value) for value in values]
+    for key, value in zip(keys, values, strict=True):
+        spelled[key].add(value)
+    notes = []
+    if several := sum(len(names) > 1 for names in spelled.values()):
+        notes.append(
+            f"{several} patients are {SPELLINGS} (case, separators, leading zeros, decimals); each counts as one."
+        )
+    if rounded := sum(re.fullmatch(r"\d(\.\d+)?[eE]\+\d+", value) is not None for value in {*values}):
+        notes.append(f"{rounded} patients have a number {ROUNDED}, such as 1.2E+11: different ones may have the same.")
+    return tuple(min(spelled[key]) for key in keys), notes
+
+
+def _patient_key(value: str) -> tuple[str, str]:
+    text = unicodedata.normalize("NFKC", clean(value)).casefold()
+    if is_number(text):
+        return "number", plain(text)
+    return "text", _without_zeros(re.sub(r"[\s_./-]+", "-", text))
 
 
 def missing_at(values: Sequence[str]) -> list[int]:

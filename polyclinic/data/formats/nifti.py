@@ -71,7 +71,10 @@ def read_nifti(
         labels = stored if (slope, inter) == (1.0, 0.0) else stored.astype(np.float64) * slope + inter
         return Volume(_axes(as_mask(path, labels)), affine, units="label", notes=notes, positioned=positioned)
     values, filled = as_image(path, stored, fill, slope, inter)
-    return Volume(_axes(values), affine, notes=notes + filled, positioned=positioned)
+    array = _axes(values)
+    if array.ndim > 3 and array.shape[0] > 1:
+        notes += (f"its {array.shape[0]} volumes (a fourth dimension) are read as channels",)
+    return Volume(array, affine, notes=notes + filled, positioned=positioned)
 
 
 @contextlib.contextmanager

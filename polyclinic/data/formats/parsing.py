@@ -13,9 +13,21 @@ MISSING = frozenset(
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
+_DOUBTFUL = frozenset(
+    {"", "-", "--", "---", "na", "nil", "void", "unk", "unknown", "missing", "empty", "undefined", "tbd", "pending"}
+    | {"notavailable", "notapplicable", "notreported", "notknown", "notdone", "nodata", "novalue"}
+)
+
+
 def clean(word: str) -> str:
-    """Return a cell's text in Unicode form NFC, without space at its ends."""
-    return unicodedata.normalize("NFC", word).strip()
+    """Return a cell's text in Unicode form NFC, without invisible characters and without space at its ends."""
+    return _INVISIBLE.sub("", unicodedata.normalize("NFC", word)).strip()
+
+
+def may_be_missing(word: str) -> bool:
+    """Return whether a word that is no usual word for a missing value may mean one, such as "-" and "unknown"."""
+    return not is_missing(word) and similar(clean(word)) in _DOUBTFUL
 
 
 def is_missing(word: str, also: Sequence[str] = ()) -> bool:
@@ -42,4 +54,5 @@ def similar(word: str) -> str:
 
     Signs are kept: "+" and "-" are two words, as in "HER2+" and "HER2-".
     """
-    return re.sub(r"[\s_./]+|(?<=\w)-(?=\w)", "", unicodedata.normalize("NFKC", word).casefold())
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", word))
+    return re.sub(r"[\s_./]+|(?<=\w)-(?=\w)", "", text.casefold())

@@ -42,12 +42,16 @@ class Pixels:
         full_scale: The value of full brightness; None for signed and floating point numbers.
         orientation: EXIF orientation, 1 to 8; 1 if none is stated.
         lossy: Whether compression has changed values (JPEG, WebP).
+        notes: Observations of the reader.
+        transparent: Whether the picture has transparency that differs from pixel to pixel, which is left out.
     """
 
     array: np.ndarray[Any, Any]
     full_scale: float | None
     orientation: int = 1
     lossy: bool = False
+    notes: tuple[str, ...] = ()
+    transparent: bool = False
 
     @property
     def upright(self) -> np.ndarray[Any, Any]:
@@ -107,6 +111,10 @@ def _pillow(path: Path, head: bytes, limits: Limits, inverted: bool = False) -> 
             fits(path, (high, wide, len(picture.getbands())), 2, limits)
             return Pixels(_sixteen_bit_colors(path), 65535.0, orientation if orientation in _TURNS else 1)
         picture.load()
+        transparent = _is_transparent(picture)
+        notes = ("its transparency is left out: pixels have the colors that are stored",) if transparent else ()
+        if picture.mode == "CMYK":
+            notes = ("its colors are for printing (CMYK), and are converted without their profile",)
         gray = picture.mode in ("1", "LA", "La")
         array = np.array(picture if picture.mode in _PLAIN else picture.convert("L" if gray else "RGB"))
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -114,7 +122,17 @@ def _pillow(path: Path, head: bytes, limits: Limits, inverted: bool = False) -> 
         array = array.astype(np.uint16)
     scale = float(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else None
     array = (np.iinfo(array.dtype).max - array) if inverted and array.dtype.kind == "u" else array
-    return Pixels(array, scale, orientation if orientation in _TURNS else 1, lossy)
+    return Pixels(array, scale, orientation if orientation in _TURNS else 1, lossy, notes, transparent)
+
+
+def _is_transparent(picture: Any) -> bool:
+    """Return whether a decoded picture has transparency that differs from pixel to pixel."""
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    if "A" not in picture.getbands():
+        return False
+    low, high = picture.getchannel("A").getextrema()
+    return bool(low < high)
 
 
 def _png_kind(head: bytes) -> tuple[int, int]:

@@ -156,6 +156,16 @@ def _people(looks: Sequence[Look]) -> list[Finding]:
         found.append(
             Finding("error", "two-splits", f"{_n(len(both), 'patient')} in more than one split", _names(files))
         )
+    places: dict[str, set[str]] = defaultdict(set)
+    for look in looks:
+        if look.item.patient is not None and look.item.site is not None:
+            places[look.item.patient].add(look.item.site)
+    if several := sum(len(sites) > 1 for sites in places.values()):
+        text = (
+            f"{_n(several, 'patient')} at several sites: a study keeps each at one of them. If the sites number their "
+            "patients independently, make the ids unique, such as north-1"
+        )
+        found.append(Finding("warning", "several-sites", text))
     known = {look.item.patient for look in looks if look.item.patient is not None}
     if looks and not known:
         text = "the data do not state which images are of one patient; each counts as its own patient"

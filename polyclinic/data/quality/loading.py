@@ -13,7 +13,7 @@ from polyclinic.data.collection import UNKNOWN_PATIENTS, FromFiles
 from polyclinic.data.config import source_of
 from polyclinic.data.filename_screening import shown
 from polyclinic.data.files import ImageOptions
-from polyclinic.data.formats.column_roles import SPLITS
+from polyclinic.data.formats.column_roles import ROUNDED, SPELLINGS, SPLITS
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
 from polyclinic.data.labels import UNITS
 from polyclinic.data.quality.findings import Finding
@@ -61,7 +61,7 @@ class Loaded:
         if self.open:
             found.append(Finding("note", "study", _masked(self.open)))
         for note in self.notes:
-            warned = note.startswith((UNITS, "No row has an event"))
+            warned = note.startswith((UNITS, "No row has an event")) or SPELLINGS in note or ROUNDED in note
             found.append(Finding("warning" if warned else "note", "source", _masked(note.rstrip("."))))
         return found
 
@@ -94,7 +94,7 @@ def load(
     except DataError as error:
         return Loaded(recognized, problems=tuple(error.problems))
     known = not any(note in (UNKNOWN_PATIENTS, UNKNOWN_PATIENTS.replace("image", "row")) for note in info[1])
-    told = ("Left out", "left out", "by their names", UNITS, "No row has an event")
+    told = ("Left out", "left out", "by their names", UNITS, "No row has an event", SPELLINGS, ROUNDED)
     notes = tuple(note for note in info[1] if any(words in note for words in told))
     if not isinstance(source, FromFiles):
         return Loaded(recognized, table, info[0], known, notes=notes)

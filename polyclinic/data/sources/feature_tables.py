@@ -22,9 +22,17 @@ import torch
 from polyclinic.data.collection import UNKNOWN_PATIENTS, described
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import content_of, placed
-from polyclinic.data.formats.column_roles import column_of, detected, identifying, missing_at, named_column, no_column
+from polyclinic.data.formats.column_roles import (
+    column_of,
+    detected,
+    identifying,
+    missing_at,
+    named_column,
+    no_column,
+    same_patients,
+)
 from polyclinic.data.formats.parsing import is_missing, is_number, plain
-from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, survival_notes
+from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, comma_hint, survival_notes
 from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 from polyclinic.data.sources.tabular_files import read_rows
@@ -137,6 +145,8 @@ class FeatureTable:
         notes += detected({"patient": (self.patient, self._use.patient), "site": (self.site, self._use.site)})
         if idle := sorted(self._apart - set(self._features) - {*self._use.columns, *self.leave_out, "split"}):
             notes.append(f"Not used as features, by their names: {', '.join(idle)}; list them in features to use them.")
+        if self._use.patient:
+            notes += same_patients([self._raw[self._use.patient][i] for i in self._kept])[1]
         if not self._use.patient:
             notes.append(UNKNOWN_PATIENTS.replace("image", "row"))
         stem = Path(self.path).name.partition(".")[0]
@@ -169,7 +179,7 @@ class FeatureTable:
         raw, rows = self._raw, self._kept
         ids = tuple(f"row {i + 2}" for i in rows)
         use = self._use
-        patients = tuple(raw[use.patient][i] for i in rows) if use.patient else ids
+        patients = same_patients([raw[use.patient][i] for i in rows])[0] if use.patient else ids
         if use.patient and (lost := [ids[i] for i in missing_at(patients)]):
             raise DataError(f"{Path(self.path).name}: {len(lost)} rows have no {use.patient} ({', '.join(lost[:5])})")
         apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {
@@ -440,7 +450,7 @@ class FeatureTable:
             raise DataError(
                 f"{Path(self.path).name}: row {row + 2} has {word!r} in {column}, which is not a number: list it in "
                 f'categories or leave_out, name what it identifies with patient = "{column}" or site = "{column}", or '
-                "add the word to missing"
+                f"add the word to missing{comma_hint(word)}"
             )
         return float(word)
 

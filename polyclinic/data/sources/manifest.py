@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from polyclinic.data.formats.column_roles import (
     missing_at,
     named_column,
     no_column,
+    same_patients,
     usual_columns,
 )
 from polyclinic.data.formats.parsing import clean, plain
@@ -27,6 +29,7 @@ from polyclinic.data.source import HIDDEN, Info, Task
 from polyclinic.data.sources.tabular_files import read_rows
 
 MOST = 20
+ABSENT = "a file that does not exist"
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
@@ -122,6 +125,10 @@ class Manifest(FromFiles):
         notes = [] if use.patient or self.patient_pattern else [UNKNOWN_PATIENTS]
         stated = {"patient": (self.patient, use.patient), "site": (self.site, use.site)}
         notes += detected(stated if self.label or use.mask else {**stated, "label": ("", use.labels[0])})
+        if use.patient:
+            patients, more = same_patients(patients_in(rows[use.patient], self.patient_pattern))
+            rows = {**rows, use.patient: list(patients)}
+            notes += more
         lines = [i + 2 for i in range(len(next(iter(rows.values()))))]
         targets: list[int] | list[tuple[float, ...]] | list[None]
         if use.mask:
@@ -205,7 +212,11 @@ class Manifest(FromFiles):
         if any("*" in file for file in files):
             named, wrong = _found(lines, files, named, root)
             problems += wrong
-        problems += _missing(lines, files, named, root)
+        wrong = _missing(lines, files, named, root)
+        if any(ABSENT in problem for problem in wrong):
+            named, several = _spelled(lines, named, root)
+            wrong = [*several, *_missing(lines, files, named, root)]
+        problems += wrong
         ids = [row[0] for row in named]
         if self.frames and self.frames.column:
             if self.frames.column in rows:
@@ -216,7 +227,7 @@ class Manifest(FromFiles):
         if twice := {name: n for name, n in Counter(ids).items() if n > 1 and name}:
             some = ", ".join(f"{name} is listed {n} times" for name, n in list(twice.items())[:5])
             problems.append(f"{len(twice)} files are listed more than once: {some}")
-        patients = patients_in(rows[use.patient] if use.patient else ids, self.patient_pattern)
+        patients = tuple(rows[use.patient]) if use.patient else patients_in(ids, self.patient_pattern)
         if use.patient and (empty := [lines[i] for i in missing_at(patients)]):
             problems.append(f"{len(empty)} rows name no patient (the first is row {empty[0]})")
         own = {*files, *use.labels, use.patient, use.site, use.split}
@@ -280,6 +291,37 @@ def _found(lines: list[int], files: list[str], named: list[list[str]], root: Pat
     return out, [f"{len(several)} row{'s' * (len(several) > 1)} fit several files ({some})"] * bool(several)
 
 
+def _spelled(lines: list[int], named: list[list[str]], root: Path) -> tuple[list[list[str]], list[str]]:
+    r"""Return the names as their files are spelled, and the problems.
+
+    A name that does not exist may differ from the only file that fits in the separator of folders (``\``), in case,
+    or in its Unicode form: tables are often written on another system than the one that reads them.
+    """
+    fits: dict[str, list[str]] = defaultdict(list)
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names + folders:
+            path = Path(folder, name).relative_to(root).as_posix()
+            fits[_spelling(path)].append(path)
+    out, several = [[*row] for row in named], list[str]()
+    for line, row in zip(lines, out, strict=True):
+        for i, name in enumerate(row):
+            if not name or (root / name).exists():
+                continue
+            found = fits.get(_spelling(name), [])
+            if len(found) > 1:
+                several.append(f"row {line}: {found[0]} and {found[1]}")
+            row[i] = found[0] if len(found) == 1 else name
+    some = "; ".join(several[:5])
+    return out, [f"{len(several)} rows fit several files that differ in case or Unicode form only ({some})"] * bool(
+        several
+    )
+
+
+def _spelling(name: str) -> str:
+    return unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./")).casefold()
+
+
 def _missing(lines: list[int], files: list[str], named: list[list[str]], root: Path) -> list[str]:
     """Return the problems of the files that the rows name, grouped by kind."""
     groups: dict[str, list[str]] = defaultdict(list)
@@ -288,7 +330,7 @@ def _missing(lines: list[int], files: list[str], named: list[list[str]], root: P
             if not name:
                 groups[f"no file in {file}"].append(f"row {line}")
             elif not (root / name).exists():
-                groups["a file that does not exist"].append(f"row {line}: {name}")
+                groups[ABSENT].append(f"row {line}: {name}")
             elif not (root / name).is_dir() and not is_image(root / name):
                 groups["a file of a format that is not supported"].append(f"row {line}: {name}")
     return [

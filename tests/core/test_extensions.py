@@ -1,6 +1,7 @@
 """Parts that a program registers, and those of installed packages: found by name, never replaced."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.support.plugin_package import with_metadata
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Two packages: one with a module in a single file, one with a folder; both provide the loss ``both``."""
     groups = {"polyclinic.losses": {"soft": "one_module:soft", "both": "one_module:soft"}}
     with_metadata(tmp_path, "One.Module", "1.2", groups)

@@ -35,8 +35,8 @@ class Mutant:
 
     Attributes:
         line: The line of the original in which the change begins.
-        start: Where in the original the changed text begins.
-        end: Where it ends.
+        start: Position in the original at which the changed text begins.
+        end: Position of its end.
         new: The text in its place.
     """
 

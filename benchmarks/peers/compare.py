@@ -4,24 +4,29 @@
     python benchmarks/peers/compare.py FOLDER [--times 5] [--work many-small ...] [--peer pfl ...]
 
 A ratio is the CPU time of a framework over that of the bare loop in the same repetition: of the training loop, where it
-can be measured, and of whole processes, with imports, data and the processes that were started. Final weights are
+can be measured, and of whole processes, with imports, data and all processes that were started (Linux: this process
+adopts those that a framework leaves). Peak memory is that of the first process of each framework. Final weights are
 compared with the bare loop's; a framework that did other work is reported as such and has no ratio. Run it on a quiet
 machine, and read the spread.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).parent
+TIMEOUT = 900
 SAME = 1e-4
 """Largest difference of a final weight from the bare loop's, from sums in another order and what training makes of it."""
 RUNNERS = {
@@ -30,6 +35,8 @@ RUNNERS = {
     "polyclinic": "",
     "polyclinic_workers": "",
     "pfl": "pfl",
+    "flower": "flower",
+    "flare": "",
 }
 """Runners, and the environment that each needs; none for that of Polyclinic."""
 
@@ -45,12 +52,38 @@ def run(name: str, work: str, environments: Path, folder: Path) -> dict[str, flo
     script = "polyclinic" if name == "polyclinic_workers" else name
     words = [python, HERE / f"run_{script}.py", work, folder, *(["workers"] if name == "polyclinic_workers" else [])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HOME": str(folder)}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env, timeout=1800)
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [env.get("PYTHONPATH")])])
+    before = cpu_of_children()
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env, timeout=TIMEOUT, cwd=folder)
+    wait_for_orphans()
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"loop_cpu_s"')]
     if not lines:
         raise RuntimeError((done.stderr.strip() or "no result").splitlines()[-1])
     measured: dict[str, float | None] = json.loads(lines[-1])
-    return measured
+    return measured | {"process_cpu_s": cpu_of_children() - before}
+
+
+def cpu_of_children() -> float:
+    """Return the CPU seconds of all descendants that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants whose parents end, so that their CPU time is counted."""
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def wait_for_orphans(seconds: float = 60.0) -> None:
+    """Wait until all children of this process have ended."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.2)
+        except ChildProcessError:
+            return
+    raise RuntimeError("processes of the framework still run")
 
 
 def difference(name: str, folder: Path) -> float:
@@ -94,6 +127,8 @@ if __name__ == "__main__":
     parser.add_argument("--work", nargs="+", default=["many-small", "cnn", "large"])
     parser.add_argument("--peer", nargs="+", default=[name for name in RUNNERS if name != "bare"])
     given = parser.parse_args()
+    given.environments = given.environments.absolute()
+    adopt_orphans()
     cores = os.cpu_count()
     print(json.dumps({"machine": platform.machine(), "cores": cores, "python": platform.python_version()}), flush=True)
     with tempfile.TemporaryDirectory() as temporary:

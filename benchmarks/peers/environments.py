@@ -15,6 +15,7 @@ from pathlib import Path
 
 PEERS = {
     "pfl": ["pfl==0.6.0"],
+    "flower": ["flwr[simulation]==1.42.0"],
 }
 """Packages of each peer that is not in the environment of Polyclinic itself."""
 

@@ -5,9 +5,11 @@ A source is a frozen dataclass whose fields are its options. It reads data only 
 same fingerprint means the same numbers on every machine.
 """
 
+import ctypes
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -201,9 +203,11 @@ class ReleasableSource(Protocol):
 
 
 def release(source: Source) -> None:
-    """Free the memory of ``source``, if it keeps what it has read."""
+    """Free the memory of ``source``, if it keeps what it has read, and return free memory to the system (glibc)."""
     if isinstance(source, ReleasableSource):
         source.release()
+    with suppress(OSError, AttributeError):  # decoders' threads keep what they have freed
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def digest(*parts: Any) -> str:

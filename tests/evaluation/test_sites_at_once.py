@@ -39,6 +39,10 @@ def invented(task: str, n: int, seed: int, classes: int = 2) -> tuple[Any, Any]:
 @pytest.mark.parametrize(("task", "classes", "metric"), CLAIMS, ids=lambda v: getattr(v, "name", v))
 def test_cases_of_weight_0_do_not_count_where_a_metric_says_so(task: str, classes: int, metric: Metric) -> None:
     score, target = invented(task, 21, 0, classes)
+    if target.ndim == 2 and task == "multilabel":
+        target[:, 2] = 0  # the other cases have this label
+    elif classes == 3:
+        target %= 2  # and this class
     other, others = invented(task, 17, 1, classes)
     rng = np.random.default_rng(2)
     weight = rng.integers(0, 3, (5, 21)).astype(float)
@@ -81,6 +85,13 @@ def test_sites_together_have_the_results_of_sites_alone(
             a, b = getattr(e, k, None), getattr(mine, k, None)
             assert a == b or a == pytest.approx(b, rel=1e-9, abs=1e-12), (key, k)
         assert (mine.n, mine.how, mine.why) == (e.n, e.how, e.why), key
+
+
+def test_a_metric_of_which_nothing_is_known_sees_one_site(tmp_path: Path) -> None:
+    sites = {f"s{i}": ("training", n, 0.5, 0.0, 0.0) for i, n in enumerate([7, 5, 9])}
+    data = sample(read_run(write_run(tmp_path / "r", sites=sites, methods=("fedavg",), seeds=(0,))), 0.95)
+    count = Metric("cases", "Cases", lambda score, target, weight: np.full(len(weight), float(len(target))))
+    assert [data.value("fedavg", 0, [site], count) for site in ("s0", "s1", "s2")] == [7.0, 5.0, 9.0]
 
 
 def test_a_small_site_is_computed_with_others_and_a_large_one_alone(tmp_path: Path) -> None:

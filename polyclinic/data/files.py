@@ -226,9 +226,9 @@ def read_case(
     if len(paths) > 1 and not slices:
         parts = [image]
         for path in paths[1:]:
-            part, more = matched(image, _upright(path, options)[0], path, "channel", options.geometry_tolerance_mm)
-            parts.append(part)
-            notes += (*part.notes, *more)
+            channel, more = matched(image, _upright(path, options)[0], path, "channel", options.geometry_tolerance_mm)
+            parts.append(channel)
+            notes += (*channel.notes, *more)
         image = _stacked(parts)
     if mask is None:
         return Case(image, None, tuple(dict.fromkeys(notes)))

@@ -39,7 +39,8 @@ def test_a_whole_run_lacks_nothing(folder: Path) -> None:
     assert list(run.arms) == [(m, s) for s in (0, 1) for m in ("local", "fedavg")]
     assert list(run.arms["local", 0]) == ["lyon", "osaka"]
     assert list(run.validation["local", 0]) == ["lyon"]
-    assert run.splits == run.linear == {}
+    assert run.splits == {}
+    assert run.linear == {}
     assert run.study == (folder / "study.toml").read_text()
     assert run.repeats == 2
     raw = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
@@ -164,6 +165,7 @@ def test_folds_are_joined_if_all_are_there(folder: Path) -> None:
     whole = run.arms["local", 0]["lyon"]
     assert sorted(whole.patient) == list(range(63))
     assert len(run.arms["local", 0]["osaka"]) == 45
+    assert whole.score is not None
     assert whole.score.shape == (63, 2)
     assert [name for *_, name in arm_names(run.info)][:3] == [
         "local-seed0-fold0",

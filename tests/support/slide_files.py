@@ -33,7 +33,7 @@ def save_slide(
         for i, level in enumerate(levels):
             high, wide = (n // level for n in pixels.shape[:2])
             parts = pixels[: high * level, : wide * level].reshape(high, level, wide, level, 3)
-            resolution = (
+            resolution: dict[str, Any] = (
                 {} if mpp is None else {"resolution": (1e4 / (mpp * level),) * 2, "resolutionunit": "CENTIMETER"}
             )
             file.write(

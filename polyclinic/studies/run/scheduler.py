@@ -23,7 +23,7 @@ from polyclinic.data.splits import Fold
 from polyclinic.engines.ray import cluster
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.method_runs import PLAN
-from polyclinic.evaluation.records.run_reader import read_info
+from polyclinic.evaluation.records.run_reader import NotARun, read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.linear_model import linear_task
 from polyclinic.studies.config import search_space, simulation_schema
@@ -81,7 +81,10 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
     path = folder.path
     study, splits, first = resolved.study, resolved.splits, resolved.splits[0]
     work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first), profile)
-    own = path if folder.begun and read_info(path).hash == resolved.hash else None
+    try:
+        own = path if folder.begun and read_info(path).hash == resolved.hash else None
+    except NotARun:  # a damaged run, which may be there to be deleted
+        own = None
     plan = plan_content(resolved.text, own)
     if fresh:
         folder.clear()

@@ -31,7 +31,7 @@ def job(label: str, seed: int = 0) -> Job:
 
 @dataclass
 class Script:
-    """Stands for the execution of method runs: the label of a method says what happens in its second round."""
+    """Replaces the execution of method runs: the label of a method says what happens in its second round."""
 
     folder: Path
 

@@ -31,7 +31,7 @@ def job(label: str, seed: int = 0) -> Job:
 
 @dataclass
 class Script:
-    """Stands for the execution of method runs: the label of a method says what happens in its second round."""
+    """Replaces the execution of method runs: the label of a method says what happens in its second round."""
 
     folder: Path
 
@@ -148,7 +148,8 @@ def test_every_executor_stops_after_the_method_runs_that_have_begun(kind: str, s
 @EACH
 def test_every_executor_ends_its_method_runs_when_the_caller_leaves(kind: str, start: Start, tmp_path: Path) -> None:
     jobs, journal = [job("a", seed) for seed in range(4)], Journal()
-    events = run_jobs(jobs, start(kind, jobs, journal))
+    executor = start(kind, jobs, journal)  # kept, so that nothing ends because it is collected as garbage
+    events = run_jobs(jobs, executor)
     assert isinstance(events, Generator)
     next(events)
     events.close()

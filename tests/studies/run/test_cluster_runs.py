@@ -186,9 +186,10 @@ def test_a_run_that_ends_early_ends_all_with_its_reason(
         yield Event("arm", job.name)
         raise error
 
-    cluster.work, seen = failing, []
-    with pytest.raises(raised, match=says):
-        seen += cluster.go(workers=1)
+    cluster.work = failing
+    with pytest.raises(raised, match=says) as caught:
+        cluster.go(workers=1)
+    assert caught.type is raised
     assert cluster.notes is None
 
 

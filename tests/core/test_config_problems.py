@@ -177,5 +177,6 @@ def test_lines_are_those_of_the_values() -> None:
 def test_a_value_without_a_line_has_that_of_its_table() -> None:
     assert line_of(TEXT, ("methods", 1, "training", "missing")) == 17
     assert line_of(TEXT, ("methods", 1, "training", "lr")) == 18
+    assert line_of(TEXT, ("data", "missing", "deeper")) == 5
     assert line_of(TEXT, ("nothing", "of", "it")) == 1
     assert line_of(TEXT, ()) == 1

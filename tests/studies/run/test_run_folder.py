@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from polyclinic.studies.run.parallel_runs import DEATHS, MethodRunFailed, possible, side_by_side
 from rich.console import Console
 
 from polyclinic.core.atomic import PREFIX, SUFFIX
@@ -19,7 +20,6 @@ from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.run import method_run, run_lock
 from polyclinic.studies.run.cancellation import STOPPED, stopping
 from polyclinic.studies.run.events import Event, Job, cores
-from polyclinic.studies.run.parallel_runs import DEATHS, MethodRunFailed, possible, side_by_side
 from polyclinic.studies.run.run_directory import (
     Folder,
     MethodRunFolder,

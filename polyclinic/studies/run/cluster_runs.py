@@ -225,6 +225,8 @@ def on_cluster(
                 raise MethodRunFailed(text)
             elif kind == "failed":
                 raise RuntimeError(text)
+        package.get(own.mailbox.tell.remote("{}"))  # ends the outstanding call, which may have the last events
+        yield from _events(package.get(letters), own.mailbox, note)
         yield from _events(package.get(own.mailbox.rest.remote()), own.mailbox, note)
         if stopped:
             raise Stopped(stopped)
@@ -239,7 +241,7 @@ def _events(messages: Sequence[str], mailbox: Any, note: Note) -> Iterator[Event
         value = json.loads(message)
         if "event" in value:
             yield Event(**{**value["event"], **{k: tuple(value["event"][k]) for k in ("notes", "external")}})
-        else:
+        elif "ask" in value:
             mailbox.answer.remote(value["ask"], note(*value["note"]))
 
 

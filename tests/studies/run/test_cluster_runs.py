@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from polyclinic.studies.run.parallel_runs import DEATHS, MethodRunFailed
 
 from polyclinic.engines.ray.cluster import ClusterError
 from polyclinic.errors import DataError
 from polyclinic.studies.run import cluster_runs
-from polyclinic.studies.run.cluster_runs import SHARED, on_cluster
+from polyclinic.studies.run.cluster_runs import SHARED, ClusterWorkers
 from polyclinic.studies.run.events import Event
+from polyclinic.studies.run.executors import DEATHS, MethodRunFailed, run_jobs
 from polyclinic.studies.run.run_directory import Stopped
 
 
@@ -121,9 +121,10 @@ class Cluster:
         return len(self.notes)
 
     def go(self, count: int = 4, workers: int | None = 2, gpus: float = 0.0) -> list[Event]:
-        jobs = [Job(f"run-{i}") for i in range(count)]
+        jobs: list[Any] = [Job(f"run-{i}") for i in range(count)]
         try:
-            return list(on_cluster(jobs, self.make, "the recipe", self.folder, self.note, workers, gpus))
+            executor = ClusterWorkers(self.make, "the recipe", self.folder, self.note, count, workers, gpus)
+            return list(run_jobs(jobs, executor))
         finally:
             assert not (self.folder / SHARED).exists()
             assert {id(actor) for actor in self.ray.actors} == {id(actor) for actor in self.ray.killed}
@@ -238,7 +239,7 @@ def test_a_run_whose_workers_die_again_and_again_fails(cluster: Cluster) -> None
 
     cluster.work = dying
     cluster.ray.get = died_if_left(cluster.ray.get)
-    with pytest.raises(MethodRunFailed, match=f"died {DEATHS} times .RayError.*--resume continues"):
+    with pytest.raises(MethodRunFailed, match=rf"\(RayError\) died {DEATHS} times.*--resume continues"):
         cluster.go(1, 1)
     assert len(begun) == DEATHS
 

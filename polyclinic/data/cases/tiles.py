@@ -127,7 +127,7 @@ class Tiling:
             found: np.ndarray[Any, Any] = high - low >= TISSUE_CHROMA
             return found
         values = read_picture(drawn, limits).upright
-        marked: np.ndarray[Any, Any] = np.atleast_3d(values > 0).any(-1)
+        marked: np.ndarray[Any, Any] = np.asarray(np.atleast_3d(values > 0).any(-1))
         ratio = marked.shape[0] / marked.shape[1] / (slide.size[0] / slide.size[1])
         if abs(math.log(ratio)) > math.log1p(2 / min(marked.shape)) + 0.01:
             raise Unreadable(drawn, f"has {marked.shape[0]} x {marked.shape[1]} pixels, another shape than its slide")

@@ -59,7 +59,9 @@ def test_the_hint_repeats_the_options_and_resumes(
     (tmp_path / "a b.toml").write_text(STUDY.format(name="small", rounds=3))
     calls: list[tuple[Any, ...]] = []
 
-    def stopped(study: Any, text: str, path: Path, resume: bool, fresh: bool, folder: Any) -> Iterator[Any]:
+    def stopped(
+        study: Any, text: str, path: Path, resume: bool, fresh: bool, folder: Any, profile: bool
+    ) -> Iterator[Any]:
         calls.append((study.hash, path, study.engine.workers, resume))
         raise Stopped("stop")
         yield

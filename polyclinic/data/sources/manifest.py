@@ -30,6 +30,8 @@ from polyclinic.data.sources.tabular_files import read_rows
 
 MOST = 20
 ABSENT = "a file that does not exist"
+PATIENTS = "\0patients"
+"""The column of patients as they are read; that of the table may also be the one of files."""
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
@@ -127,7 +129,7 @@ class Manifest(FromFiles):
         notes += detected(stated if self.label or use.mask else {**stated, "label": ("", use.labels[0])})
         if use.patient:
             patients, more = same_patients(patients_in(rows[use.patient], self.patient_pattern))
-            rows = {**rows, use.patient: list(patients)}
+            rows = {**rows, PATIENTS: list(patients)}
             notes += more
         lines = [i + 2 for i in range(len(next(iter(rows.values()))))]
         targets: list[int] | list[tuple[float, ...]] | list[None]
@@ -227,10 +229,10 @@ class Manifest(FromFiles):
         if twice := {name: n for name, n in Counter(ids).items() if n > 1 and name}:
             some = ", ".join(f"{name} is listed {n} times" for name, n in list(twice.items())[:5])
             problems.append(f"{len(twice)} files are listed more than once: {some}")
-        patients = tuple(rows[use.patient]) if use.patient else patients_in(ids, self.patient_pattern)
+        patients = tuple(rows[PATIENTS]) if use.patient else patients_in(ids, self.patient_pattern)
         if use.patient and (empty := [lines[i] for i in missing_at(patients)]):
             problems.append(f"{len(empty)} rows name no patient (the first is row {empty[0]})")
-        own = {*files, *use.labels, use.patient, use.site, use.split}
+        own = {*files, *use.labels, use.patient, PATIENTS, use.site, use.split}
         columns = {c: v for c, v in rows.items() if c not in own}
         if use.site:
             columns[use.site] = list(patients_in(rows[use.site], self.site_pattern))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from polyclinic.studies.run.parallel_runs import DEATHS, MethodRunFailed, possible, side_by_side
 from rich.console import Console
 
 from polyclinic.core.atomic import PREFIX, SUFFIX
@@ -20,6 +19,7 @@ from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.run import method_run, run_lock
 from polyclinic.studies.run.cancellation import STOPPED, stopping
 from polyclinic.studies.run.events import Event, Job, cores
+from polyclinic.studies.run.executors import DEATHS, ChildProcesses, MethodRunFailed, possible, run_jobs
 from polyclinic.studies.run.run_directory import (
     Folder,
     MethodRunFolder,
@@ -223,6 +223,19 @@ def test_sites_that_do_not_train_are_external_unless_each_is_left_out_in_turn() 
     data = Of(external=("x",))
     assert method_run.external_in(["a", "x"], Of(folds=None), data) == ("x",)
     assert method_run.external_in(["a", "x"], Of(folds="sites"), data) == ()
+
+
+class Named(str):
+    """The name of a method run, in place of the method run."""
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
+def side_by_side(jobs: list[str], work: Any, note: Any, workers: int) -> Iterator[Event]:
+    named: list[Any] = [Named(job) for job in jobs]
+    return run_jobs(named, ChildProcesses(work, note, workers))
 
 
 def works(folder: Path, act: Callable[[str, int, Any], Iterator[Event]]) -> Callable[[str, Any], Iterator[Event]]:

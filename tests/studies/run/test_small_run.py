@@ -18,7 +18,7 @@ from polyclinic.studies.run import scheduler
 from polyclinic.studies.run.data_identity import DataChanged
 from polyclinic.studies.run.resolved_study import resolve
 from polyclinic.studies.run.run_directory import RunExists, Stopped, held, read_plan, read_tensors
-from polyclinic.studies.run.scheduler import run, run_resolved, work_from
+from polyclinic.studies.run.scheduler import run, work_from
 from polyclinic.testing import equal
 from tests.studies.run.test_scheduler import facts, npz, same
 
@@ -200,7 +200,7 @@ def test_a_run_that_was_interrupted_resumes_where_it_was(done: Done, tmp_path: P
 
 def test_a_finished_run_repeats_its_results_and_is_kept_unless_it_is_to_be_fresh(done: Done, tmp_path: Path) -> None:
     before = (done.path / "records.jsonl").read_bytes()
-    again = list(run_resolved(resolve(done.study, done.text), done.path, resume=True))
+    again = list(run(done.study, done.text, done.path, resume=True))
     assert [e.what for e in again] == ["data"] + ["tested"] * 4
     tested = [e for e in done.events if e.what == "tested"]
     assert [(e.label, e.seed, e.round, e.rounds, e.external) for e in again[1:]] == [
@@ -245,7 +245,7 @@ def test_another_machine_builds_the_same_runs_from_the_recipe(done: Done, tmp_pa
     resolved = resolve(done.study, done.text)
     with held(tmp_path) as folder:
         folder.begin(done.text, {}, False)
-        recipe = scheduler._recipe(resolved, tmp_path)
+        recipe = scheduler._recipe(resolved, tmp_path, False)
         work, jobs = work_from(recipe)
         assert list(jobs) == [f"{m}-seed{s}" for m, s in RUNS]
         for name in reversed(jobs):  # in any order

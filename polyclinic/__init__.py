@@ -11,15 +11,10 @@ The public interface. Names are imported on first use, so that ``import polyclin
 Other modules and names may change in any release; see docs/explanation/release-policy.md.
 """
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-# PyTorch then requests large tensors in pages of 2 MB (Linux), if the kernel offers them. Every round allocates tensors
-# of the model's size, and most of that time is spent on pages of 4 kB. Read when PyTorch allocates its first tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from polyclinic.core import tree as tree

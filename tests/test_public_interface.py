@@ -1,7 +1,6 @@
 """The public interface: its names, what importing it loads, and the examples in its docstrings."""
 
 import doctest
-import os
 import subprocess
 import sys
 from importlib import import_module
@@ -70,15 +69,6 @@ assert not [name for name in sys.modules if name.startswith("polyclinic.")]
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(("given", "used"), [(None, "1"), ("0", "0")])
-def test_large_tensors_use_large_pages_unless_the_user_decided_otherwise(given: str | None, used: str) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    env |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
-    code = "import os, polyclinic; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    assert told.stdout.strip() == used
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,11 +1,11 @@
 """Polyclinic from Python, in process; with ``workers`` as third argument, in two worker processes."""
 
+import os
 import sys
 from dataclasses import dataclass
 
-import polyclinic  # noqa: F401  before PyTorch, whose allocation of large tensors it sets
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does, before PyTorch allocates
 
-# isort: split
 import torch
 from torch.nn import functional as F
 from work import BATCH, LR, WORKS, Work, main, orders, timed

@@ -1,5 +1,6 @@
 """Commands that print lists start quickly: they import neither PyTorch nor MONAI. Nor does a report without audits."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,18 @@ def test_a_report_is_written_without_pytorch(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-500:]
     assert "Wilcoxon" in (run / "report" / "report.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "1"), ("0", "0")])
+def test_large_tensors_use_large_pages_unless_the_user_decided_otherwise(given: str | None, used: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    env |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
+    code = """
+import atexit, os, sys
+from polyclinic.cli.app import main
+atexit.register(lambda: print(os.environ["THP_MEM_ALLOC_ENABLE"]))
+sys.argv = ["polyclinic", "--version"]
+main()
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert told.stdout.splitlines()[-1] == used

@@ -159,8 +159,8 @@ def launch(
 
 def main() -> None:
     """Run the command line and exit with one of ``EXIT_CODES``. Only a bug has a traceback, saved in a file."""
-    # PyTorch requests large tensors in pages of 2 MB (Linux): every round allocates tensors of the model's size, and most
-    # of that time is spent on pages of 4 kB. PyTorch reads the variable at its first tensor, here and in all workers.
+    # PyTorch requests large tensors in pages of 2 MB (Linux): every round allocates tensors of the model's size, and
+    # most of that time is spent on pages of 4 kB. PyTorch reads the variable at its first tensor, here and in workers.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     gc.set_threshold(100_000, 20, 20)  # the default examines the objects of imports and reports hundreds of times
     set_up_streams()

@@ -30,8 +30,6 @@ from polyclinic.data.sources.tabular_files import read_rows
 
 MOST = 20
 ABSENT = "a file that does not exist"
-PATIENTS = "\0patients"
-"""The column of patients as they are read; that of the table may also be the one of files."""
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
@@ -127,9 +125,9 @@ class Manifest(FromFiles):
         notes = [] if use.patient or self.patient_pattern else [UNKNOWN_PATIENTS]
         stated = {"patient": (self.patient, use.patient), "site": (self.site, use.site)}
         notes += detected(stated if self.label or use.mask else {**stated, "label": ("", use.labels[0])})
+        patients: tuple[str, ...] = ()
         if use.patient:
             patients, more = same_patients(patients_in(rows[use.patient], self.patient_pattern))
-            rows = {**rows, PATIENTS: list(patients)}
             notes += more
         lines = [i + 2 for i in range(len(next(iter(rows.values()))))]
         targets: list[int] | list[tuple[float, ...]] | list[None]
@@ -143,6 +141,7 @@ class Manifest(FromFiles):
             if self.missing_labels == "drop" and lost:
                 rows = {c: [v for i, v in enumerate(cells) if i not in lost] for c, cells in rows.items()}
                 lines = [line for i, line in enumerate(lines) if i not in lost]
+                patients = tuple(patient for i, patient in enumerate(patients) if i not in lost)
                 notes.append(
                     f"{len(lost)} rows without {(' or ' if self.event else ' and ').join(use.labels)} are left out."
                 )
@@ -154,7 +153,7 @@ class Manifest(FromFiles):
                 targets, classes = pairs, ()
             else:
                 targets, classes = reading.read({c: rows[c] for c in use.labels}, task, problems, places)
-        entries = self._entries(table, rows, use, targets, lines, problems)
+        entries = self._entries(table, rows, use, targets, patients, lines, problems)
         if problems:
             more = [f"... and {len(problems) - MOST} more"] if len(problems) > MOST else []
             raise DataError([f"{table.name}: {p}" for p in [*problems[:MOST], *more]])
@@ -204,6 +203,7 @@ class Manifest(FromFiles):
         rows: dict[str, list[str]],
         use: "_Columns",
         targets: list[int] | list[tuple[float, ...]] | list[None],
+        patients: tuple[str, ...],
         lines: list[int],
         problems: list[str],
     ) -> tuple[Entry, ...]:
@@ -229,10 +229,10 @@ class Manifest(FromFiles):
         if twice := {name: n for name, n in Counter(ids).items() if n > 1 and name}:
             some = ", ".join(f"{name} is listed {n} times" for name, n in list(twice.items())[:5])
             problems.append(f"{len(twice)} files are listed more than once: {some}")
-        patients = tuple(rows[PATIENTS]) if use.patient else patients_in(ids, self.patient_pattern)
+        patients = patients if use.patient else patients_in(ids, self.patient_pattern)
         if use.patient and (empty := [lines[i] for i in missing_at(patients)]):
             problems.append(f"{len(empty)} rows name no patient (the first is row {empty[0]})")
-        own = {*files, *use.labels, use.patient, PATIENTS, use.site, use.split}
+        own = {*files, *use.labels, use.patient, use.site, use.split}
         columns = {c: v for c, v in rows.items() if c not in own}
         if use.site:
             columns[use.site] = list(patients_in(rows[use.site], self.site_pattern))

@@ -724,6 +724,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Wang et al. 2024 (NeurIPS)",
             "the change of the head; the adapters, which the server sees site by site",
             private=("dp-sgd",),
+            fidelity=EXACT,
         ),
     ),
     "Client end: domain adaptation": (

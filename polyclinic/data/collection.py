@@ -537,11 +537,11 @@ class FromFiles:
             found = list(pool.map(divided, entries))
         refused = [f for f in found if isinstance(f, Unreadable)]
         parts = [part for f in found if not isinstance(f, Unreadable) for part in f]
+        reasons = _by_reason([[0, f"{refusal}", refusal.reason] for refusal in refused])
         if refused and (unreadable == "refuse" or not parts):
-            raise DataError(_by_reason([[0, f"{refusal}", refusal.reason] for refusal in refused]))
+            raise DataError(reasons)
         notes = [f"{len(entries) - len(refused)} files are divided into {len(parts)} {what}."]
         if refused:
-            reasons = _by_reason([[0, f"{refusal}", refusal.reason] for refusal in refused])
             notes.append(f"{len(refused)} files were left out because they cannot be read: {'; '.join(reasons[:5])}.")
         return parts, notes
 

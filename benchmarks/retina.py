@@ -74,13 +74,15 @@ def dice(out: Path, name: str, seed: int) -> dict[str, np.ndarray]:
 
 def compare(out: Path) -> None:
     """Print the Dice of both studies and their difference, by site."""
-    study, _ = (parse((STUDIES / f"{NAMES[0]}.toml").read_text(), STUDIES), None)
+    file = STUDIES / f"{NAMES[0]}.toml"
+    study = parse(file.read_text(), file)
     resized, patches = ([dice(out, name, seed) for seed in study.seeds] for name in NAMES)
     print("| site | resized to 256 x 256 | patches | difference |\n|---|---|---|---|")
     rows = {
         site: [(a[site].mean(), b[site].mean()) for a, b in zip(resized, patches, strict=True)] for site in resized[0]
     }
     means = [np.mean([rows[site][k] for site in rows], axis=0) for k in range(len(study.seeds))]
+    assert not isinstance(study.data.split, str)
     train, _, test = study.data.split
     for site, pairs in {**rows, "mean over sites": means}.items():
         old, new = np.mean(pairs, axis=0)

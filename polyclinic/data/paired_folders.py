@@ -81,13 +81,25 @@ class Pairs(FromFiles):
             for i, (case, patient) in enumerate(zip(cases, patients, strict=True))
         )
         name = Path(self.path).stem
-        names, ignore = _labels(root)
+        labels = _labels(root)
+        names = labels.names
         classes = tuple(names.get(i, f"label {i}") for i in range(max(names, default=-1) + 1))
         modality = ", ".join(_channels(root)) or "not stated"
         found = Info(name, name, modality, "not stated", "segmentation", self.classes or classes)
-        info = described(self.about, found, () if self.patient else (UNKNOWN_PATIENTS,))
-        labels = tuple(sorted({0, *names})) if names and not self.classes else None
-        return self.made(info, entries, ("site",) if sites else (), ignore, labels)
+        notes = [] if self.patient else [UNKNOWN_PATIENTS]
+        if labels.regions:
+            listed = "; ".join(f"{name} = {', '.join(map(str, region))}" for name, region in labels.regions.items())
+            notes.append(
+                f"dataset.json names regions of labels ({listed}): without regions in [task], the labels are learned "
+                "as classes that exclude each other"
+            )
+        info = described(self.about, found, tuple(notes))
+        allowed = tuple(sorted({0, *names})) if names and not self.classes else None
+        return self.made(info, entries, ("site",) if sites else (), labels.ignore, allowed)
+
+    def label_regions(self) -> tuple[tuple[int, ...], ...]:
+        """Return the regions that ``dataset.json`` names, in its order; nothing if it names none."""
+        return tuple(_labels(opened(self.path)).regions.values())
 
 
 def cases_in(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
@@ -124,32 +136,64 @@ def _channels(root: Path) -> list[str]:
     return [str(names[number]).replace(",", " ") for number in sorted(names, key=int)]
 
 
-def _labels(root: Path) -> tuple[dict[int, str], int | None]:
-    """Return the names of the labels in ``dataset.json`` by number, and the number of its label "ignore".
+@dataclass(frozen=True)
+class _Labels:
+    """What ``dataset.json`` says of mask values; empty if the file does not exist.
 
-    There are no names if the file does not exist.
+    Attributes:
+        names: By number, without "ignore".
+        ignore: The number of the label "ignore".
+        regions: Sets of labels that are learned as masks of their own, by name; empty if it names none.
     """
+
+    names: dict[int, str]
+    ignore: int | None
+    regions: dict[str, tuple[int, ...]]
+
+
+def _labels(root: Path) -> _Labels:
+    """Return what ``dataset.json`` says of mask values."""
+    given = _described(root).get("labels", {})
     try:
-        numbers = label_names(_described(root).get("labels", {}))
+        numbers, regions = label_names(given), label_regions(given)
     except (ValueError, AttributeError, TypeError):
         file = root / "dataset.json"
         raise DataError(f"{file}: is not nnU-Net's dataset.json; correct it or remove it") from None
     ignore = next((number for number, name in numbers.items() if name == "ignore"), None)
-    return {number: name for number, name in numbers.items() if number != ignore}, ignore
+    return _Labels({number: name for number, name in numbers.items() if number != ignore}, ignore, regions)
 
 
 def label_names(given: Mapping[str, Any]) -> dict[int, str]:
     """Return the names of nnU-Net's labels by number, in either format: ``{"liver": 1}``, or ``{"1": "liver"}``.
 
-    A region of several numbers, ``{"tumor": [1, 2]}``, gives each number that has no name of its own the region's.
+    A number that has no name of its own gets that of the smallest region with it: ``{"tumor": [1, 2], "core": [2]}``
+    names 1 "tumor" and 2 "core".
     """
     labels: dict[int, str] = {}
+    regions: list[tuple[list[int], str]] = []
     for name, value in given.items():
         if str(name).isdigit():
             labels[int(name)] = str(value)
-        elif not isinstance(value, list):
+        elif isinstance(value, list):
+            regions.append(([int(number) for number in value], str(name)))
+        else:
             labels[int(value)] = str(name)
-    for name, value in given.items():
-        for number in value if isinstance(value, list) else ():
-            labels.setdefault(int(number), str(name))
+    for numbers, name in sorted(regions, key=lambda region: len(region[0])):
+        for number in numbers:
+            labels.setdefault(number, name)
     return labels
+
+
+def label_regions(given: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return nnU-Net's regions by name, in their order; nothing if each name has one label.
+
+    The labels without a list are regions of one label, except for the background and "ignore".
+    """
+    if not any(isinstance(value, list) and len(value) > 1 for value in given.values()):
+        return {}
+    found = {
+        str(name): tuple(int(number) for number in (value if isinstance(value, list) else [value]))
+        for name, value in given.items()
+        if name != "ignore"
+    }
+    return {name: numbers for name, numbers in found.items() if numbers != (0,)}

@@ -15,11 +15,14 @@ from polyclinic.data.files import picture_of, read_case
 from polyclinic.data.formats.mask_labels import WHITE, label_problems, labels_in
 from polyclinic.data.formats.parsing import is_missing
 from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.paired_folders import Pairs
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.quality.loading import built
 from polyclinic.data.quality.recognition import MANY, Question, Recognized
 from polyclinic.data.source import Source, Table, slug
 from polyclinic.data.splits import official
+from polyclinic.errors import ConfigError
+from polyclinic.learning.tasks.segmentation import own_labels
 
 PATIENTS_PER_SITE = 10
 SMALLEST = 16
@@ -70,6 +73,8 @@ def new_study(recognized: Recognized, name: str, rounds: int = 20, sites: str = 
     shape, options = _shape(source, why)
     data |= options
     task = _task(recognized.task, shape, table) | ({"ordered": True} if recognized.ordered else {})
+    if isinstance(source, Pairs) and (regions := source.label_regions()):
+        task |= _regions(regions, why)
     network = task["network"]
     training: dict[str, Any] = {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "lr": 0.05}
     if network == "unet":
@@ -240,6 +245,17 @@ def _task(kind: str, shape: tuple[int, ...], table: Table) -> dict[str, Any]:
     if kind == "survival" and table.labels is not None:
         task["cuts"] = _cuts(np.asarray(table.labels, dtype=np.float64))
     return task
+
+
+def _regions(regions: tuple[tuple[int, ...], ...], why: list[str]) -> dict[str, Any]:
+    """Return ``regions`` of ``[task]`` as nnU-Net's dataset.json names them, if masks can be painted from them."""
+    try:
+        own_labels(regions)
+    except ConfigError as refusal:
+        why.append(f"the regions of dataset.json are not used: {refusal}")
+        return {}
+    why.append("dataset.json names regions of labels, which are learned as overlapping masks")
+    return {"regions": [list(region) for region in regions]}
 
 
 def _cuts(targets: "np.ndarray[Any, Any]") -> list[float]:

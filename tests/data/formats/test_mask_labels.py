@@ -12,7 +12,7 @@ from polyclinic.data.annotations import boxes
 from polyclinic.data.formats.mask_labels import IGNORED, black_and_white, label_problems, labels_in, single_map
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.formats.volume import as_mask
-from polyclinic.data.paired_folders import Pairs, label_names
+from polyclinic.data.paired_folders import Pairs, label_names, label_regions
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.preprocessing.transforms import Relabel
 from polyclinic.data.quality.site_check import check_folder
@@ -86,7 +86,14 @@ def test_channels_become_one_label_as_declared() -> None:
 def test_names_of_labels_in_both_formats() -> None:
     assert label_names({"0": "background", "1": "liver"}) == {0: "background", 1: "liver"}
     new = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
-    assert label_names(new) == {0: "background", 1: "whole", 2: "whole", 3: "enhancing", 4: "ignore"}
+    assert label_names(new) == {0: "background", 1: "whole", 2: "core", 3: "enhancing", 4: "ignore"}
+
+
+def test_regions_of_labels_in_their_order() -> None:
+    regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+    assert label_regions(regions) == {"whole": (1, 2, 3), "core": (2, 3), "enhancing": (3,)}
+    assert label_regions({"background": 0, "liver": 1, "tumor": [2]}) == {}
+    assert label_regions({"0": "background", "1": "liver"}) == {}
 
 
 def ignoring(root: Path) -> Path:

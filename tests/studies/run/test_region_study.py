@@ -1,5 +1,6 @@
 """A study of overlapping regions with pixels that are not annotated, from files to scores and predicted masks."""
 
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -8,8 +9,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from polyclinic.data.examples import DataError
+from polyclinic.data.federation import federate
+from polyclinic.data.quality.recognition import recognize
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.studies.config.diagnostics import BadStudy
+from polyclinic.studies.config.new_study import new_study
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.inference.models import trained_model
 from polyclinic.studies.inference.predict import Outputs, Work
@@ -103,3 +107,21 @@ def test_hospitals_get_a_network_with_one_output_for_each_region() -> None:
     (arm,), _ = deployment.method_runs(study, ("lyon", "oslo"))
     assert arm["plan"]["outputs"] == 2
     assert arm["plan"]["task"]["regions"] == [[1, 2], [2]]
+
+
+def test_a_new_study_takes_the_regions_of_nnunets_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    data = write_pairs(tmp_path / "data", 6)
+    (data / "images").rename(data / "imagesTr")
+    (data / "labels").rename(data / "labelsTr")
+    labels = {"background": 0, "tumor": [1, 2], "core": 2}
+    (data / "dataset.json").write_text(json.dumps({"labels": labels, "channel_names": {"0": "T1"}}))
+    study = parse(new_study(recognize(data), "regions").text)
+    assert study.task.regions == ((1, 2), (2,))
+    loaded = federate(study.data, 0)
+    assert loaded.info.classes == ("background", "tumor", "core")
+    assert any("tumor = 1, 2; core = 2" in note for note in loaded.info.notes)
+    (data / "dataset.json").write_text(json.dumps({"labels": labels | {"tumor": [1, 2, 3]}}))
+    made = new_study(recognize(data), "regions")
+    assert "regions" not in made.text.partition("[task]")[2]
+    assert any("regions of dataset.json are not used" in reason for reason in made.why)

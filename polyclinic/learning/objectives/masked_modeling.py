@@ -52,8 +52,8 @@ class Filler(nn.Module):
 class Masked:
     """Masked modeling of a task's network.
 
-    A transformer predicts the normalized pixels of each hidden patch; a U-Net, the hidden pixels; a network whose
-    representation is a vector, the mean intensity of hidden cells; a network for tables, the hidden columns. The hidden
+    A transformer predicts the normalized pixels of each hidden patch; a U-Net, the hidden pixels, interpolated if its
+    representation is coarser than the image; a network whose representation is a vector, the mean intensity of hidden cells; a network for tables, the hidden columns. The hidden
     parts are drawn from PyTorch's global random generator, like dropout, which training seeds.
 
     Attributes:
@@ -79,11 +79,11 @@ class Masked:
             return Extended(backbone, Decoder(hidden, places, shape[0] * math.prod(patch), self.width, self.depth))
         with torch.no_grad():
             h, _ = represent(self.task.network, backbone.eval(), torch.zeros(1, *shape))
-        if h.ndim > 2:
+        if min(h.shape[2:], default=1) > 1:
             conv = nn.Conv2d if h.ndim == 4 else nn.Conv3d
             return Extended(backbone, Filler(shape[0], conv(h.shape[1], shape[0], 1)))
         cells = math.prod(min(self.grid, side) for side in shape[1:])
-        return Extended(backbone, Filler(shape[0], nn.Linear(h.shape[1], shape[0] * cells)))
+        return Extended(backbone, Filler(shape[0], nn.Linear(h[0].numel(), shape[0] * cells)))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean squared error of the hidden parts; targets are not used."""
@@ -95,9 +95,12 @@ class Masked:
         filler = model.extra
         shown = torch.where(hidden, filler.value.view(1, -1, *[1] * (x.ndim - 2)), x)
         h, _ = represent(self.task.network, model.backbone, shown)
-        predicted: Tensor = filler.predict(h)
-        if h.ndim > 2 or x.ndim == 2:
+        predicted: Tensor = filler.predict(h.flatten(1) if isinstance(filler.predict, nn.Linear) else h)
+        if predicted.ndim > 2 or x.ndim == 2:
             wanted, counted = x, hidden
+            if predicted.shape[2:] != x.shape[2:]:  # the representation is coarser than the image
+                mode = "bilinear" if x.ndim == 4 else "trilinear"
+                predicted = F.interpolate(predicted, x.shape[2:], mode=mode, align_corners=False)
         else:
             pool = nn.AdaptiveAvgPool2d if x.ndim == 4 else nn.AdaptiveAvgPool3d
             wanted, counted = pool(tuple(cells.shape[2:]))(x), cells.expand(-1, x.shape[1], *cells.shape[2:])

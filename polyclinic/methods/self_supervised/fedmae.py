@@ -44,6 +44,8 @@ def fedmae(
         depth: Number of layers of the decoder.
         uniform: Whether all sites have equal weight, instead of in proportion to their examples.
     """
+    if len(task.network.inputs) == 2:
+        raise ConfigError(f"fedmae hides parts of images or columns of tables, and {task.network.name} reads bags")
     if pretrain_optimizer not in ("", "sgd", "adam", "adamw"):
         raise ConfigError(f"no optimizer is called {pretrain_optimizer!r}; there are sgd, adam, adamw")
     chosen = {"optimizer": pretrain_optimizer} if pretrain_optimizer else {}

@@ -5,10 +5,14 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.site import Site
+from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.contrastive import extended
 from polyclinic.learning.objectives.masked_modeling import Masked
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.example_pool import all_inputs
+from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.phases import Pretrained
 from polyclinic.methods.self_supervised.fedmae import fedmae
@@ -42,3 +46,32 @@ def test_the_first_phase_has_its_own_optimizer(task: Classification) -> None:
     assert (method.second.local.lr, method.second.local.optimizer) == (0.05, "sgd")
     with pytest.raises(ValueError, match="no optimizer is called 'lion'"):
         fedmae(task, LOCAL, 10, pretrain_optimizer="lion")
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Segmentation(Network("residual-unet", (1, 16, 16), 2, (("width", 4), ("levels", 3)))),
+        Classification(Network("densenet121", (1, 32, 32), 2)),
+    ],
+    ids=lambda task: task.network.name,
+)
+def test_a_representation_coarser_than_the_image_learns_hidden_pixels(task: Task) -> None:
+    masked = Masked(task, grid=4)
+    torch.manual_seed(0)
+    model, x = masked.model(), torch.rand(2, *task.network.inputs)
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    losses = []
+    for _ in range(8):
+        torch.manual_seed(1)  # the same parts are hidden
+        loss = masked.loss(model, (x, None))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_bags_are_refused() -> None:
+    with pytest.raises(ConfigError, match="attention-mil reads bags"):
+        fedmae(Classification(Network("attention-mil", (6, 8), 2)), LOCAL, 10)

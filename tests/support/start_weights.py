@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.weights import store
+from polyclinic.learning.weights import conversion, importer, store
 from polyclinic.learning.weights.matching import StartWeights
 
 
@@ -37,3 +39,15 @@ def random_state(network: Network, seed: int = 5) -> dict[str, Tensor]:
             if key.endswith("running_var"):
                 leaf.uniform_(0.5, 2)
     return state
+
+
+def convert_here(patch: pytest.MonkeyPatch) -> None:
+    """Convert weights in this process, which spares the start of another one, for tests of what comes before and after."""
+
+    def converted(source: Path, target: Path, key: str) -> dict[str, Any]:
+        try:
+            return conversion.convert(source, target, key)
+        except conversion.Refused as refusal:
+            raise importer.NotImported(f"{source}: {refusal}") from None
+
+    patch.setattr(importer, "_converted", converted)

@@ -41,7 +41,7 @@ from polyclinic.learning.weights import store
 from polyclinic.testing import equal
 from tests.engines.flare.test_exchange import reference, state_of
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
-from tests.support.start_weights import random_state, weights_of
+from tests.support.start_weights import convert_here, random_state, weights_of
 
 NET = Network("cnn", (1, 8, 8), 2, (("width", 16), ("depth", 3)))
 OPTIONS = {"network_options": dict(NET.options)}
@@ -54,6 +54,11 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The hash of weights in the server's store."""
     monkeypatch.setenv(WEIGHTS, str(tmp_path / "weights"))
     return weights_of(NET).sha256
+
+
+@pytest.fixture
+def converted_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_here(monkeypatch)
 
 
 @contextmanager
@@ -148,6 +153,7 @@ def test_a_policy_without_room_for_them_refuses_the_study_and_nothing_is_sent(
     assert "limits.weights_megabytes" in why
 
 
+@pytest.mark.usefixtures("converted_here")
 def test_what_the_policy_forbids_is_refused_once_the_weights_are_here(tmp_path: Path, weights: str) -> None:
     """Without them the network cannot be built and the rest of the policy not be checked."""
     policy = ALLOWED + '[require]\ntransforms = [{name = "clip", bound_at_most = 1.0}]\n'
@@ -237,6 +243,7 @@ def content_of(sha256: str) -> bytes:
     return store.find(sha256).path.read_bytes()
 
 
+@pytest.mark.usefixtures("converted_here")
 def test_a_transfer_that_was_cut_goes_on_where_it_ended(
     tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +260,7 @@ def test_a_transfer_that_was_cut_goes_on_where_it_ended(
     assert not line.agent.memory.weights.exists()
 
 
+@pytest.mark.usefixtures("converted_here")
 def test_a_part_of_another_file_is_not_continued(tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content = content_of(weights)
     line = Line(tmp_path, request(weights), monkeypatch)
@@ -264,6 +272,7 @@ def test_a_part_of_another_file_is_not_continued(tmp_path: Path, weights: str, m
     assert line.send(content) == ""
 
 
+@pytest.mark.usefixtures("converted_here")
 def test_nothing_is_fetched_that_nobody_approved_or_the_study_does_not_state(
     tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +336,8 @@ def hostile_files() -> dict[str, bytes]:
 def test_a_file_that_is_what_was_approved_and_no_weights_is_not_stored(
     kind: str, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kind != "a pickle":
+        convert_here(monkeypatch)
     content = hostile_files()[kind]
     sha256, an = hashlib.sha256(content).hexdigest(), request(weights)
     stated = {**an.weights, "sha256": sha256, "bytes": len(content)}
@@ -338,6 +349,7 @@ def test_a_file_that_is_what_was_approved_and_no_weights_is_not_stored(
     assert line.agent.memory.wrong_weights == 1
 
 
+@pytest.mark.usefixtures("converted_here")
 def test_other_weights_of_the_same_name_stay(tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content = content_of(weights)
     line = Line(tmp_path, request(weights), monkeypatch)
@@ -375,6 +387,7 @@ def test_a_statement_that_is_none_is_refused(field: str, value: object, weights:
         RunRequest.from_json(json.dumps(table))
 
 
+@pytest.mark.usefixtures("converted_here", "looks")
 def test_a_site_that_waits_without_end_receives_them_a_few_times(
     tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

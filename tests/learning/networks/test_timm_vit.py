@@ -17,6 +17,7 @@ from polyclinic.learning.networks.timm_vit import Block, TimmViT
 from polyclinic.learning.weights import importer
 from polyclinic.learning.weights.matching import Mismatch, StartWeights
 from polyclinic.learning.weights.store import Card
+from tests.support.start_weights import convert_here
 
 WIDTH, HEADS, PATCH = 12, 3, 4
 SIZE = (("width", WIDTH), ("heads", HEADS), ("depth", 2), ("patch_size", PATCH))
@@ -60,6 +61,7 @@ def added(state: dict[str, Tensor], folder: Path) -> str:
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYCLINIC_WEIGHTS", str(tmp_path / "weights"))
+    convert_here(monkeypatch)
 
 
 def test_a_layer_is_pytorchs_with_the_same_numbers() -> None:

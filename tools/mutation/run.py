@@ -37,6 +37,7 @@ from swap import Calls, Replaced, changed_functions, swap  # noqa: E402
 
 RESULTS = ROOT / "build" / "mutation"
 PYTEST = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow and not deploy"]
+PYTEST += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of hypothesis, which is imported before forks
 SURVIVED, KILLED, TIMEOUT, AFRESH = "survived", "killed", "timeout", "afresh"
 CANNOT = 77  # the exit status of a fork in which a function could not be changed
 MEMORY = 16 * 2**30

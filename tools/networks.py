@@ -94,8 +94,9 @@ def draw(sizes: dict[str, Any]) -> None:
             text = f"{found[name]['parameters'] / 1e6:.3g} M"
             ax.annotate(text, (weights[at] + kept[at], at), xytext=(3, -3), textcoords="offset points", fontsize=7)
         shapes = {ARCHITECTURES[name].purpose: found[name]["input"][-1] for name in order}
-        sides = ", ".join(f"{purpose} {side}" for purpose, side in shapes.items())
-        ax.set(xlabel=f"GiB for one example ({sides} per side)", title=f"{dims}-D")
+        named = [f"{purpose} {side}" for purpose, side in shapes.items()]
+        sides = ", ".join(map(str, set(shapes.values())) if len(set(shapes.values())) == 1 else named)
+        ax.set(xlabel=f"GiB for one example (sides: {sides})", title=f"{dims}-D")
         ax.tick_params(axis="y", labelsize=8)
         ax.margins(x=0.12, y=0.01)
         ax.spines[["top", "right"]].set_visible(False)

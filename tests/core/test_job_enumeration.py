@@ -7,7 +7,7 @@ import pytest
 
 from polyclinic.compression.downlink import received_through
 from polyclinic.compression.zstd import Zstd
-from polyclinic.core.job_enumeration import Job
+from polyclinic.core.job_enumeration import Job, shifted
 from polyclinic.core.method import Request
 from polyclinic.core.pipeline import send_through
 from polyclinic.core.site import Site
@@ -116,3 +116,9 @@ def test_whatever_wraps_a_method_has_its_jobs(task: Classification, local: Local
     assert [job.name for job in mime.jobs] == ["gradient", "train"]
     sent = send_through(mime, Clip(1.0))
     assert Evaluated(received_through(sent, task.first(), Zstd()), task).jobs == sent.jobs == mime.jobs
+
+
+def test_delayed_jobs_keep_their_length() -> None:
+    first, second = shifted([Job("a", first=1, last=2), Job("b")], 3)
+    assert (first.first, first.last) == (4, 5)
+    assert (second.first, second.last) == (3, None)

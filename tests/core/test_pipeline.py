@@ -11,11 +11,12 @@ from polyclinic.core import serialization as saved
 from polyclinic.core import tree
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, WeightedMean, merge
 from polyclinic.core.execution import execute
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.pipeline import Packed, SentState, Transform, UplinkPipeline, send_through
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.testing import equal
 
 
 @savable("tests.SumState", 1)
@@ -227,3 +228,34 @@ def test_packed_merges_only_with_packed() -> None:
         packed + PerSite({"b": {}})
     with pytest.raises(ValueError, match="two contributions from the same site"):
         packed + packed
+
+
+def test_wrappers_hand_the_inner_method_what_they_are_given() -> None:
+    given: dict[str, Any] = {}
+
+    @dataclass(frozen=True)
+    class Asked(Told):
+        def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
+            given.update(memory=memory, site=site, role=role)
+            return {"x": torch.ones(1)}
+
+        def server_update(self, state: SumState, reply: Reply, server: Site) -> SumState:
+            given.update(reply=reply, server=server)
+            return state
+
+    @dataclass(frozen=True)
+    class Around(MethodWrapper[Any]):
+        inner: Method[Any]
+
+    site, server = Site("a", {}), Site("server", {})
+    mine = {"inner/count": {"n": torch.ones(1)}}
+    piped, around = send_through(Asked(), Doubled()), Around(Asked())
+    for method, memory in ((piped, mine), (around, {"count": mine["inner/count"]})):
+        given.clear()
+        request = Request(0, {"params": {"x": torch.zeros(1)}})
+        assert equal(method.adapted_model(request, memory, site, "val"), {"x": torch.ones(1)})
+        assert (given["site"], given["role"], list(given["memory"])) == (site, "val", ["count"])
+    empty = Reply()
+    piped.server_update(SentState(SumState(0, {}), ()), empty, server)
+    assert given["reply"] is empty
+    assert given["server"] is server

@@ -74,6 +74,18 @@ def test_replies_survive_and_stay_views_where_asked() -> None:
     assert equal(before, reply.mean("m").total["a"])
 
 
+@pytest.mark.parametrize("dtype", serialization._DTYPES.values(), ids=str)
+def test_every_type_survives_and_is_found_in_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    leaf = torch.arange(100).reshape(1, 100).to(dtype)
+    serialization.save(tmp_path / "file", {"a": leaf})
+    read = serialization.load(tmp_path / "file")["a"]
+    assert (read.dtype, read.shape) == (dtype, leaf.shape)
+    assert torch.equal(read, leaf)
+    place = serialization.layout(tmp_path / "file")[0]["a"]
+    content = (tmp_path / "file").read_bytes()[place.start :]
+    assert torch.equal(torch.frombuffer(bytearray(content), dtype=dtype).reshape(place.shape), leaf)
+
+
 def test_other_tools_read_our_files() -> None:
     found = st_load(serialization.encode({"a": torch.arange(6).reshape(2, 3), "b": torch.ones(2)}))
     assert {name: t.tolist() for name, t in found.items()} == {"0": [[0, 1, 2], [3, 4, 5]], "1": [1.0, 1.0]}
@@ -104,6 +116,9 @@ HOSTILE = {
     "deep JSON": _header(b"[" * 100_000),
     "no metadata": _header({"0": F32}, bytes(8)),
     "name twice": _header(b'{"__metadata__": {"value": "1"}, "0": 1, "0": 2}'),
+    "tensor twice": _header(
+        b'{"__metadata__": %b, "0": %b, "0": %b}' % tuple(json.dumps(t).encode() for t in (META, F32, F32)), bytes(8)
+    ),
     "offset past the end": _header({"__metadata__": META, "0": {**F32, "data_offsets": [0, 800]}}, bytes(8)),
     "offset before the start": _header({"__metadata__": META, "0": {**F32, "data_offsets": [-8, 0]}}, bytes(8)),
     "overlap": _header({"__metadata__": META, "0": F32, "1": {**F32, "data_offsets": [4, 12]}}, bytes(12)),

@@ -37,6 +37,20 @@ def test_arithmetic(i: int, j: int) -> None:
     assert equal(tree.lerp(a, b, 1.0), b)
 
 
+def test_a_shift_by_another_shape_or_type_is_scaled() -> None:
+    a = {"w": torch.ones(2, 2), "b": torch.ones(2)}
+    for step in (torch.ones(1), torch.ones(2, 2, dtype=torch.float64)):
+        assert torch.equal(tree.shift(a, {"w": step}, 3.0)["w"].float(), torch.full((2, 2), 4.0))
+        assert torch.equal(tree.shift(a, {"w": step})["w"].float(), torch.full((2, 2), 2.0))
+
+
+def test_cosine_of_an_angle() -> None:
+    a, b = {"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}, {"w": torch.tensor([4.0]), "b": torch.tensor([3.0])}
+    assert tree.cosine(a, b) == pytest.approx(24 / 25)
+    assert tree.cosine(a, tree.scale(a, -2)) == pytest.approx(-1)
+    assert tree.cosine(a, tree.zeros(a)) == 0
+
+
 def test_trees_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match=r"differ in \['b'\]"):
         tree.add({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})

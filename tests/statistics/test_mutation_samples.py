@@ -1,5 +1,6 @@
 """Samples of mutants are reproducible and random, and the interval of a score is exact."""
 
+import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-SPEC = spec_from_file_location("mutation_sample", Path(__file__).parents[2] / "tools" / "mutation" / "sample.py")
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "mutation"
+SPEC = spec_from_file_location("mutation_sample", TOOL / "sample.py")
 sample = module_from_spec(SPEC)
 SPEC.loader.exec_module(sample)
 drawn, score = sample.drawn, sample.score
@@ -57,3 +60,15 @@ def test_the_interval_is_that_of_the_binomial_distribution(killed: int, tried: i
 
 def test_no_mutant_has_no_score() -> None:
     assert score(0, 0) == "none tried"
+
+
+def test_packages_list_their_modules_and_tests() -> None:
+    table = tomllib.loads((TOOL / "modules.toml").read_text())
+    for package, given in table["packages"].items():
+        files = {file.relative_to(ROOT / "polyclinic") for file in (ROOT / "polyclinic" / package).rglob("*.py")}
+        modules = {file.with_suffix("").as_posix() for file in files if file.name != "__init__.py"}
+        assert set(given["modules"]) | {name for name in table["tests"] if name in modules} == modules
+    named = [test for tests in table["tests"].values() for test in tests]
+    named += [test for given in table["packages"].values() for test in given["tests"]]
+    files = {test.removeprefix("--deselect=").partition("::")[0] for test in named}
+    assert [file for file in sorted(files) if not (ROOT / file).is_file()] == []

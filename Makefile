@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export POLYCLINIC_DATA ?=
+# Compiled modules are kept, also where the environment says otherwise: the tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-slow check style format bench docs mutation clean
 

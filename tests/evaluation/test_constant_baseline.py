@@ -187,6 +187,24 @@ def test_a_curve_that_still_rises(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_baseline_that_was_better_before(select: str, tmp_path: Path) -> None:
+    path = made(tmp_path / "r")
+    lines = [json.loads(x) for x in (path / "records.jsonl").read_text().splitlines()]
+    last = max(line["round"] for line in lines if line["kind"] == "scores")
+    for line in lines:
+        if line.get("method") == "local" and line["kind"] == "scores":
+            line["metrics"]["auc"] = 0.9 - 0.03 * abs(line["round"] - 4)
+        if line.get("method") == "local" and line["kind"] == "test":
+            line["round"] = last if select == "last" else 4
+    (path / "records.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    texts = [f.text for f in findings(context(path))]
+    found = [text for text in texts if text.startswith("Local training was tested after it had lost")]
+    lost = f"{0.03 * (last - 4):.2f}"
+    assert bool(found) == (select == "last")
+    assert all(f"had lost {lost}" in text and "since round 4; FedAvg exceeds it by 0." in text for text in found)
+
+
 @pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
 def test_the_constant_is_in_the_table_of_methods(tmp_path: Path, task: str) -> None:
     path = made(tmp_path / "r", task=task)

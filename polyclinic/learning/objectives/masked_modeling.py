@@ -53,8 +53,9 @@ class Masked:
     """Masked modeling of a task's network.
 
     A transformer predicts the normalized pixels of each hidden patch; a U-Net, the hidden pixels, interpolated if its
-    representation is coarser than the image; a network whose representation is a vector, the mean intensity of hidden cells; a network for tables, the hidden columns. The hidden
-    parts are drawn from PyTorch's global random generator, like dropout, which training seeds.
+    representation is coarser than the image; a network whose representation is a vector, the mean intensity of hidden
+    cells; a network for tables, the hidden columns. The hidden parts are drawn from PyTorch's global random generator,
+    like dropout, which training seeds.
 
     Attributes:
         task: The study's task.

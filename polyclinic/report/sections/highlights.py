@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from polyclinic.evaluation.records.record_schema import Scores
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import count, interval, listed, many, number, outcome, with_interval
@@ -183,6 +184,7 @@ def _about_run(page: ReportContext) -> Iterator[Finding]:
     if 0 < tested < FEWEST:
         yield Finding(5, f"The training sites have {many(tested, 'test patient')} in all: nothing was tested.")
     yield from _rising(page)
+    yield from _overtrained(page)
     for q in run.quarantined[:3]:
         yield Finding(2, f"A reply of {q.site} was refused in round {q.round} of {page.title(q.method)}: {q.reason}.")
     if len(run.quarantined) > 3:
@@ -224,21 +226,59 @@ def _about_split(page: ReportContext) -> Iterator[Finding]:
         yield Finding(4, text)
 
 
+def _validated(page: ReportContext, label: str) -> dict[tuple[int, int], dict[int, float]]:
+    """Return a method's validation metric by round, mean over sites, for each seed and fold.
+
+    It is negated if lower values are better.
+    """
+    name, sign = page.result.metric.name, 1.0 if page.higher else -1.0
+    curves: dict[tuple[int, int], dict[int, list[float]]] = {}
+    for s in page.run.curves:
+        value = s.metrics.get(name)
+        if s.method == label and s.role == "val" and value is not None:
+            curves.setdefault((s.seed, s.fold), {}).setdefault(s.round, []).append(sign * value)
+    return {key: {r: sum(v) / len(v) for r, v in curve.items()} for key, curve in curves.items()}
+
+
 def _rising(page: ReportContext) -> Iterator[Finding]:
     """Report a main method whose validation curve still improves at the last round in every seed."""
     run, first = page.run, page.first
     if first is None or run.info.rounds < FEWEST:
         return
-    name, sign = page.result.metric.name, 1.0 if page.higher else -1.0
-    curves: dict[tuple[int, int], dict[int, list[float]]] = {}
-    for s in run.curves:
-        value = s.metrics.get(name)
-        if s.method == first.label and s.role == "val" and value is not None:
-            curves.setdefault((s.seed, s.fold), {}).setdefault(s.round, []).append(sign * value)
-    means = [{r: sum(v) / len(v) for r, v in by_round.items()} for by_round in curves.values()]
-    if means and all(max(c) >= run.info.rounds and max(c, key=lambda r: c[r]) >= run.info.rounds for c in means):
+    curves = _validated(page, first.label).values()
+    if curves and all(max(c) >= run.info.rounds and max(c, key=lambda r: c[r]) >= run.info.rounds for c in curves):
         text = f"The validation {page.label} of {page.title(first.label)} was best in the last round, {run.info.rounds}"
         yield Finding(3, f"{text}: training may have been too short.")
+
+
+def _overtrained(page: ReportContext) -> Iterator[Finding]:
+    """Report local or pooled training that had been better before the round that was tested.
+
+    It is reported if the loss on validation patients, from the best round of the mean over seeds to the tested round,
+    is at least half of the difference from the main method.
+    """
+    first, sign = page.first, 1.0 if page.higher else -1.0
+    if first is None or first.macro.value is None:
+        return
+    for label in ("local", "pooled"):
+        curves = _validated(page, label)
+        lines = [s for s in page.run.lines if isinstance(s, Scores) and s.kind == "test" and s.method == label]
+        tested = {(s.seed, s.fold): s.round for s in lines}
+        value = next((m.macro.value for m in page.result.methods if m.label == label), None)
+        if value is None or not curves or any(tested.get(key) not in curve for key, curve in curves.items()):
+            continue
+        common = set.intersection(*(set(curve) for curve in curves.values()))
+        means = {r: sum(curve[r] for curve in curves.values()) / len(curves) for r in common}
+        best = max(means, key=lambda r: means[r], default=0)
+        lost = sum(means.get(best, 0.0) - curve[tested[key]] for key, curve in curves.items()) / len(curves)
+        gain = sign * (first.macro.value - value)
+        if best < min(tested.values()) and gain > 0 and lost >= gain / 2:
+            text = (
+                f"{page.title(label)} training was tested after it had lost {number(lost, page.digits)} {page.label} "
+            )
+            text += f"on validation patients since round {best}; {page.title(first.label)} exceeds it by "
+            text += f'{number(gain, page.digits)}. Set select = "best" in [evaluation] before crediting the method.'
+            yield Finding(4, text)
 
 
 def _about_sites(page: ReportContext) -> Iterator[Finding]:

@@ -68,6 +68,37 @@ def test_multilabel_is_the_mean_over_labels() -> None:
     assert got["average_precision"] == pytest.approx(sk.average_precision_score(target, score, average="macro"))
     assert got["f1"] == pytest.approx(sk.f1_score(target, score >= 0.5, average="macro"))
     assert got["accuracy"] == pytest.approx(((score >= 0.5) == target).mean())
+    assert got["brier"] == pytest.approx(((score - target) ** 2).mean())
+    recalls = [sk.balanced_accuracy_score(target[:, k], score[:, k] >= 0.5) for k in range(4)]
+    assert got["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("name", ["accuracy", "balanced_accuracy", "sensitivity", "specificity"])
+def test_a_metric_of_proportions_is_their_mean(name: str, classes: int) -> None:
+    metric, (score, target) = m.CLASSIFICATION[name], cases("classification", 7, classes=classes)
+    assert metric.proportions is not None
+    found = metric.proportions(score, target)
+    if classes > 2 and name in ("sensitivity", "specificity"):
+        assert found is None
+        return
+    assert found is not None
+    assert metric.of(score, target) == pytest.approx(np.mean([right[who].mean() for right, who in found]))
+    assert metric.proportions(*cases("multilabel", 1)) is None
+
+
+def test_errors_are_lower_if_better_and_limits_stay_in_range() -> None:
+    """Limits of shares are found on the logit scale, those of errors and distances on the log scale."""
+    errors = {"mae", "rmse", "brier", "hd95", "hd95_px", "volume_error", "volume_ml", "area_mm2", "volume_px", "nmse"}
+    errors |= {"lesion_hd95", "lesion_hd95_px", "lesions_false", "grade_error"}
+    for name, metric in (m.CLASSIFICATION | m.REGRESSION | m.PER_CASE | m.ORDERED).items():
+        if name in errors:
+            assert (metric.higher_is_better, metric.scale) == (False, "log"), name
+        elif name == "bias":
+            assert (metric.higher_is_better, metric.scale) == (None, ""), name
+        else:
+            assert metric.higher_is_better is True, name
+            assert metric.scale == ("" if name in ("r2", "psnr", "ssim", "quadratic_kappa") else "logit"), name
 
 
 def test_regression_equals_scikit_learn() -> None:

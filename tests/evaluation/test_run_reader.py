@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from polyclinic.evaluation.records.predictions import as_cases, by_patient, predictions_of, read_predictions, unit_of
-from polyclinic.evaluation.records.record_schema import arm_names
+from polyclinic.evaluation.records.record_schema import arm_names, rounded_up
 from polyclinic.evaluation.records.run_reader import NotARun, Run, external_sites, read_info, read_run, training_sites
 from tests.support.synthetic_run import SITES, write_run
 
@@ -323,3 +324,7 @@ def test_values_of_masks_are_averaged_over_finite_ones_and_slices_are_one_volume
     assert volumes.score_for("dice_empty")[:, 0].tolist() == [1.0, 0.0, 1.0, 1.0]
     assert volumes.score_for("volume_error")[1, 0] == 1.0
     assert np.isnan(volumes.score_for("volume_error")[[0, 2, 3], 0]).all()
+
+
+def test_epsilon_is_never_shown_smaller_than_it_is() -> None:
+    assert [rounded_up(epsilon) for epsilon in (1.0, 1.001, 0.999, math.inf)] == ["1.00", "1.01", "1.00", "∞"]

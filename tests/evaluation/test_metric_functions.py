@@ -91,7 +91,7 @@ def test_errors_are_lower_if_better_and_limits_stay_in_range() -> None:
     """Limits of shares are found on the logit scale, those of errors and distances on the log scale."""
     errors = {"mae", "rmse", "brier", "hd95", "hd95_px", "volume_error", "volume_ml", "area_mm2", "volume_px", "nmse"}
     errors |= {"lesion_hd95", "lesion_hd95_px", "lesions_false", "grade_error"}
-    for name, metric in (m.CLASSIFICATION | m.REGRESSION | m.PER_CASE | m.ORDERED).items():
+    for name, metric in {**m.CLASSIFICATION, **m.REGRESSION, **m.PER_CASE, **m.ORDERED}.items():
         if name in errors:
             assert (metric.higher_is_better, metric.scale) == (False, "log"), name
         elif name == "bias":

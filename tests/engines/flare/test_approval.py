@@ -6,10 +6,11 @@ import pwd
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -20,13 +21,15 @@ from polyclinic.core.plugin_packages import Package
 from polyclinic.engines.flare.client.decisions import Review, read, shown_hash, signed_bytes, this_person, to_json
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews, _unlike
 from polyclinic.engines.flare.client.site_agent import take_in
+from polyclinic.engines.flare.client.training_worker import Training
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import run_request as orders
 from polyclinic.engines.flare.protocol import shared_journals, tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Call
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.run_request import RunRequest
-from tests.support.local_deployment import LocalCarrier, hospital, order, read_and_approve
+from tests.support.known import known
+from tests.support.local_deployment import Inline, LocalCarrier, hospital, order, read_and_approve
 
 SHAPE = {"inputs": [1, 8, 8], "outputs": 2}
 
@@ -52,7 +55,7 @@ def study(
 ) -> RunRequest:
     """One run of a study of FedAvg and FedProx; ``changes`` of the run's plan go in ``plan``."""
     base = {k: v for k, v in order(rounds=rounds).plan.items() if k not in SHAPE}
-    arms = [
+    arms: list[dict[str, Any]] = [
         {"label": label, "plan": {**base, "method": label, "seed": seed}}
         for label in ("fedavg", "fedprox")
         for seed in seeds
@@ -121,8 +124,13 @@ def test_what_is_put_back_after_it_was_swapped_is_read_again(home: SiteFolder) -
 def test_the_hash_of_what_is_shown_covers_everything_that_is_shown(home: SiteFolder, what: str) -> None:
     reviews = Reviews(home.reviews)
     review = reviews.offer(order(), ())
-    other = {"problems": ("x",), "notes": ("x",), "code": "0" * 64, "packages": (("a", "1", "0" * 64),)}[what]
-    assert replace(review, **{what: other}).hash != review.hash
+    changes: dict[str, Any] = {
+        "problems": ("x",),
+        "notes": ("x",),
+        "code": "0" * 64,
+        "packages": (("a", "1", "0" * 64),),
+    }
+    assert replace(review, **{what: changes[what]}).hash != review.hash
     assert replace(review, order=order(rounds=4).to_json()).hash != review.hash
 
 
@@ -141,11 +149,12 @@ def test_a_name_of_two_studies_approves_neither_and_lists_both(home: SiteFolder)
     reviews = Reviews(home.reviews)
     reviews.offer(study("zz-other", rounds=2000), ())
     reviews.offer(study("spots-1"), ())
-    for act in (
+    acts: tuple[Callable[[], object], ...] = (
         lambda: reviews.subject("spots"),
         lambda: reviews.decide("spots", APPROVED, "anna", "IRB"),
         lambda: reviews.decide("spots", REFUSED, "anna", "IRB"),
-    ):
+    )
+    for act in acts:
         with pytest.raises(SetupError, match="'spots' is the name of 2 different studies:") as told:
             act()
         assert [line.split()[0] for line in str(told.value).splitlines()] == ["'spots'", "zz-other", "spots-1", "name"]
@@ -312,7 +321,9 @@ def test_without_an_answer_to_the_survey_nothing_confirms_the_data(home: SiteFol
 
 def test_a_study_that_says_what_the_data_are_needs_no_survey(home: SiteFolder) -> None:
     base = order().plan
-    arms = [{"label": label, "plan": {**base, "method": label}} for label in ("fedavg", "fedprox")]
+    arms: list[dict[str, Any]] = [
+        {"label": label, "plan": {**base, "method": label}} for label in ("fedavg", "fedprox")
+    ]
     of = {"name": "spots", "hash": "ab", "arms": arms}
     first, second = (RunRequest(f"spots-{i}", arm["plan"], label=arm["label"], study=of) for i, arm in enumerate(arms))
     reviews = Reviews(home.reviews)
@@ -780,7 +791,7 @@ def test_why_the_data_do_not_fit_stays_with_the_review_until_they_do(home: SiteF
     [("classification", "classes"), ("segmentation", "classes"), ("multilabel", "labels"), ("regression", "values")],
 )
 def test_what_the_outputs_are_is_said_in_the_words_of_the_task(home: SiteFolder, kind: str, word: str) -> None:
-    filled = SimpleNamespace(filled=("outputs",), plan={"kind": kind, "outputs": 3})
+    filled = cast(RunRequest, SimpleNamespace(filled=("outputs",), plan={"kind": kind, "outputs": 3}))
     assert _unlike(filled, [surveyed(home).get("spots-survey")]) == [f"outputs = 3; the data here have 2 {word}"]
 
 
@@ -860,6 +871,12 @@ class Server:
         self.an, self.home, self.number = an, homes["site-0"], 0
         self.carrier = LocalCarrier(homes, an)
         self.agent = self.carrier.agent("site-0")
+
+    @property
+    def training(self) -> Training:
+        trainer: object = self.agent.trainer
+        assert isinstance(trainer, Inline)
+        return known(trainer.training)
 
     def hello(self) -> str:
         return self._call("hello", None)[0]
@@ -1039,7 +1056,7 @@ def test_code_that_changes_while_a_run_goes_on_is_not_run(
     monkeypatch.setattr(training_worker, "code_on_disk", lambda: "1" * 64)
     assert "polyclinic was changed here during the run" in server.ask()[0]
     monkeypatch.undo()
-    server.agent.trainer.training._code = "1" * 64  # it began with other code, which was put back
+    server.training._code = "1" * 64  # it began with other code, which was put back
     assert "polyclinic was changed here during the run" in server.ask()[0]
 
 

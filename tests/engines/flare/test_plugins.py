@@ -37,7 +37,7 @@ def test_an_ask_after_the_policy_changed_its_mind_loads_nothing(tmp_path: Path, 
     read_and_approve(homes["site-0"], "run-1")
     assert server.hello() == ""
     homes["site-0"].policy.write_text(LITTLE)
-    server.agent.trainer.training = None
+    server.agent.trainer.close()
     for name in ("minepack", "minepack.make"):
         sys.modules.pop(name, None)
     assert "needs the package mine-pack" in server.ask("train")[0]
@@ -61,7 +61,7 @@ def test_changed_code_of_a_package_waits_for_a_person(tmp_path: Path, install: I
     assert reviews.current(an) is None
     lost, _ = server.ask("train")
     assert lost.startswith(("waits for a person", "refused: a package")), lost
-    server.agent.trainer.training = None  # a fresh process
+    server.agent.trainer.close()  # a fresh process
     assert "waits for a person" in Server(homes, an).hello()
     (package,) = packages_in({"method": "mine"})
     assert reviews.get("run-1").packages == (package,)

@@ -135,7 +135,7 @@ class Liar:
 def test_a_sum_is_not_asked_again_without_one_site_under_any_name(tmp_path: Path) -> None:
     liar = Liar(tmp_path)
     five = liar.sum()
-    assert torch.equal(five, sum(liar.own(site) for site in ALL))
+    assert torch.equal(five, sum((liar.own(site) for site in ALL), torch.tensor(0)))
     assert torch.equal(liar.sum(), five)  # the same roster shows nothing new
     with pytest.raises(ProtocolError, match="was opened already; one over others would show what 1 of them sent"):
         liar.sum(ALL[:4])
@@ -191,7 +191,7 @@ def test_the_same_gradient_in_another_round_has_the_same_roster(tmp_path: Path) 
 def test_other_values_are_summed_over_whoever_is_there(tmp_path: Path) -> None:
     liar = Liar(tmp_path)
     liar.sum()
-    assert torch.equal(liar.sum(ALL[:4], round=1, by=0.01), sum(liar.own(site) for site in ALL[:4]))
+    assert torch.equal(liar.sum(ALL[:4], round=1, by=0.01), sum((liar.own(site) for site in ALL[:4]), torch.tensor(0)))
 
 
 def test_noise_that_is_drawn_anew_opens_no_second_roster_for_a_request(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_session_that_is_given_up_shows_nothing_of_the_next(tmp_path: Path) ->
         assert abs(float(bits.mean()) - 0.5) < 0.03
     assert liar.sum(ALL[:4], until="agree") == ALL[:4]  # what was agreed on was not opened either
     five = liar.sum()
-    assert torch.equal(five, sum(liar.own(site) for site in ALL))
+    assert torch.equal(five, sum((liar.own(site) for site in ALL), torch.tensor(0)))
     with pytest.raises(ProtocolError, match="was opened already"):
         liar.sum(ALL[:4])
 
@@ -266,7 +266,7 @@ def test_as_many_sites_as_the_noise_counts_on_must_stay(tmp_path: Path) -> None:
         liar.sum(seven[:6], threshold=4)
     with pytest.raises(ProtocolError, match="here it is at least 5"):
         liar.sum(seven[:4], threshold=4)
-    assert torch.equal(liar.sum(seven[:5], threshold=5), sum(liar.own(site) for site in seven[:5]))
+    assert torch.equal(liar.sum(seven[:5], threshold=5), sum((liar.own(site) for site in seven[:5]), torch.tensor(0)))
 
 
 def test_the_policy_asks_for_more(tmp_path: Path) -> None:

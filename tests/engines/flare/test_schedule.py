@@ -382,7 +382,7 @@ def honest(root: Path, method: str, homes: Any = None, **how: Any) -> Any:
 def test_a_crash_between_the_model_and_its_scores_asks_for_no_other_scores(tmp_path: Path) -> None:
     """The round is not done again after a crash while it is scored; otherwise another model could take its place."""
     homes, an = honest(tmp_path, "fedavg", score_every=1, test="score/test", best={"metric": "loss", "higher": False})
-    calls, lost = [], []
+    calls, lost = list[Call](), list[bool]()
 
     def crash(call: Call) -> bool:
         calls.append(call)
@@ -393,7 +393,7 @@ def test_a_crash_between_the_model_and_its_scores_asks_for_no_other_scores(tmp_p
     assert run(tmp_path, an, homes, crash=crash)[0] == "finished"
     trained = [(c.round, c.site) for c in calls if c.job == "train"]
     assert len(trained) == len(set(trained))  # no round was asked for again
-    contents = {(c.round, c.job, c.site): set() for c in calls}
+    contents = {(c.round, c.job, c.site): set[tuple[str, int]]() for c in calls}
     for c in calls:
         contents[c.round, c.job, c.site].add((c.sha256, c.number))
     assert all(len(one) == 1 for one in contents.values())

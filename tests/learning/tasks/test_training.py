@@ -1,6 +1,7 @@
 """Training is pure: the same start, data and dice give the same bits, and what bends it does what it says."""
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ DROPOUT = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_training_repeats_to_the_bit_and_leaves_the_global_dice_alone(optimizer: str) -> None:
+def test_training_repeats_to_the_bit_and_leaves_the_global_dice_alone(
+    optimizer: Literal["sgd", "adam", "adamw"],
+) -> None:
     site, local = little_sites()["site-0"], LocalTraining(epochs=2, batch_size=4, optimizer=optimizer, lr=0.01)
     start = DROPOUT.first(0)
     kept = tree.copy(start)

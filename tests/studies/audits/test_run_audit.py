@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from polyclinic.cli import audit as cli
-from polyclinic.evaluation.records.record_schema import rounded_up
+from polyclinic.evaluation.records.record_schema import Round, rounded_up
 from polyclinic.evaluation.records.run_reader import NotARun, read_run
 from polyclinic.evaluation.run_evaluation import Options
 from polyclinic.learning.training.local import LocalTraining
@@ -75,10 +75,14 @@ def test_shadow_models_are_trained_once_and_kept(
     done: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, not_inverted: Any
 ) -> None:
     """LiRA and RMIA, with 4 shadow models and then 6; what was trained is not trained again, and gives the same."""
-    trained = []
-    fit = LocalTraining.fit
-    monkeypatch.setattr(LocalTraining, "fit", lambda self, *a, **k: trained.append(a[2].name) or fit(self, *a, **k))
-    told = []
+    trained, told = list[str](), list[Any]()
+    usual = LocalTraining.fit
+
+    def fit(self: LocalTraining, *a: Any, **k: Any) -> Any:
+        trained.append(a[2].name)
+        return usual(self, *a, **k)
+
+    monkeypatch.setattr(LocalTraining, "fit", fit)
 
     def go_on(count: Any, attack: Any) -> Any:
         trained.clear()
@@ -163,17 +167,16 @@ def test_rounds_in_which_a_site_did_not_train_are_not_counted(monkeypatch: pytes
     """With a cohort a site pays for its own rounds only, and its audit trains as many."""
     run = read_run(done / "run")
     lines = [
-        line.model_copy(update={"lost": {"a": "away"}})
-        if getattr(line, "kind", "") == "round" and line.round < 3
-        else line
+        line.model_copy(update={"lost": {"a": "away"}}) if isinstance(line, Round) and line.round < 3 else line
         for line in run.lines
     ]
-    asked = []
-    monkeypatch.setattr(
-        run_audit,
-        "audit_training",
-        lambda *a, **k: asked.append(k["rounds"]) or (_ for _ in ()).throw(run_audit.NotAudited("stopped here")),
-    )
+    asked = list[int]()
+
+    def stopped(*_: Any, **k: Any) -> None:
+        asked.append(k["rounds"])
+        raise NotAudited("stopped here")
+
+    monkeypatch.setattr(run_audit, "audit_training", stopped)
     target = run_audit._target(run, "fedavg", 0)
     private = replace(target.plan, training={**target.plan.training, "private": {"noise": 1.0}})
     for site, wanted in (("a", 2), ("b", 4)):

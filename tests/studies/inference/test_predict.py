@@ -20,7 +20,7 @@ from polyclinic.studies.export.model_export import export
 from polyclinic.studies.inference.models import NoModel, trained_model
 from polyclinic.studies.inference.predict import Outputs, Predicted, Work
 from polyclinic.studies.inference.predictor import Predictor, tta_axes
-from polyclinic.studies.inference.reading import cases_at
+from polyclinic.studies.inference.reading import Reading, cases_at
 from polyclinic.studies.run.data_identity import read_again
 
 Finished = tuple[Path, Path]
@@ -113,6 +113,7 @@ def test_an_ensemble_is_the_mean_of_the_logits(finished: Finished, tmp_path: Pat
     run, data = finished
     both = trained_model(run, "fedavg")
     assert [member.name for member in both.members] == ["fedavg-seed0", "fedavg-seed1"]
+    assert isinstance(both.reading, Reading)
     case = next(iter(cases_at(data / "images", both.reading)))
     from polyclinic.studies.inference.reading import pictures
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from polyclinic.core.execution import Refused
+from polyclinic.core.tree import Tree
 from polyclinic.data.examples import Examples
 from polyclinic.engines.policy.site_policy import Allow, Enforced, Policy
 from polyclinic.evaluation.records.run_reader import read_run
@@ -55,8 +56,9 @@ def linear() -> Any:
     return model
 
 
-def task_and_params() -> Any:
-    return Classification(linear), params_of(linear())
+def task_and_params() -> tuple[Classification, Tree]:
+    network: Any = linear
+    return Classification(network), params_of(linear())
 
 
 def some(inputs: Any, patients: Any) -> Any:
@@ -72,7 +74,8 @@ def captum() -> None:
 
 
 def test_a_linear_model_is_explained_by_hand() -> None:
-    found = saliency(*task_and_params(), some([[1.0, 1.0, 5.0], [2.0, 0.0, 1.0]], "ab"), fewest=2)
+    task, params = task_and_params()
+    found = saliency(task, params, some([[1.0, 1.0, 5.0], [2.0, 0.0, 1.0]], "ab"), fewest=2)
     # |w x| of the difference of the two classes: (3, 1, 0) / 4 and (6, 0, 0) / 6
     torch.testing.assert_close(found["map"], torch.tensor([(0.75 + 1) / 2, 0.25 / 2, 0.0]))
     assert found["patients"].tolist() == [2]
@@ -81,15 +84,18 @@ def test_a_linear_model_is_explained_by_hand() -> None:
 
 def test_a_patient_has_one_vote_however_many_images() -> None:
     rows = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
-    once = saliency(*task_and_params(), some(rows, "ab"), fewest=2)["map"]
-    often = saliency(*task_and_params(), some([rows[0]] * 9 + [rows[1]], "a" * 9 + "b"), fewest=2, size=4)["map"]
+    task, params = task_and_params()
+    once = saliency(task, params, some(rows, "ab"), fewest=2)["map"]
+    often = saliency(task, params, some([rows[0]] * 9 + [rows[1]], "a" * 9 + "b"), fewest=2, size=4)["map"]
     torch.testing.assert_close(once, often)
 
 
 def test_few_patients_tell_nothing() -> None:
+    task, params = task_and_params()
     with pytest.raises(Refused, match="9 patients, but a mean map requires at least 10"):
-        saliency(*task_and_params(), some(np.eye(3)[[0, 1, 2] * 6].tolist(), "abcdefghi" * 2))
-    seg = Segmentation(linear)
+        saliency(task, params, some(np.eye(3)[[0, 1, 2] * 6].tolist(), "abcdefghi" * 2))
+    network: Any = linear
+    seg = Segmentation(network)
     with pytest.raises(Refused, match="'segmentation' cannot be explained"):
         saliency(seg, params_of(linear()), some(np.ones((10, 3)).tolist(), "abcdefghij"))
 

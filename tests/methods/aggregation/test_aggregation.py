@@ -1,7 +1,7 @@
 """The other ways to aggregate: each against a computation by hand, and in the limit in which it is FedAvg."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -69,7 +69,9 @@ def test_fedgma_without_a_threshold_is_fedavg(
         ("hinge", [1, 1, 1, 1 / (0.5 * 6 + 1)]),
     ],
 )
-def test_what_old_answers_count(task: Classification, staleness: str, values: Any) -> None:
+def test_what_old_answers_count(
+    task: Classification, staleness: Literal["constant", "polynomial", "hinge"], values: Any
+) -> None:
     method = FedBuff(task, staleness=staleness)
     assert [method.discount(age) for age in (0, 1, 3, 10)] == pytest.approx(values)
 
@@ -187,7 +189,9 @@ def test_cosines_with_the_others() -> None:
 
 
 @pytest.mark.parametrize("mode", ["times", "plus"])
-def test_fedce_by_hand(mode: str, task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
+def test_fedce_by_hand(
+    mode: Literal["times", "plus"], task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     found = updates(task, local, sites)
     x = changes(task, local, sites)
     learned = np.concatenate([np.full(leaf.numel(), n in trained(task)) for n, leaf in task.first(0).items()])
@@ -211,7 +215,7 @@ def test_fedce_remembers_and_refuses(task: Classification, local: LocalTraining,
     assert state.seen == dict.fromkeys(sites, 3)
     assert sum(state.weights.values()) == pytest.approx(1)
     with pytest.raises(ValueError, match='"times" or "plus", not "minus"'):
-        FedCE(task, local, mode="minus")
+        FedCE(task, local, mode="minus")  # type: ignore[arg-type]
     alone = {"site-0": sites["site-0"]}
     assert close(run(FedCE(task, local), task, alone).params, run(FedAvg(task, local), task, alone).params)
 

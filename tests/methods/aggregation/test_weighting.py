@@ -1,7 +1,7 @@
 """Weights from losses and distances: their limits, and one step each by hand."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_full_gradient_is_that_of_the_mean_loss(task: Classification, sites: dic
 
 @pytest.mark.parametrize(("form", "weigh"), [("exp", lambda loss: math.exp(-loss)), ("inverse", lambda loss: 1 / loss)])
 def test_loss_weighting_by_hand(
-    form: str, weigh: Any, task: Classification, local: LocalTraining, sites: dict[str, Site]
+    form: Literal["exp", "inverse"], weigh: Any, task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
     found = updates(task, local, sites)
     w = np.array([weigh(after) for _, _, after in found.values()])

@@ -1,7 +1,7 @@
 """Fine-tuning, FedBABU, Per-FedAvg, FedALA and FedSoup against their steps, written again with PyTorch's optimizers."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def sgd(task: Any, params: Any, batches: Any, lr: Any = 0.05, names: Any = None)
 
 @pytest.mark.parametrize("part", ["all", "head", "body"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fine_tuning_is_training_from_the_shared_model(kind: str, part: str) -> None:
+def test_fine_tuning_is_training_from_the_shared_model(kind: str, part: Literal["all", "head", "body"]) -> None:
     task, sites = place(kind)
     method = fine_tuned(task, LOCAL, NAMES, 3, epochs=3, part=part)
     state, engine = ran(method, task.first(), sites)
@@ -98,7 +98,9 @@ def test_fine_tuning_surrounds_any_method_and_is_not_private(task: Classificatio
     found = around.adapted_model(request, memory, sites["site-0"], "test")
     assert close(found, around.tuning.fit(task, begin, sites["site-0"], 2, slot="fine-tuned"))
     assert type(fine_tuned(task, DPSGD(batch_size=8), NAMES, 3).tuning) is LocalTraining
-    assert fine_tuned(task, LOCAL, NAMES, 3, uniform=True).inner.uniform
+    inner = fine_tuned(task, LOCAL, NAMES, 3, uniform=True).inner
+    assert isinstance(inner, FedAvg)
+    assert inner.uniform
     with pytest.raises(ConfigError, match="0 or more epochs"):
         fine_tuned(task, LOCAL, NAMES, 3, epochs=-1)
 
@@ -136,7 +138,7 @@ def test_per_fedavgs_steps_are_the_published_ones(kind: str) -> None:
         restore(model, kept)
         with torch.no_grad():
             for p in model.parameters():
-                p -= 0.3 * (0 if p.grad is None else p.grad)
+                p.sub_(0.3 * (0 if p.grad is None else p.grad))
         model.zero_grad()
         F.cross_entropy(model(x[half:]), y[half:]).backward()
         with torch.no_grad():
@@ -162,11 +164,11 @@ def test_per_fedavgs_second_order_is_the_gradient_of_its_objective() -> None:
     def objective(by: float) -> float:
         with torch.no_grad():
             for n, p in model.named_parameters():
-                p += by * toward[n]
+                p.add_(by * toward[n])
         value = float(method.loss(model, batch).detach())
         with torch.no_grad():
             for n, p in model.named_parameters():
-                p -= by * toward[n]
+                p.sub_(by * toward[n])
         return value
 
     slope = (objective(1e-7) - objective(-1e-7)) / 2e-7

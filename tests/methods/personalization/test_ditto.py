@@ -1,9 +1,12 @@
 """Ditto's laws: its global model is FedAvg's, and without attraction its personal model trains alone."""
 
+from collections.abc import Mapping
+
 import torch
 
 from polyclinic.core import tree
 from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -23,7 +26,8 @@ def test_without_attraction_the_personal_model_trains_alone(
     task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
     method, site = ditto(task, local, lam=0.0), sites["site-1"]
-    state, memory, alone = method.init(task.first()), {}, task.first()
+    state, alone = method.init(task.first()), task.first()
+    memory: Mapping[str, Tree] = {}
     for round in range(2):
         request = method.request(state)
         reply, memory = method.site_update(request, memory, site)

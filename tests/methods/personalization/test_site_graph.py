@@ -47,7 +47,7 @@ def test_labels_without_edges_do_not_speak_to_each_other() -> None:
     other[:, 1] += 1
     graph = model.get_submodule("graph")
     assert torch.equal(graph(h)[:, [0, 2]], graph(other)[:, [0, 2]])
-    graph.adjacency.copy_(comorbidity(torch.tensor([[1.0, 1, 0]]), 3))
+    graph.get_buffer("adjacency").copy_(comorbidity(torch.tensor([[1.0, 1, 0]]), 3))
     assert not torch.equal(graph(h)[:, 0], graph(other)[:, 0])
     assert torch.equal(graph(h)[:, 2], graph(other)[:, 2])
 

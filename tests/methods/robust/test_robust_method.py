@@ -19,7 +19,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.methods.personalization.partial_personalization import fedbn
 from polyclinic.methods.registry import Setting, build
-from polyclinic.methods.robust.robust_method import PART, Robust, apart
+from polyclinic.methods.robust.robust_method import PART, Robust, State, apart
 from polyclinic.methods.robust.rules.aggregation_rule import Average
 from polyclinic.methods.robust.rules.centered_clipping import CentredClipping
 from polyclinic.methods.robust.rules.coordinate_wise import Median, TrimmedMean
@@ -122,7 +122,7 @@ def test_what_reaches_the_rule_unchecked_is_refused_there_and_named(
         name: method.site_update(method.request(first), {}, site)[0].gather(PART)[name] for name, site in sites.items()
     }
 
-    def after(**changed: Any) -> object:
+    def after(**changed: Any) -> State:
         merged = Reply({PART: PerSite({**sent, **{k.replace("_", "-"): v for k, v in changed.items()}})})
         return method.server_update(first, merged, Site("server"))
 

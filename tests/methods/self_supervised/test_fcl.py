@@ -1,7 +1,7 @@
 """FCL: which slices count as alike, the loss in numpy, and what other sites' features do."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -55,11 +55,13 @@ def test_the_loss_is_its_equation_in_numpy(task: Classification, monkeypatch: py
     place = torch.arange(9) % 3
     memory = {"queue": {"keys": unit[:5], "places": place[:5]}}
     request = replace(request, trees={**request.trees, "features": {"other/keys": unit[5:], "other/places": place[5:]}})
-    losses = []
-    real = torch.Tensor.backward
-    monkeypatch.setattr(
-        torch.Tensor, "backward", lambda self, *a, **k: losses.append(self.item()) or real(self, *a, **k)
-    )
+    losses, real = list[float](), cast(Any, torch.Tensor.backward)
+
+    def backward(self: torch.Tensor, *a: Any, **k: Any) -> None:
+        losses.append(self.item())
+        real(self, *a, **k)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
     method.site_update(request, memory, site)
     monkeypatch.undo()
 

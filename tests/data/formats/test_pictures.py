@@ -105,8 +105,9 @@ def test_a_deflated_bomb_stops_at_the_size_of_its_picture(tmp_path: Path) -> Non
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((64, 64), np.uint8), compression="zlib", rowsperstrip=64)
     content = (tmp_path / "a.tif").read_bytes()
     with tifffile.TiffFile(tmp_path / "a.tif") as file:
-        start, length = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
-        tag = file.pages[0].tags["StripByteCounts"]
+        page = file.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        start, length, tag = page.dataoffsets[0], page.databytecounts[0], page.tags["StripByteCounts"]
     bomb = zlib.compress(bytes(2**24), 9)
     at = tag.valueoffset
     content = content[:at] + struct.pack("<I", len(bomb)) + content[at + 4 : start] + bomb

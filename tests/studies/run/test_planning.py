@@ -9,11 +9,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from polyclinic.data.examples import DataError, Dataset, Examples
+from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
 from polyclinic.studies.run.planning import plan, sites_of
 from tests.data.catalog.test_dataset_catalog import picture, volume
+from tests.support.data_sets import loaded
 
 
 def registry(root: Path, rows: int = 120, missing: bool = True) -> dict[str, Any]:
@@ -32,11 +33,6 @@ def written(found: DataPlan, root: Path) -> str:
     return str(root / "p.toml")
 
 
-def inputs_of(data: Dataset) -> torch.Tensor:
-    assert isinstance(data, Examples)
-    return data.inputs
-
-
 @pytest.mark.parametrize("external", [[], ["c"]])
 def test_a_tables_plan_does_what_pooled_statistics_do(tmp_path: Path, external: list[str]) -> None:
     """To rounding, with nothing but sums from each site; and an external site adds nothing to them."""
@@ -46,7 +42,9 @@ def test_a_tables_plan_does_what_pooled_statistics_do(tmp_path: Path, external: 
     assert planned.sites.keys() == pooled.sites.keys()
     for site, roles in pooled.sites.items():
         for role, examples in roles.items():
-            torch.testing.assert_close(inputs_of(planned.sites[site][role]), inputs_of(examples), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                loaded(planned.sites[site][role]).inputs, loaded(examples).inputs, rtol=1e-5, atol=1e-5
+            )
 
 
 def test_only_training_rows_of_training_sites_are_counted(tmp_path: Path) -> None:
@@ -123,7 +121,7 @@ def test_pictures_get_the_mean_and_deviation_of_all_sites(tmp_path: Path) -> Non
     made = plan(DataSpec(**table), "s")
     assert [step["step"] for step in made.steps] == ["scale"]  # all are of one size, and a good one
     data = federate(DataSpec(**table, plan=written(made, tmp_path)))
-    x = torch.cat([inputs_of(roles["train"]) for roles in data.sites.values()])
+    x = torch.cat([loaded(roles["train"]).inputs for roles in data.sites.values()])
     assert float(x.mean()) == pytest.approx(0, abs=1e-3)
     assert float(x.std()) == pytest.approx(1, abs=1e-3)
 

@@ -223,7 +223,7 @@ def spec(path: Path, *steps: dict[str, Any]) -> DataSpec:
         steps=[dict(step) for step in steps],
         min_patients=1,
         duplicates="report",
-    )  # type: ignore[call-arg]
+    )
 
 
 def boxes(count: int, size: tuple[int, int, int] = (20, 24, 16)) -> list[np.ndarray[Any, Any]]:

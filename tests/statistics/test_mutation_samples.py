@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-SPEC = spec_from_file_location("mutation_sample", Path(__file__).parents[2] / "tools" / "mutation" / "sample.py")
+from tests.support.known import known
+
+SPEC = known(spec_from_file_location("mutation_sample", Path(__file__).parents[2] / "tools" / "mutation" / "sample.py"))
 sample = module_from_spec(SPEC)
-SPEC.loader.exec_module(sample)
+known(SPEC.loader).exec_module(sample)
 drawn, score = sample.drawn, sample.score
 
 KEYS = [f"{i:012x}" for i in range(200)]

@@ -20,6 +20,7 @@ from polyclinic.engines.policy import site_policy as policies
 from polyclinic.methods.catalog import METHODS
 from polyclinic.testing import equal
 from tests.engines.flare.test_exchange import EVERYTHING, events, reference, run, state_of
+from tests.support.known import known
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 POLICY = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
@@ -50,7 +51,7 @@ class Server:
 
     def ask(self, round: int, job: str = "train", by: float = 0.0) -> Request:
         method = self.an.build_plan().build_method()
-        return replace(method.request(method.init(self.params(by))), round=round, job=job)
+        return replace(known(method.request(method.init(self.params(by)))), round=round, job=job)
 
     def call(self, request: Request, **changes: Any) -> Any:
         """The answer, and the file that left; messages go on from the last one that was answered."""
@@ -244,7 +245,7 @@ def test_memory_goes_on_from_a_reply_that_was_given_again(tmp_path: Path) -> Non
     server.after = 0
     answer, _ = server.call(server.ask(0))
     assert (answer.number, answer.lost) == (2, "")
-    assert equal(kept, tensor_file.read(server.agent.memory.before(2)))
+    assert equal(kept, tensor_file.read(known(server.agent.memory.before(2))))
     assert server.call(server.ask(1))[0].lost == ""
 
 

@@ -32,6 +32,7 @@ from polyclinic.studies.config import study_config
 from polyclinic.studies.run import deployment
 from polyclinic.studies.run.scheduler import run as run_here
 from tests.support.clinics import STUDY, make
+from tests.support.known import known
 from tests.support.local_deployment import (
     Inline,
     LocalCarrier,
@@ -139,7 +140,7 @@ def test_a_study_between_hospitals_says_what_it_says_on_one_machine(tmp_path: Pa
     assert set(clinics.work().values()) == {FINISHED}
     table = study_runs.all_of(clinics.server)["spots"]
     entries = {run: Queue(clinics.server).get(run) for run in table["runs"]}
-    runs = {run: {**arm, "plan": entries[run].what.plan} for run, arm in table["runs"].items()}
+    runs = {run: {**arm, "plan": known(entries[run]).what.plan} for run, arm in table["runs"].items()}
     folders = {run: clinics.server.run(run) for run in runs}
     said = study_runs.survey_of(clinics.server, "spots")
     out = tmp_path / "out"

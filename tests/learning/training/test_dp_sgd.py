@@ -152,7 +152,9 @@ def test_rounding_does_not_carry_a_units_gradient_beyond_the_bound(
     named = {n: nn.Parameter(torch.zeros(count)) for n in gradients}
     for bound in (1e-6, 0.7, 1.0, 3.3):
         batches = iter([(torch.ones(1), parts)])
-        length = tree.norm(DPSGD(bound=bound)._clipped_sum(nn.Identity(), named, lambda *given: None, batches))
+        length = tree.norm(
+            DPSGD(bound=bound)._clipped_sum(nn.Identity(), named, lambda *given: torch.zeros(()), batches)
+        )
         assert length <= bound
         assert length >= 0.999 * min(bound, tree.norm(gradients)) or (length == 0 and size > 1e30)
 

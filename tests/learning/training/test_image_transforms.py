@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_a_sample_follows_from_its_generator_alone(name: str, shape: tuple[int, 
 
 
 def test_masks_move_with_their_images() -> None:
-    recipe = replace(RECIPES["nnunet"], **dict.fromkeys(INTENSITIES))
+    without: dict[str, Any] = dict.fromkeys(INTENSITIES)
+    recipe = replace(RECIPES["nnunet"], **without)
     recipe = replace(recipe, rotation=transforms.Rotation(1.0), scaling=transforms.Scaling(1.0))
     _, mask = image(48)
     agreements = []

@@ -168,12 +168,13 @@ def test_ccvr_draws_from_its_gaussians_and_leaves_out_classes_that_it_cannot_est
 def test_ccvr_trains_the_head_alone_in_the_last_round(kind: str) -> None:
     """The last round is plain SGD of the head on the drawn features; before it, the method is FedAvg."""
     task, sites = place(kind)
-    method, state, steps = ccvr(task, LOCAL, 3, samples=10), None, []
+    method, steps = ccvr(task, LOCAL, 3, samples=10), []
     engine = InProcess(method, sites)
     for step in train(method, engine, method.init(task.first()), rounds=3):
         steps.append(step)
     plain = FedAvg(task, LOCAL)
-    for before in train(plain, InProcess(plain, sites), plain.init(task.first()), rounds=2):
+    state = plain.init(task.first())
+    for before in train(plain, InProcess(plain, sites), state, rounds=2):
         state = before.state
     assert [(s.request.round, s.request.job) for s in steps] == [(0, "train"), (1, "train"), (2, "features")]
     assert equal(steps[1].state.params, state.params)

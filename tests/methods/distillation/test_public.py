@@ -23,6 +23,7 @@ from polyclinic.methods.distillation.teacher_student import TeacherStudent
 from polyclinic.methods.optimization.fedavg import FedAvg
 from tests.conftest import Rows, blobs, little_sites
 from tests.support.few_labels import near, run, same
+from tests.support.known import known
 
 LINEAR = Classification(Network("mlp", (5,), 3, (("depth", 0),)))
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
@@ -175,7 +176,7 @@ def test_fedad_is_one_exchange_without_weights_and_its_student_works(task: Class
 def test_fedads_noise_is_added_to_probabilities(task: Classification) -> None:
     site = little_sites()["site-1"]
     clean, noisy = (FedAD(task, 1, LOCAL, noise=s) for s in (0.0, 0.1))
-    request = clean.request(clean.init(task.first(0)))
+    request = known(clean.request(clean.init(task.first(0))))
     p, q = (m.site_update(request, {}, site)[0].leaf_mean("scores").value["p"] for m in (clean, noisy))
     assert 0.03 < float((p - q).std()) < 0.2
 

@@ -28,6 +28,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import close, equal
 from tests.conftest import Rows, blobs
 from tests.support.agreement import KINDS, agree, change, minibatches, place, ready, restore, statistics
+from tests.support.known import known
 
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 NAMES = ("site-0", "site-1", "site-2")
@@ -109,7 +110,7 @@ def test_fine_tuning_surrounds_any_method_and_is_not_private(task: Classificatio
 def test_fedbabu_trains_the_body_against_a_fixed_head(kind: str) -> None:
     task, sites = place(kind)
     method = fedbabu(task, LOCAL, epochs=1)
-    request = method.request(method.init(task.first()))
+    request = known(method.request(method.init(task.first())))
     found = method.site_update(request, {}, sites["site-0"])[0].mean("update").value
     body = {n for n, _ in task.model().named_parameters() if not task.network.in_head(n)}
     wanted = change(sgd(task, task.first(), minibatches(LOCAL, sites["site-0"]), names=body), task.first())
@@ -225,7 +226,7 @@ def test_fedalas_weights_are_the_published_ones(kind: str, monkeypatch: pytest.M
                 loss = F.cross_entropy(model(data.x[place_of]), data.y[place_of])
                 loss.backward()
                 for n in learned:
-                    weights[n] = torch.clamp(weights[n] - named[n].grad * (shared[n] - own[n]), 0, 1)
+                    weights[n] = torch.clamp(weights[n] - known(named[n].grad) * (shared[n] - own[n]), 0, 1)
             losses.append(loss.item())
             spread = torch.tensor(losses[-10:]).double().std(correction=0)
             if not first_time or len(losses) == 100 or (len(losses) > 10 and spread < 0.004):

@@ -23,6 +23,7 @@ from polyclinic.methods.optimization.fedspeed import FedSpeed
 from polyclinic.methods.personalization.ditto import Ditto
 from polyclinic.testing import equal
 from tests.support.agreement import KINDS, agree, change, minibatches, place, ready, restore, statistics
+from tests.support.known import known
 
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 NAMES = ("site-0", "site-1", "site-2")
@@ -49,7 +50,11 @@ def climb(model: Any, x: Any, y: Any, rho: Any, adaptive: Any = False) -> Any:
 def test_fedsams_steps_are_the_published_ones(kind: str, adaptive: bool) -> None:
     task, sites = place(kind)
     method = fedsam(task, LOCAL, NAMES, 5, rho=0.3, adaptive=adaptive)
-    found = method.site_update(method.request(method.init(task.first())), {}, sites["site-1"])[0].mean("update").value
+    found = (
+        method.site_update(known(method.request(method.init(task.first()))), {}, sites["site-1"])[0]
+        .mean("update")
+        .value
+    )
     model = ready(task, task.first())
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for x, y in minibatches(LOCAL, sites["site-1"]):

@@ -22,6 +22,7 @@ from polyclinic.methods.personalization.fedmri import Contrasted, State, fedmri
 from polyclinic.testing import check_method, close, equal
 from tests.conftest import segmentation_sites
 from tests.support.agreement import agree
+from tests.support.known import known
 
 TASK = Reconstruction(Network("unet", (1, 16, 16), 1, (("width", 2), ("norm", "batch"))))
 
@@ -48,7 +49,7 @@ def test_only_the_encoder_leaves(task: Classification, local: LocalTraining, sit
     inside = InEncoder(task)
     for others in (False, True):
         method = fedmri(task, local, others=others)
-        reply, memory = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
+        reply, memory = method.site_update(known(method.request(method.init(task.first()))), {}, sites["site-0"])
         for stat in reply.parts.values():
             for leaves in stat.trees:
                 assert all(inside(name) for name in leaves)
@@ -74,7 +75,7 @@ def test_the_contrast_starts_when_there_is_an_old_encoder(
     task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
     ours, plain = fedmri(task, local, beta=1.0), fedmri(task, local, beta=0.0)
-    request = ours.request(ours.init(task.first()))
+    request = known(ours.request(ours.init(task.first())))
     a, memory = ours.site_update(request, {}, sites["site-0"])
     assert equal(a, plain.site_update(request, {}, sites["site-0"])[0])
     again = ours.site_update(request, memory, sites["site-0"])[0]

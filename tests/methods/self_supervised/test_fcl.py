@@ -18,6 +18,7 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.self_supervised.fcl import FCL, fcl
 from tests.conftest import Rows, little_sites
 from tests.support.few_labels import half_labeled, near, run, same, with_other_targets
+from tests.support.known import known
 
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
@@ -125,4 +126,4 @@ def test_images_without_a_height_are_refused(task: Classification, sites: dict[s
     for data in sites["site-0"].data.values():
         data.positions = None
     with pytest.raises(DataError, match="site 'site-0' has one: set position in"):
-        method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
+        method.site_update(known(method.request(method.init(task.first()))), {}, sites["site-0"])

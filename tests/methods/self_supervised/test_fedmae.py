@@ -69,7 +69,7 @@ def test_a_representation_coarser_than_the_image_learns_hidden_pixels(task: Task
     losses = []
     for _ in range(8):
         torch.manual_seed(1)  # the same parts are hidden
-        loss = masked.loss(model, (x, None))
+        loss = masked.loss(model, (x, None))  # type: ignore[arg-type]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -21,6 +21,7 @@ from polyclinic.studies.run.cluster_runs import SHARED, ClusterWorkers
 from polyclinic.studies.run.events import Event
 from polyclinic.studies.run.executors import DEATHS, MethodRunFailed, run_jobs
 from polyclinic.studies.run.run_directory import Stopped
+from tests.support.known import known
 
 
 class RayError(Exception):
@@ -158,8 +159,8 @@ def test_every_run_is_executed_once_and_its_events_arrive_as_they_were_sent(clus
         first, last = (e for e in events if e.label == name)
         assert first == Event("arm", name, notes=("read",), external=("osaka",))
         assert last == Event("tested", name, scores={"lyon": 0.5}, epsilon=1.5)
-    assert sorted(details["method"] for _, details in cluster.notes) == [f"run-{i}" for i in range(4)]
-    assert {event for event, _ in cluster.notes} == {"test opened"}
+    assert sorted(details["method"] for _, details in known(cluster.notes)) == [f"run-{i}" for i in range(4)]
+    assert {event for event, _ in known(cluster.notes)} == {"test opened"}
     assert cluster.workers == 2
 
 

@@ -23,7 +23,8 @@ def final(watched: Path | None) -> dict[str, torch.Tensor]:
     state = method.init(method.task.first(0))
     for step in train(method, federation, state, rounds=3):
         state = step.state
-    return dict(method.request(state).trees["params"]) if method.request(state) else dict(state.params)
+    request = method.request(state)
+    return dict(request.trees["params"]) if request else dict(state.params)
 
 
 def test_a_watched_run_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

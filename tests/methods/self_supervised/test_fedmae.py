@@ -45,7 +45,7 @@ def test_targets_matter_only_in_the_second_phase_and_only_labeled_ones(task: Cla
 
 def test_the_first_phase_has_its_own_optimizer(task: Classification) -> None:
     method = fedmae(task, LOCAL, 10, pretrain=0.3, pretrain_lr=1e-3, pretrain_optimizer="adamw")
-    assert isinstance(method.first, FedAvg)
+    assert isinstance(method.first, Pretrained)
     assert isinstance(method.second, FedAvg)
     assert (method.first.local.lr, method.first.local.optimizer, method.rounds) == (1e-3, "adamw", 3)
     assert (method.second.local.lr, method.second.local.optimizer) == (0.05, "sgd")

@@ -19,6 +19,7 @@ from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.request_comparison import differences, kind
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.engines.flare.test_approval import study, survey, surveyed
+from tests.support.known import known
 from tests.support.local_deployment import hospital, order, read_and_approve
 
 Read = pytest.CaptureFixture[str]
@@ -126,7 +127,7 @@ def test_what_differs_from_what_this_site_said_is_shown(home: SiteFolder, capsys
     assert text.count("! outputs = 20000; the data here have 2 classes") == 2
     assert "spots-1: fedavg, seed 0; inputs = [1, 8, 8]; outputs = 20000" in text
     for run in ("spots-1", "spots-2"):
-        assert re.search(rf"request {reviews.get(run).what.hash}  {run}", text)
+        assert re.search(rf"request {known(reviews.get(run)).what.hash}  {run}", text)
 
 
 def test_a_rehearsal_says_so_and_opens_nothing(home: SiteFolder, capsys: Read) -> None:
@@ -190,13 +191,13 @@ def test_review_then_approve_is_signed_and_in_the_journal(home: SiteFolder, caps
     (entry,) = [e for e in verify(home.journal) if e["event"] == "approved by a person"]
     assert (entry["run"], entry["by"], entry["uid"], entry["reason"]) == ("run-1", "Anna Berg", os.getuid(), "IRB 1")
     assert entry["shown"].startswith(hash)
-    review = Reviews(home.reviews).get("run-1")
+    review = known(Reviews(home.reviews).get("run-1"))
     statement = {key: entry[key] for key in review.statement}
     key = site_keys.load(home.keys / "site.key")
     assert shared_journals.signed_by(key, entry["signature"], signed_bytes(statement))
     assert not shared_journals.signed_by(key, entry["signature"], signed_bytes({**statement, "by": "somebody"}))
     commands.refuse("run-1", reason="no", home=home.path)
-    assert Reviews(home.reviews).get("run-1").state == REFUSED
+    assert known(Reviews(home.reviews).get("run-1")).state == REFUSED
     assert [e["state"] for e in verify(home.journal) if "by a person" in e["event"]] == [APPROVED, REFUSED]
 
 
@@ -206,7 +207,7 @@ def test_a_script_approves_by_the_hash_that_was_printed(home: SiteFolder, capsys
     Reviews(home.reviews).offer(order(rounds=2000), ())
     with pytest.raises(SetupError, match="not what you were shown"):
         commands.approve("run-1", reason="IRB", hash=hash, home=home.path)
-    assert Reviews(home.reviews).get("run-1").state == WAITING
+    assert known(Reviews(home.reviews).get("run-1")).state == WAITING
 
 
 def test_the_list_of_what_waits_is_no_reading(home: SiteFolder, capsys: Read) -> None:
@@ -227,7 +228,7 @@ def test_a_study_that_contradicts_the_hospitals_table_is_not_approved(home: Site
     assert "patients: unknown" in text
     with pytest.raises(SetupError, match=r"the study asks for \[0\.5, 0\.2, 0\.3\], and data\.toml here says"):
         commands.approve("run-1", reason="IRB", home=home.path)
-    assert Reviews(home.reviews).get("run-1").state == WAITING
+    assert known(Reviews(home.reviews).get("run-1")).state == WAITING
 
 
 def test_refused_keys_and_the_hospitals_own_findings_are_shown(home: SiteFolder, capsys: Read) -> None:

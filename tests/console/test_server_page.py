@@ -94,7 +94,7 @@ class Browser:
         assert made
         self.key = made[0]
         self.started: list[list[str]] = []
-        self.page.children.start = lambda what, words, **more: self.started.append(list(words))  # type: ignore[method-assign]
+        self.page.children.start = lambda what, words, **more: self.started.append(list(words))  # type: ignore[method-assign,assignment]
 
     def act(self, name: str, **body: Any) -> Response:
         return request(self.app, "POST", "/api/act", {"act": name, **body}, headers={"x-polyclinic-key": self.key})

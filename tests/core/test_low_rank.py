@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.core.low_rank import factors, rising
+from tests.support.known import known
 
 
 @settings(max_examples=40)
@@ -37,7 +38,7 @@ def test_what_gains_nothing_is_not_factored() -> None:
     assert factors(torch.ones(9), 0.5) is None
     assert factors(torch.tensor(1.0), 0.5) is None
     assert factors(torch.ones(2, 2), 0.5) is None, "rank 1 has as many numbers as the matrix"
-    us, v = factors(torch.ones(2, 3), 0.5)
+    us, v = known(factors(torch.ones(2, 3), 0.5))
     assert torch.allclose(us @ v, torch.ones(2, 3))
     assert factors(torch.eye(3, 40), 1.0) is None, "all ranks save nothing"
 

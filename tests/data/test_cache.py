@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from polyclinic.data.examples import DataError
 def test_built_once_and_read_back_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time nothing is built, and every value and type is the same."""
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path))
-    made = {
+    made: dict[str, Any] = {
         "images": torch.randint(0, 255, (3, 4), dtype=torch.uint8),
         "means": torch.rand(3).double(),
         "ids": ["a", "ü"],

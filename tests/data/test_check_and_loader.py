@@ -120,8 +120,9 @@ def npz(root: Path, names: bool) -> Path:
         )
     else:
         parts = {"train": slice(0, 12), "val": slice(12, 16), "test": slice(16, 24)}
-        arrays = {f"{s}_images": images[at] for s, at in parts.items()}
-        np.savez(root / "mnist.npz", **arrays, **{f"{s}_labels": labels[at, None] for s, at in parts.items()})
+        arrays: dict[str, Any] = {f"{s}_images": images[at] for s, at in parts.items()}
+        arrays |= {f"{s}_labels": labels[at, None] for s, at in parts.items()}
+        np.savez(root / "mnist.npz", **arrays)
     return root
 
 

@@ -1,5 +1,6 @@
 """Fetching from a server on this machine: whole, resumed, damaged, refused, and with no server at all."""
 
+import dataclasses
 import hashlib
 import io
 import tarfile
@@ -13,8 +14,9 @@ import pytest
 from polyclinic.data.catalog import dataset_catalog
 from polyclinic.data.download import fetch
 from polyclinic.data.examples import DataError
-from polyclinic.data.federation import DataSpec, federate
+from polyclinic.data.federation import federate
 from tests.data.catalog.test_dataset_catalog import decathlon
+from tests.support.data_sets import data_spec
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -143,9 +145,7 @@ def test_the_catalog_fetches_by_name(
     """To its place in the cache, under MedMNIST's name for the size; sets behind agreements say what to do."""
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path))
     one = dataset_catalog.entry("breastmnist")
-    monkeypatch.setattr(
-        dataset_catalog, "entry", lambda _: dataset_catalog.dataclasses.replace(one, md5={28: MD5, 64: MD5})
-    )
+    monkeypatch.setattr(dataset_catalog, "entry", lambda _: dataclasses.replace(one, md5={28: MD5, 64: MD5}))
     assert dataset_catalog.get("breastmnist", base=address) == tmp_path / "downloads" / "breastmnist.npz"
     assert dataset_catalog.get("breastmnist", 64, base=address).name == "breastmnist_64.npz"
     with pytest.raises(DataError, match="has no size 99: choose 28, 64"):
@@ -171,9 +171,9 @@ def test_an_archive_is_fetched_unpacked_once_and_studied(
     decathlon()(tmp_path / "made")
     server.content = tape(tmp_path / "made", "Task04_Hippocampus")
     one = dataset_catalog.entry("msd-hippocampus")
-    right = dataset_catalog.dataclasses.replace(one, checksum=hashlib.md5(server.content).hexdigest())
+    right = dataclasses.replace(one, checksum=hashlib.md5(server.content).hexdigest())
     monkeypatch.setattr(dataset_catalog, "entry", lambda _: right)
-    spec = DataSpec(use="msd-hippocampus", sites={"partition": "iid", "count": 1})
+    spec = data_spec(use="msd-hippocampus", sites={"partition": "iid", "count": 1})
     with pytest.raises(
         DataError, match="Task04_Hippocampus is not here yet: fetch it with `polyclinic data get msd-hip"
     ):

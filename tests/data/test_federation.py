@@ -1,6 +1,7 @@
 """From a [data] table to sites: no patient is in two roles, everything is named, all mistakes are listed at once."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from polyclinic.data import config as specs
 from polyclinic.data.federation import DataError, DataSpec, Federated, federate
 from polyclinic.data.sources.lung_nodules import Nodules
 from tests.data.conftest import Made
+from tests.support.data_sets import data_spec, loaded
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +56,7 @@ def test_no_patient_is_in_two_places(options: dict[str, Any]) -> None:
         assert total < len(Made().table())
     for row in data.rows:
         for role, summary in row.roles.items():
-            examples = data.sites[row.name][role]
+            examples = loaded(data.sites[row.name][role])
             assert (summary.examples, summary.patients) == (len(examples), len(set(examples.patients)))
             if role != "unlabeled":
                 assert list(summary.classes) == torch.bincount(examples.targets, minlength=2).tolist()
@@ -66,7 +68,7 @@ def test_the_same_seed_is_the_same_federation() -> None:
     first, again, other = (federate(DataSpec(kind="made"), seed) for seed in (0, 0, 1))
     for site, roles in first.sites.items():
         for role, examples in roles.items():
-            assert torch.equal(examples.inputs, again.sites[site][role].inputs)
+            assert torch.equal(loaded(examples).inputs, loaded(again.sites[site][role]).inputs)
     assert first.fingerprint == again.fingerprint
     assert (
         len({first.fingerprint, other.fingerprint, federate(DataSpec(kind="made", split=(0.5, 0.2, 0.3))).fingerprint})
@@ -91,14 +93,14 @@ def test_withheld_labels_are_withheld_from_training_patients_only() -> None:
         assert half.sites[site]["test"].ids == plain.sites[site]["test"].ids
         parts = set(half.sites[site]["train"].ids) | set(half.sites[site]["unlabeled"].ids)
         assert parts == set(plain.sites[site]["train"].ids)
-        assert set(half.sites[site]["unlabeled"].targets.tolist()) == {-1}
+        assert set(loaded(half.sites[site]["unlabeled"]).targets.tolist()) == {-1}
         counts = [len(set(half.sites[site][role].patients)) for role in ("train", "unlabeled")]
         assert abs(counts[0] - counts[1]) <= 2
 
 
 def test_simulated_sites_carry_the_badge_and_real_ones_do_not() -> None:
     """The sentence names the partition."""
-    badge = federate(DataSpec(kind="made", sites={"partition": "dirichlet", "count": 3}, min_patients=1)).simulated
+    badge = federate(data_spec(kind="made", sites={"partition": "dirichlet", "count": 3}, min_patients=1)).simulated
     assert badge is not None
     assert "Dirichlet(0.5)" in badge
     assert federate(DataSpec(kind="made")).simulated is None
@@ -106,7 +108,7 @@ def test_simulated_sites_carry_the_badge_and_real_ones_do_not() -> None:
 
 def test_small_sites_and_traveling_patients_are_named() -> None:
     """What is left out is listed."""
-    data = federate(DataSpec(kind="made", patients=61, min_patients=21))
+    data = federate(data_spec(kind="made", patients=61, min_patients=21))
     assert "Left out, with fewer than 21 patients: bonn (20), celle (20)." in data.notes
     assert list(data.sites) == ["aachen"]
     (note,) = [n for n in federate(DataSpec(kind="made", sites="scanner")).notes if "seen at several sites" in n]
@@ -130,7 +132,7 @@ def test_duplicates_are_reported_dropped_or_refused(monkeypatch: pytest.MonkeyPa
     seen: list[tuple[float, ...]] = []
     for roles in clean.sites.values():
         for examples in roles.values():
-            seen += [tuple(row) for row in examples.inputs.tolist()]
+            seen += [tuple(row) for row in loaded(examples).inputs.tolist()]
     assert len(seen) == len(set(seen))
     assert any("copies were dropped" in note for note in clean.notes)
     with pytest.raises(DataError, match='set duplicates = "drop"'):
@@ -191,7 +193,7 @@ def test_every_mistake_is_named_at_its_key_in_one_pass(
     given: dict[str, Any], expected: list[tuple[tuple[str, ...], str]]
 ) -> None:
     """From Python and from JSON alike."""
-    for make in (lambda: DataSpec(**given), lambda: DataSpec.model_validate_json(json.dumps(given))):
+    for make in (partial(DataSpec, **given), partial(DataSpec.model_validate_json, json.dumps(given))):
         with pytest.raises(ValidationError) as error:
             make()
         found = {line["loc"]: line["msg"] for line in error.value.errors()}
@@ -202,7 +204,7 @@ def test_every_mistake_is_named_at_its_key_in_one_pass(
 
 def test_a_spec_survives_being_written_down() -> None:
     """Through JSON and back it is equal, options and partition included."""
-    spec = DataSpec(
+    spec = data_spec(
         kind="made", patients=40, sites={"partition": "quantity", "alpha": 2}, external=["a"], split="official"
     )
     assert DataSpec.model_validate_json(spec.model_dump_json()) == spec
@@ -213,7 +215,7 @@ def test_a_spec_survives_being_written_down() -> None:
 
 def test_the_demo_data(nodules: Nodules) -> None:
     """Real nodules: five protocols, both classes in every role, shares within a few percent, one held out if asked."""
-    data = federate(DataSpec(use="lidc-nodules", external=["slices 3 mm"]))
+    data = federate(data_spec(use="lidc-nodules", external=["slices 3 mm"]))
     assert len(data.sites) == 5
     assert data.shape == (1, 32, 32)
     assert data.simulated is None
@@ -234,7 +236,7 @@ def test_the_place_of_the_files_is_no_part_of_the_fingerprint(tmp_path: Path) ->
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "t.csv").write_text(f"id,x,y,site\n{rows}\n")
-        spec = DataSpec(kind="table", path=str(tmp_path / place / "t.csv"), label="y", patient="id")
+        spec = data_spec(kind="table", path=str(tmp_path / place / "t.csv"), label="y", patient="id")
         names.add(federate(spec).fingerprint)
         names.add(federate(spec.model_copy(update={"split": (0.5, 0.2, 0.3)})).fingerprint)
     assert len(names) == 2

@@ -23,6 +23,7 @@ from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.preprocessing.transforms import CropPad, Foreground, Relabel, Resample, Resize
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.segmentation import IGNORED, Segmentation
+from tests.support.data_sets import data_spec, loaded
 
 
 def volume(size: tuple[int, ...], scale: tuple[float, ...] = (), mm: tuple[float, ...] | None = None) -> Geometry:
@@ -213,7 +214,7 @@ def pairs(folder: Path, masks: list[np.ndarray[Any, Any]], mm: float | tuple[flo
 
 def spec(path: Path, *steps: dict[str, Any]) -> DataSpec:
     """One site, half of it test data."""
-    return DataSpec(
+    return data_spec(
         kind="pairs",
         path=str(path),
         classes=("background", "one", "two"),
@@ -222,7 +223,7 @@ def spec(path: Path, *steps: dict[str, Any]) -> DataSpec:
         steps=[dict(step) for step in steps],
         min_patients=1,
         duplicates="report",
-    )  # type: ignore[call-arg]
+    )
 
 
 def boxes(count: int, size: tuple[int, int, int] = (20, 24, 16)) -> list[np.ndarray[Any, Any]]:
@@ -243,7 +244,7 @@ def boxes(count: int, size: tuple[int, int, int] = (20, 24, 16)) -> list[np.ndar
 def test_scores_are_of_the_files_own_grid(tmp_path: Path) -> None:
     path = pairs(tmp_path / "pairs", boxes(10), (1.0, 2.0, 1.5))
     data = federate(spec(path, {"step": "resample", "mm": 2.0}, {"step": "crop_pad", "size": 20}))
-    test = data.sites["site-1"]["test"]
+    test = loaded(data.sites["site-1"]["test"])
     assert test.measured
     assert test.truths is not None
     assert test.geometries is not None
@@ -275,7 +276,7 @@ def test_scores_are_of_the_files_own_grid(tmp_path: Path) -> None:
 
 def test_without_steps_the_truth_is_the_mask(tmp_path: Path) -> None:
     path = pairs(tmp_path / "pairs", boxes(10))
-    test = federate(spec(path)).sites["site-1"]["test"]
+    test = loaded(federate(spec(path)).sites["site-1"]["test"])
     assert test.truths is None
     assert test.measured
     assert torch.equal(test.case(0).truth, test[torch.tensor([0])][1][0])
@@ -290,7 +291,7 @@ def perfect(path: Path, *steps: dict[str, Any]) -> list[float]:
     found = []
     for data in roles.values():
         for i in range(len(data)):
-            case = data.case(i)
+            case = loaded(data).case(i)
             scores = functional.one_hot(case.truth_on_grid, 3).movedim(-1, 0).float()
             labels = case.labels(scores)
             found.append(

@@ -22,6 +22,7 @@ from polyclinic.data.sources.folders import Folders
 from polyclinic.data.sources.manifest import Manifest
 from polyclinic.data.sources.npz import Npz
 from tests.support.image_files import series
+from tests.support.known import known
 
 RNG = np.random.default_rng(0)
 
@@ -171,7 +172,7 @@ def test_folders_and_patterns_read_class_names_alike(tmp_path: Path) -> None:
     for kind in (lambda **o: Folders(str(tmp_path / "b"), **o), lambda **o: Patterns(str(tmp_path / "b"), ("{class}/{n}.png",), **o)):  # fmt: skip
         with pytest.raises(DataError, match="differ only in case"):
             kind().table()
-        assert kind(classes=("normal", "x")).table().labels.tolist() == [0, 0]
+        assert known(kind(classes=("normal", "x")).table().labels).tolist() == [0, 0]
 
 
 def test_an_archive_with_labels_that_are_no_numbers_is_refused(tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.data.examples import DataError
-from polyclinic.data.partition import PARTITIONS, Dirichlet, Divided, Iid, Partition, Pathological, Quantity
+from polyclinic.data.partition import PARTITIONS, Dirichlet, Divided, Iid, Pathological, Quantity
 from polyclinic.data.splits import rng_for
 
 GROUPS = {f"p{i:03d}": i % 3 for i in range(300)}
 
 
 @pytest.mark.parametrize("partition", [Iid(5), Dirichlet(5, 0.5), Quantity(5), Pathological(5, 2)])
-def test_everyone_goes_to_one_site(partition: Partition) -> None:
+def test_everyone_goes_to_one_site(partition: Iid | Dirichlet | Quantity | Pathological) -> None:
     """All patients, all sites, the same for the same dice and another for others, whatever the order of rows."""
     dealt = partition.deal(GROUPS, rng_for(0))
     assert dealt.keys() == GROUPS.keys()

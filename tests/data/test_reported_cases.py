@@ -28,6 +28,7 @@ from polyclinic.data.paired_folders import Pairs
 from polyclinic.data.quality.site_check import check_folder
 from polyclinic.data.sources.dicom_images import DicomImages
 from polyclinic.data.sources.folders import Folders
+from tests.support.data_sets import data_spec, loaded
 from tests.support.image_files import image, nifti_bytes, nrrd_bytes, pydicom, series
 from tests.support.image_files import save as save_dicom
 
@@ -143,7 +144,7 @@ def twelve_beside_eight(path: Path, i: int, label: str) -> None:
 
 def overlaps(source: FromFiles) -> None:
     """The lesion is bright, and the mask is on it, in every case."""
-    examples = source.examples(source.table().ids)
+    examples = loaded(source.examples(source.table().ids))
     for x, y in zip(examples.inputs, examples.targets, strict=True):
         assert torch.equal(x[0] > 50, y == 1)
     assert source.info.classes[:1] == ("background",)
@@ -152,7 +153,7 @@ def overlaps(source: FromFiles) -> None:
 
 def twelve_bits(source: FromFiles) -> None:
     row = {name: i for i, name in enumerate(source.table().ids)}
-    found = source.examples(source.table().ids).inputs
+    found = loaded(source.examples(source.table().ids)).inputs
     np.testing.assert_allclose(found[row["b/3.tif"], 0].numpy(), np.roll(TWELVE, 10) / 65535, rtol=1e-6)
 
 
@@ -279,12 +280,13 @@ def test_the_check_reads_as_the_study_is_told_to(tmp_path: Path) -> None:
     moved[0, 3] += 0.05
     unknown = np.where(LESION, LESION, 0)
     unknown[0] = 255
-    for name, make, given, says in (
+    cases: tuple[tuple[str, Callable[[Path], Path], dict[str, Any], str], ...] = (
         ("fill", lambda p: nan_volumes(p), {"fill": 0}, "not finite numbers"),
         ("regions", lambda p: nnunet(p, lambda i: ONE_HOT), {"regions": [0, 1]}, "one-hot"),
         ("ignore", lambda p: nnunet(p, lambda i: unknown), {"ignore": 255}, "some masks|mask values are not"),
         ("tolerance", lambda p: nnunet(p, mask_affine=moved), {"geometry_tolerance_mm": 0.1}, "another grid"),
-    ):
+    )
+    for name, make, given, says in cases:
         root = make(tmp_path / name)
         wrong = "\n".join(f.message for f in check_folder(root).findings if f.level == "error")
         assert re.search(says, wrong), name
@@ -318,7 +320,7 @@ def test_brains_with_nan_can_be_a_study(tmp_path: Path) -> None:
     refused, filled = Folders(path=str(tmp_path)), Folders(path=str(tmp_path), fill=0.0)
     with pytest.raises(DataError, match="set fill = 0"):
         refused.examples(refused.table().ids)
-    assert int((filled.examples(filled.table().ids).inputs == 0).sum()) == 6 * 30
+    assert int((loaded(filled.examples(filled.table().ids)).inputs == 0).sum()) == 6 * 30
     assert refused.fingerprint != filled.fingerprint
 
 
@@ -376,7 +378,7 @@ def test_localizers_and_flat_exports_are_grouped_by_series(tmp_path: Path) -> No
     assert report.examples == 2
     assert not [f for f in report.findings if f.code == "unreadable"]
     one = replace(source, series={"description": "t1*"})
-    picture = one.examples(one.table().ids)
+    picture = loaded(one.examples(one.table().ids))
     assert picture.inputs.shape == (1, 1, 4, 8, 8)
     with pytest.raises(DataError, match=r"2 series of .*choose one with series = {description = ...}"):
         read_case([tmp_path / "d"])
@@ -396,7 +398,7 @@ def test_a_localizer_that_is_not_marked_is_named(tmp_path: Path) -> None:
         source.examples(source.table().ids)
     assert "1 single slice among volumes" in "\n".join(check_folder(tmp_path / "d").lines())
     for chosen in (replace(source, slices=2), replace(source, series={"number": "2"})):
-        assert chosen.examples(chosen.table().ids).inputs.shape == (1, 1, 4, 8, 8)
+        assert loaded(chosen.examples(chosen.table().ids)).inputs.shape == (1, 1, 4, 8, 8)
     with pytest.raises(DataError, match=r"2 series of \d and \d files; choose one with series = {number = ...}"):
         read_case([tmp_path / "d"])
 
@@ -406,7 +408,7 @@ def test_files_without_a_suffix_are_dicom_by_content(tmp_path: Path) -> None:
     for i in range(2):
         save_dicom(image(np.full((8, 8), i, np.int16), "CR", PatientID=f"P{i}"), tmp_path / "d" / f"IM{i}")
     source = DicomImages(path=str(tmp_path / "d"), labels=table(tmp_path, "P0", "P1"))
-    assert source.examples(source.table().ids).inputs[:, 0, 0, 0].tolist() == [0, 1]
+    assert loaded(source.examples(source.table().ids)).inputs[:, 0, 0, 0].tolist() == [0, 1]
     assert check_folder(tmp_path / "d").examples == 2
 
 
@@ -505,14 +507,15 @@ def test_damaged_metaimages_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.mha"
     sitk.WriteImage(sitk.GetImageFromArray(RNG.integers(0, 9, (4, 5, 6)).astype(np.int16)), str(path), True)
     sound = path.read_bytes()
-    for change, reason in (
+    damages: tuple[tuple[Callable[[bytes], bytes], str], ...] = (
         (lambda b: b[:-20], "truncated|damaged"),
         (lambda b: b.replace(b"DimSize = 6 5 4", b"DimSize = 6 5 9"), "truncated"),
         (lambda b: b.replace(b"DimSize = 6 5 4", b"DimSize = 6 5 1"), "inflate to more"),
         (lambda b: b.replace(b"DimSize = 6 5 4", b"DimSize = 60000 5 4"), "limit is 32768"),
         (lambda b: b.replace(b"LOCAL", b"../x.raw"), "one file in the same folder"),
         (lambda b: b[:40], "header"),
-    ):
+    )
+    for change, reason in damages:
         path.write_bytes(change(sound))
         with pytest.raises(DataError, match=reason):
             read_case([path])
@@ -535,5 +538,5 @@ def test_a_study_file_may_state_every_option(tmp_path: Path) -> None:
     assert isinstance(source, DicomImages)
     assert source.options == ImageOptions(0.0, 0.1, (), 0, {"description": "T1*"})
     with pytest.raises(ValidationError, match="bits") as refusal:
-        DataSpec(path=str(tmp_path / "d"), kind="pairs", bits=17)
+        data_spec(path=str(tmp_path / "d"), kind="pairs", bits=17)
     assert refusal.value.errors()[0]["loc"] == ("bits",)

@@ -13,6 +13,7 @@ from polyclinic.core.tree import Trees
 from polyclinic.engines.devices import chosen_device, worker_device
 from polyclinic.engines.local.worker_pool import Workers
 from polyclinic.errors import ConfigError
+from tests.support.known import known
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -54,7 +55,7 @@ def test_a_worker_trains_its_sites_on_its_own_gpu(monkeypatch: pytest.MonkeyPatc
         engine.send(Request(0, {}), ["a", "b"])
         found = {arrival.site: arrival for arrival in engine.replies()}
     assert not [arrival.lost for arrival in found.values() if arrival.lost]
-    index = {site: int(arrival.reply.gather("device")[site]["index"]) for site, arrival in found.items()}
+    index = {site: int(known(arrival.reply).gather("device")[site]["index"]) for site, arrival in found.items()}
     assert index == {"a": 0, "b": 1}
 
 

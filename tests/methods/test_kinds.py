@@ -1,5 +1,6 @@
 """What the table says a method is for, it can do: every kind of task, two rounds and a prediction."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,15 +38,15 @@ TASKS = {
 def sites_for(kind: Any) -> Any:
     if kind == "segmentation":
         return segmentation_sites(2)
-    made = {
+    makers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "multilabel": lambda y: torch.stack([y == 0, y == 1, torch.ones_like(y)], 1).float(),
         "regression": lambda y: y[:, None].float() * 3 + 1,
         "survival": lambda y: torch.stack(
             [torch.arange(len(y)) % 4 + 1 + y / 2, (torch.arange(len(y)) % 3 > 0)], 1
         ).float(),
-    }[kind]
+    }
     return {
-        name: replace(site, data={role: Rows(d.x, made(d.y)) for role, d in site.data.items()})
+        name: replace(site, data={role: Rows(d.x, makers[kind](d.y)) for role, d in site.data.items()})
         for name, site in little_sites(count=2).items()
     }
 

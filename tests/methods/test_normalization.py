@@ -18,6 +18,7 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.partial_personalization import fedbn, silobn
 from tests.conftest import little_sites
+from tests.support.known import known
 
 # Of `cnn` with depth 2: encoder.1 and encoder.5 are the batch normalizations. Nothing in their names says so.
 NORMALIZATION = {f"encoder.{i}.{part}" for i in (1, 5) for part in ("weight", "bias", "running_mean", "running_var")}
@@ -56,7 +57,7 @@ def test_they_differ_in_the_weights_of_normalization(
         federation, state = InProcess(method, sites), method.init(task.first())
         for step in train(method, federation, state, rounds=2):
             state = step.state
-        request = method.request(state)
+        request = known(method.request(state))
         models[make] = [method.site_model(request.for_site(s), federation.memory[s])["encoder.1.weight"] for s in sites]
     assert not torch.equal(*models[fedbn][:2])
     assert torch.equal(*models[silobn][:2])

@@ -11,6 +11,7 @@ from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import ConfigError
+from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task_evaluation import evaluate
 from polyclinic.methods.catalog import METHODS
 from tests.learning.tasks.test_regions import BRATS, TASK, nested
@@ -86,4 +87,6 @@ def test_a_plan_of_regions_survives_its_file() -> None:
     again = Plan.from_json(made.to_json())
     assert again.hash == made.hash
     assert again.build_task() == made.build_task()
-    assert again.build_task().regions == BRATS
+    task = again.build_task()
+    assert isinstance(task, Segmentation)
+    assert task.regions == BRATS

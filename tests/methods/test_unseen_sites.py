@@ -196,7 +196,7 @@ def test_recomputed_statistics_are_those_of_the_inputs(shape: tuple[int, ...]) -
     model.load_state_dict(params, strict=False)
     h = data.x
     axes = [0, *range(2, h.ndim)]
-    for name, layer in model.encoder.named_children():
+    for name, layer in model.get_submodule("encoder").named_children():
         if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
             mean, var = h.mean(axes), h.var(axes)
             torch.testing.assert_close(found[f"encoder.{name}.running_mean"], mean, atol=1e-5, rtol=1e-5)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from tests.support.known import known
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "mutation"
-SPEC = spec_from_file_location("mutation_sample", TOOL / "sample.py")
+SPEC = known(spec_from_file_location("mutation_sample", TOOL / "sample.py"))
 sample = module_from_spec(SPEC)
-SPEC.loader.exec_module(sample)
+known(SPEC.loader).exec_module(sample)
 drawn, score = sample.drawn, sample.score
 
 KEYS = [f"{i:012x}" for i in range(200)]

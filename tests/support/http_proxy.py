@@ -22,7 +22,8 @@ class Proxy:
     """
 
     def __init__(self, target: int = 0) -> None:
-        self.target, self.rate, self.delay, self.stalled = target, None, 0.0, False
+        self.target, self.delay, self.stalled = target, 0.0, False
+        self.rate: float | None = None
         self.sent = self.received = 0
         self._open: set[socket.socket] = set()
         self._listening = socket.create_server(("127.0.0.1", 0))

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 pydicom = pytest.importorskip("pydicom", reason="needs the dicom extra")
-from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
-from pydicom.sequence import Sequence as Items  # noqa: E402
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid  # noqa: E402
+from pydicom.dataset import Dataset as Dataset  # noqa: E402
+from pydicom.dataset import FileMetaDataset  # noqa: E402
+from pydicom.uid import ExplicitVRLittleEndian  # noqa: E402
+from pydicom.uid import generate_uid as generate_uid  # noqa: E402
 
+Items = pydicom.Sequence
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 ULTRASOUND = "1.2.840.10008.5.1.4.1.1.6.1"
@@ -53,7 +55,7 @@ def series(
     volume: np.ndarray,
     step_mm: Sequence[float] = (2.5, 0.5, 0.75),
     turn: np.ndarray | None = None,
-    origin: Sequence[float] = (10.0, -20.0, 30.0),
+    origin: Sequence[float] | np.ndarray = (10.0, -20.0, 30.0),
     **values: Any,
 ) -> list[Path]:
     """Saves ``volume`` [Z, Y, X], one file a slice, shuffled; ``turn``: the x, y, z directions as columns."""

@@ -1,5 +1,6 @@
 """Frames of videos: their pixels and numbers, and files that are refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import pytest
 import torch
 
 from polyclinic.data.cases.frames import Frame, FrameSelection
-from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import federate
 from polyclinic.data.files import read_case
@@ -18,11 +18,13 @@ from polyclinic.data.formats.safe_reading import LIMITS
 from polyclinic.data.quality.site_check import check_folder
 from polyclinic.data.sources.folders import Folders
 from polyclinic.data.sources.manifest import Manifest
+from tests.support.data_sets import data_spec, loaded
+from tests.support.known import known
 from tests.support.slide_files import save_video
 
 av = pytest.importorskip("av", reason="needs the video extra")
 VALUES = [20 + 7 * i for i in range(30)]
-CONTAINERS = {
+CONTAINERS: dict[str, dict[str, Any]] = {
     "mkv": {"codec": "ffv1"},
     "avi": {"codec": "mjpeg", "pixels": "yuvj420p"},
     "mp4": {"codec": "libx264", "gop_size": 12, "max_b_frames": 3},
@@ -70,16 +72,16 @@ def test_every_nth_frame_is_an_example_of_its_video(tmp_path: Path) -> None:
     assert table.columns["frame"][:3] == ("0", "4", "8")
     assert table.columns["video"][:3] == table.patients[:3] == ("a/v0.mkv",) * 3
     assert len(table) == 18
-    examples = source.examples(table.ids)
+    examples = loaded(source.examples(table.ids))
     assert examples.inputs.shape == (18, 3, 48, 64)
     found = (examples[torch.arange(18)][0].mean((1, 2, 3)) * 255).round().tolist()
     numbers = [int(name.split("/v")[1][0]) * 10 + int(name[-2:]) for name in table.ids]
     assert found == pytest.approx(numbers, abs=1.5)
-    spec = DataSpec(path=str(tmp_path), kind="folders", frames={"every": 4}, min_patients=1, video="video", sites={"partition": "iid", "count": 1})  # fmt: skip
+    spec = data_spec(path=str(tmp_path), kind="folders", frames={"every": 4}, min_patients=1, video="video", sites={"partition": "iid", "count": 1})  # fmt: skip
     roles = federate(spec).sites["site-1"]
     patients = [set(part.patients) for part in roles.values()]
     assert sum(map(len, patients)) == len(set.union(*patients)) == 6
-    assert all(len(part.videos) == len(part) for part in roles.values())
+    assert all(len(known(loaded(part).videos)) == len(part) for part in roles.values())
     other = replace(source, frames=FrameSelection(every=5))
     assert other.fingerprint != source.fingerprint == replace(source).fingerprint
 
@@ -102,7 +104,7 @@ def test_a_table_names_frames_and_their_labels(tmp_path: Path) -> None:
     source = Manifest(str(tmp_path / "m.csv"), frames=FrameSelection(column="frame"))
     table = source.table()
     assert table.ids[:2] == ("v0.mkv#frame0000012", "v0.mkv#frame0000003")
-    assert table.labels.tolist()[:2] == [1, 0]
+    assert known(table.labels).tolist()[:2] == [1, 0]
     examples = source.examples(table.ids)
     found = examples[torch.arange(8)][0].mean((1, 2, 3)) * 255
     assert found.tolist() == pytest.approx([VALUES[12], VALUES[3]] * 4, abs=1.5)
@@ -152,7 +154,7 @@ def sound_only(path: Path) -> None:
             file.mux(packet)
 
 
-HOSTILE = {
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
     "no video": (lambda p: p.write_bytes(b"no video" * 500), "is not a sound video"),
     "a playlist of other files": (playlist, "is not a sound video"),

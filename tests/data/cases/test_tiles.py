@@ -1,6 +1,7 @@
 """Tiles of whole-slide images: their pixels, where tissue is, and files that are refused."""
 
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from polyclinic.data.formats import slides
 from polyclinic.data.quality.site_check import check_folder
 from polyclinic.data.sources.folders import Folders
 from polyclinic.data.sources.manifest import Manifest
+from tests.support.data_sets import data_spec
+from tests.support.known import known
 from tests.support.slide_files import save_slide, slide_pixels
 
 pytest.importorskip("openslide", reason="needs the slides extra")
@@ -163,24 +166,28 @@ def test_options_are_checked(options: dict[str, Any], reason: str) -> None:
 def test_tiles_of_a_slide_are_one_patient_and_share_its_label(tmp_path: Path) -> None:
     source = tile_source(class_folders(tmp_path))
     table = source.table()
-    by_slide = {}
+    by_slide = dict[str, tuple[str, int]]()
     for name, patient, label, slide in zip(
-        table.ids, table.patients, table.labels.tolist(), table.columns["slide"], strict=True
+        table.ids, table.patients, known(table.labels).tolist(), table.columns["slide"], strict=True
     ):
         assert by_slide.setdefault(slide, (patient, label)) == (patient, label)
         assert name.startswith(f"{slide}#x")
     assert len(by_slide) == 6
     assert len(table) == 6 * 6
-    roles = federate(DataSpec(path=str(tmp_path), kind="folders", tiles={"size": 64, "level": 0}, min_patients=1, sites={"partition": "iid", "count": 1}))  # fmt: skip
+    roles = federate(data_spec(path=str(tmp_path), kind="folders", tiles={"size": 64, "level": 0}, min_patients=1, sites={"partition": "iid", "count": 1}))  # fmt: skip
     parts = [set(examples.patients) for examples in roles.sites["site-1"].values()]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 6
 
 
 def test_tiles_are_read_when_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tile_source(class_folders(tmp_path))
-    reads = []
-    plain = Tile.read
-    monkeypatch.setattr(Tile, "read", lambda self, *a, **k: (reads.append(self), plain(self, *a, **k))[1])
+    reads, plain = list[Tile](), Tile.read
+
+    def read(self: Tile, *a: Any, **k: Any) -> Any:
+        reads.append(self)
+        return plain(self, *a, **k)
+
+    monkeypatch.setattr(Tile, "read", read)
     examples = source.examples(source.table().ids)
     assert source.info.classes == ("a", "b")
     assert examples.shape == (3, 64, 64)
@@ -195,6 +202,7 @@ def test_tiles_are_read_when_they_are_used(tmp_path: Path, monkeypatch: pytest.M
     assert y.tolist() == [0, 0]
     expected = slide_pixels((256, 320), 0)
     first = source.collection.entries[0].part
+    assert isinstance(first, Tile)
     found = (examples.image(0).movedim(0, -1) * 255).round().byte().numpy()
     np.testing.assert_array_equal(found, expected[first.y : first.y + 64, first.x : first.x + 64])
 
@@ -243,7 +251,7 @@ def test_a_manifest_names_slides_patients_and_sites(tmp_path: Path) -> None:
         save_slide(tmp_path / f"s/{i}.svs", slide_pixels((256, 320), i))
         rows.append(f"s/{i}.svs,{i % 2},p{i // 2},{'north' if i < 4 else 'south'}")
     (tmp_path / "m.csv").write_text("\n".join(rows))
-    spec = DataSpec(path=str(tmp_path / "m.csv"), kind="manifest", tiles={"size": 64, "mpp": 0.5, "count": 3}, min_patients=1, split=[0.5, 0.0, 0.5])  # fmt: skip
+    spec = data_spec(path=str(tmp_path / "m.csv"), kind="manifest", tiles={"size": 64, "mpp": 0.5, "count": 3}, min_patients=1, split=[0.5, 0.0, 0.5])  # fmt: skip
     table = spec.source().table()
     assert len(table) == 24
     assert set(table.patients) == {"p0", "p1", "p2", "p3"}
@@ -282,6 +290,11 @@ def edited(path: Path, tag: int, value: int) -> None:
     path.write_bytes(content)
 
 
+def huge_tiles(path: Path) -> None:
+    edited(path, 322, 2**16)
+    edited(path, 323, 2**16)
+
+
 def looped(path: Path) -> None:
     content = bytearray(path.read_bytes())
     (start,) = struct.unpack_from("<I", content, 4)
@@ -290,12 +303,12 @@ def looped(path: Path) -> None:
     path.write_bytes(content)
 
 
-HOSTILE = {
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
     "no TIFF": (lambda p: p.write_bytes(b"not a slide" * 100), "is not a sound slide"),
     "a huge side": (lambda p: edited(p, 256, 2**31 - 1), "the limit is 1048576"),
     "a side of 0": (lambda p: edited(p, 257, 0), "the limit is|not a sound slide"),
-    "huge stored tiles": (lambda p: (edited(p, 322, 2**16), edited(p, 323, 2**16)), "has tiles of 12884901888 bytes"),
+    "huge stored tiles": (huge_tiles, "has tiles of 12884901888 bytes"),
     "a loop of directories": (looped, "a loop|not a sound slide"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:3000]), "is not a sound slide"),
     "a png by that name": (lambda p: Image.new("RGB", (64, 64)).save(p, "PNG"), "is not a sound slide"),
@@ -432,4 +445,4 @@ parallel = "sites"
         cases = as_cases(predictions)
         assert len(predictions) == 4 * len(cases.patient)
         first = predictions.patient == cases.patient[0]
-        np.testing.assert_allclose(cases.score[0], predictions.score[first].mean(0))
+        np.testing.assert_allclose(cases.score[0], known(predictions.score)[first].mean(0))

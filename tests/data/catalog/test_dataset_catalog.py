@@ -16,6 +16,7 @@ from polyclinic.data.config import KINDS
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.sources.feature_tables import FeatureTable
+from tests.support.data_sets import data_spec, loaded
 
 DICE = np.random.default_rng(0)
 NAMES = [one.name for one in dataset_catalog.list_datasets()]
@@ -379,7 +380,7 @@ def test_a_layout_is_read_as_the_catalog_says(name: str, tmp_path: Path) -> None
             for patient in examples.patients:
                 places.setdefault(patient, set()).add((site, role))
             if one.task == "segmentation":
-                assert int(examples.targets.max()) < len(data.info.classes)
+                assert int(loaded(examples).targets.max()) < len(data.info.classes)
     assert all(len(where) == 1 for where in places.values())
 
 
@@ -446,7 +447,7 @@ def test_what_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
         (line,) = error.value.errors()
         assert line["loc"] == (where,)
         assert says in line["msg"]
-    spec = DataSpec(use="breastmnist", sites={"partition": "iid"})
+    spec = data_spec(use="breastmnist", sites={"partition": "iid"})
     with pytest.raises(DataError, match="is not here yet: fetch it with `polyclinic data get breastmnist`"):
         federate(spec)
 

@@ -12,6 +12,7 @@ from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError
 from polyclinic.data.fingerprint.dataset_fingerprint import Numbered, measured, of
 from polyclinic.data.preprocessing.sample import Picture
+from tests.support.data_sets import data_spec
 
 
 def cases(root: Path) -> None:
@@ -29,7 +30,7 @@ def cases(root: Path) -> None:
 
 def test_volumes_by_size_spacing_and_values(tmp_path: Path) -> None:
     cases(tmp_path)
-    spec = DataSpec(kind="pairs", path=str(tmp_path), classes=["rest", "organ"], steps=[{"step": "zscore"}])
+    spec = data_spec(kind="pairs", path=str(tmp_path), classes=["rest", "organ"], steps=[{"step": "zscore"}])
     found = measured(spec.source())
     column = {name: found.rows[:, i] for i, name in enumerate(found.names)}
     assert column["pixels along x"].tolist() == [10] * 4
@@ -49,7 +50,7 @@ def test_volumes_by_size_spacing_and_values(tmp_path: Path) -> None:
 def test_a_damaged_file_is_a_row_of_unknowns(tmp_path: Path) -> None:
     cases(tmp_path)
     (tmp_path / "imagesTr" / "c1.nii.gz").write_bytes(b"no")
-    spec = DataSpec(kind="pairs", path=str(tmp_path), classes=["rest", "organ"], unreadable="skip")
+    spec = data_spec(kind="pairs", path=str(tmp_path), classes=["rest", "organ"], unreadable="skip")
     found = measured(spec.source())
     assert found.rows[1].isnan().all()
     assert found.rows[[0, 2, 3]].isfinite().all()
@@ -59,7 +60,7 @@ def test_a_table_as_it_is_with_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(
         "site,a,b,y\n" + "".join(f"{'AB'[i % 2]},{i},{'' if i == 3 else 2 * i},{i % 2}\n" for i in range(8))
     )
-    spec = DataSpec(kind="table", path=str(tmp_path / "t.csv"), label="y", statistics="site", fill="median")
+    spec = data_spec(kind="table", path=str(tmp_path / "t.csv"), label="y", statistics="site", fill="median")
     found = measured(spec.source())
     assert found.names == ("a", "b", "b is missing")
     assert found.rows[:, 0].tolist() == list(range(8))
@@ -87,7 +88,7 @@ def test_numbers_of_rows_are_dealt_like_the_examples_themselves(tmp_path: Path) 
     from polyclinic.data.federation import federate
 
     (tmp_path / "t.csv").write_text("site,a,y\n" + "".join(f"{'AB'[i % 2]},{i},{i // 2 % 2}\n" for i in range(60)))
-    spec = DataSpec(kind="table", path=str(tmp_path / "t.csv"), label="y")
+    spec = data_spec(kind="table", path=str(tmp_path / "t.csv"), label="y")
     real, numbers = federate(spec, 3), federate(spec, 3, source=Numbered(spec.source()))
     for site, roles in real.sites.items():
         for role, examples in roles.items():

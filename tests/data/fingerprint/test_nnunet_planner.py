@@ -5,6 +5,7 @@ for these spacings and sizes; those of the hippocampus are the 260 cases of ``PO
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ EXPECTED: dict[str, Any] = json.loads((Path(__file__).parent / "nnunet_plans.jso
 NAMES = {"full": "3d_fullres", "slices": "2d", "low": "3d_lowres"}
 
 
-def quantile(rows: list[list[float]], share: float) -> tuple[float, ...]:
+def quantile(rows: Sequence[Sequence[float]], share: float) -> tuple[float, ...]:
     """NumPy's percentile, column by column."""
     found = []
     for column in zip(*rows, strict=True):

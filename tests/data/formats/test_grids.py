@@ -148,8 +148,9 @@ def test_a_mask_without_a_position_and_of_another_size_is_refused(tmp_path: Path
 
 
 def test_a_positioned_mask_of_an_image_without_a_position_is_refused(tmp_path: Path) -> None:
+    image, mask = pair(tmp_path, np.eye(4), None)
     with pytest.raises(GridMismatch, match=r"its image states none.*copy the geometry"):
-        read_image(*(lambda i, m: ([i], m))(*pair(tmp_path, np.eye(4), None)))
+        read_image([image], mask)
     image, mask = pair(tmp_path, None, None)
     assert overlap(image, mask) == 1
 

@@ -16,6 +16,7 @@ from polyclinic.data.paired_folders import Pairs, label_names, label_regions
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.preprocessing.transforms import Relabel
 from polyclinic.data.quality.site_check import check_folder
+from tests.support.data_sets import loaded
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def ignoring(root: Path) -> Path:
 def test_nnunets_ignore_is_no_class(tmp_path: Path) -> None:
     source = Pairs(path=str(ignoring(tmp_path)))
     assert source.info.classes == ("background", "tumor")
-    targets = source.examples(source.table().ids).targets
+    targets = loaded(source.examples(source.table().ids)).targets
     assert set(targets.unique().tolist()) == {0, 1, IGNORED}
     assert int((targets == IGNORED).sum()) == 3 * 30
     assert check_folder(tmp_path).ok
@@ -119,7 +120,7 @@ def test_nnunets_ignore_is_no_class(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").unlink()
     by_hand = Pairs(path=str(tmp_path), ignore=2)
     assert by_hand.info.classes == ("background", "label 1")
-    assert torch.equal(by_hand.examples(by_hand.table().ids).targets, targets)
+    assert torch.equal(loaded(by_hand.examples(by_hand.table().ids)).targets, targets)
 
 
 def test_relabel_declares_labels_and_keeps_what_is_ignored() -> None:

@@ -25,7 +25,7 @@ def world(volume: Volume, index_zyx: tuple[float, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_equals_nibabel_for_every_type_and_compression(tmp_path: Path, dtype: type, suffix: str) -> None:
+def test_equals_nibabel_for_every_type_and_compression(tmp_path: Path, dtype: type[np.generic], suffix: str) -> None:
     rng = np.random.default_rng(0)
     data = (rng.random((5, 6, 7)) * 100).astype(dtype)
     affine = np.eye(4)

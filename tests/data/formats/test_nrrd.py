@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
 @pytest.mark.parametrize("encoding", ["raw", "gzip"])
-def test_voxels_and_millimeters_come_back(tmp_path: Path, dtype: type, encoding: str) -> None:
+def test_voxels_and_millimeters_come_back(tmp_path: Path, dtype: type[np.generic], encoding: str) -> None:
     data = (RNG.random((3, 4, 5)) * 100).astype(dtype)
     (tmp_path / "a.nrrd").write_bytes(nrrd_bytes(data, encoding))
     volume = read_nrrd(tmp_path / "a.nrrd")

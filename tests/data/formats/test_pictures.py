@@ -14,6 +14,7 @@ from PIL import Image
 from polyclinic.data.files import ImageOptions, read_image, read_mask
 from polyclinic.data.formats.pictures import read_picture
 from polyclinic.data.formats.safe_reading import Limits, Unreadable
+from tests.support.known import known
 
 RNG = np.random.default_rng(0)
 DEEP = RNG.integers(0, 65536, (20, 24)).astype(np.uint16)
@@ -105,8 +106,9 @@ def test_a_deflated_bomb_stops_at_the_size_of_its_picture(tmp_path: Path) -> Non
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((64, 64), np.uint8), compression="zlib", rowsperstrip=64)
     content = (tmp_path / "a.tif").read_bytes()
     with tifffile.TiffFile(tmp_path / "a.tif") as file:
-        start, length = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
-        tag = file.pages[0].tags["StripByteCounts"]
+        page = file.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        start, length, tag = page.dataoffsets[0], page.databytecounts[0], page.tags["StripByteCounts"]
     bomb = zlib.compress(bytes(2**24), 9)
     at = tag.valueoffset
     content = content[:at] + struct.pack("<I", len(bomb)) + content[at + 4 : start] + bomb
@@ -234,10 +236,10 @@ def test_exif_of_an_image_and_not_of_its_mask(tmp_path: Path) -> None:
             Image.fromarray(mask).save(tmp_path / "m.png")
             if told:
                 picture = read_image([tmp_path / "i.png"], tmp_path / "m.png")
-                assert torch.equal(picture.mask == 255, picture.pixels[0] == 1)  # type: ignore[operator]
+                assert torch.equal(known(picture.mask) == 255, picture.pixels[0] == 1)
             else:
                 with pytest.raises(Unreadable, match="save the image upright"):
                     read_image([tmp_path / "i.png"], tmp_path / "m.png")
         Image.fromarray(drawn).save(tmp_path / "m.png", exif=exif)
         both = read_image([tmp_path / "i.png"], tmp_path / "m.png")
-        assert torch.equal(both.mask == 255, both.pixels[0] == 1)  # type: ignore[operator]
+        assert torch.equal(known(both.mask) == 255, both.pixels[0] == 1)

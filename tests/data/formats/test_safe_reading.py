@@ -6,6 +6,7 @@ import pickle
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -100,7 +101,11 @@ def npz() -> bytes:
 
 def dicom() -> bytes:
     buffer = io.BytesIO()
-    fields = {"ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "PixelSpacing": [1, 1]}
+    fields: dict[str, Any] = {
+        "ImagePositionPatient": [0, 0, 0],
+        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+        "PixelSpacing": [1, 1],
+    }
     image(np.arange(64, dtype=np.int16).reshape(8, 8), **fields).save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 

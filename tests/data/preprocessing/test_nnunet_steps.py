@@ -1,5 +1,6 @@
 """nnU-Net's preprocessing: resampling as scikit-image does it, scaling as NumPy, and the way back to the file's grid."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_the_steps_lead_back_to_the_file() -> None:
     image = before.pixels.clone()
     image[:, :1], image[:, :, 18:] = 0, 0
     before = Picture(image, before.mask, before.spacing_mm, before.geometry)
-    steps = [Transpose((2, 0, 1)), CropNonzero(), Normalize(("zscore", "zscore"))]
+    steps: list[Callable[[Picture], Picture]] = [Transpose((2, 0, 1)), CropNonzero(), Normalize(("zscore", "zscore"))]
     after = before
     for step in steps:
         after = step(after)

@@ -159,7 +159,7 @@ def test_order_matters_and_is_in_the_fingerprint() -> None:
 def test_steps_are_read_from_a_study_file_and_back() -> None:
     """Every step by its word, lists as tuples; written down they read the same."""
     adapter: TypeAdapter[Any] = TypeAdapter(Steps)
-    given = [
+    given: list[dict[str, Any]] = [
         {"step": "resample", "mm": [1, 1, 2.5]},
         {"step": "foreground"},
         {"step": "crop_pad", "size": 32},

@@ -28,7 +28,7 @@ LIMITS = Limits(decoded_bytes=2**26, inflated_bytes=2**24, file_bytes=2**26)
 PIXELS = np.arange(64, dtype=np.int16).reshape(8, 8)
 
 
-def dicom(**fields: object) -> bytes:
+def dicom(**fields: Any) -> bytes:
     with quiet():
         buffer = io.BytesIO()
         image(PIXELS, **fields).save_as(buffer, enforce_file_format=True)
@@ -81,7 +81,7 @@ def nan_affine() -> bytes:
     return nifti_bytes(affine=((float("nan"), 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)))
 
 
-def npz(arrays: dict[str, np.ndarray], **how: bool) -> bytes:
+def npz(arrays: dict[str, Any], **how: bool) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()

@@ -14,6 +14,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.quality.exact_duplicates import Duplicate
 from polyclinic.studies.records.run_description import _nearly_equal
+from tests.support.data_sets import data_spec
 
 
 def hospitals(root: Path, copies: bool) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def test_strangers_are_no_copies_and_rows_no_images(tmp_path: Path) -> None:
     assert not any("nearly equal" in note for note in federate(DataSpec(**table, near_duplicates="refuse")).notes)
     (tmp_path / "t.csv").write_text("site,a,y\n" + "".join(f"{'AB'[i % 2]},{i},{i // 2 % 2}\n" for i in range(60)))
     with pytest.raises(DataError, match="compares images"):
-        federate(DataSpec(kind="table", path=str(tmp_path / "t.csv"), label="y", near_duplicates="report"))
+        federate(data_spec(kind="table", path=str(tmp_path / "t.csv"), label="y", near_duplicates="report"))
 
 
 def test_a_run_counts_the_test_images_that_training_has_nearly_seen() -> None:

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from polyclinic.data.examples import DataError
-from polyclinic.data.federation import DataSpec, federate
+from polyclinic.data.federation import federate
 from polyclinic.data.simulation.phantoms import SIMULATED, RoiPhantom
+from tests.support.data_sets import data_spec
 
 
 def test_every_result_says_that_the_patients_are_made_up() -> None:
-    data = federate(DataSpec(kind="roi-phantom", subjects=60, sites="site"))
+    data = federate(data_spec(kind="roi-phantom", subjects=60, sites="site"))
     assert SIMULATED in (data.simulated or "")
     assert set(data.sites) == {"scanner-1", "scanner-2"}
     assert data.shape == (90,)

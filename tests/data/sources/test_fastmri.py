@@ -9,6 +9,7 @@ import torch
 
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
+from tests.support.data_sets import data_spec, loaded
 
 h5py = pytest.importorskip("h5py", reason="needs the fastmri extra")
 DICE = np.random.default_rng(0)
@@ -47,7 +48,7 @@ def test_slices_become_sites_by_scanner_with_the_full_image_as_target(tmp_path: 
     assert set(data.sites) == {"skyra", "prisma-fit"}
     assert data.info.task == "reconstruction"
     assert any("not measured" in note for note in data.notes)
-    train = data.sites["skyra"]["train"]
+    train = loaded(data.sites["skyra"]["train"])
     assert train.shape == (1, 24, 20)
     assert not torch.equal(train.inputs, train.targets)
     assert 0 <= float(train.targets.min()) <= float(train.targets.max()) <= 1
@@ -63,7 +64,7 @@ def test_slices_become_sites_by_scanner_with_the_full_image_as_target(tmp_path: 
 def test_by_its_name_in_the_catalog(tmp_path: Path) -> None:
     table = folder(tmp_path)
     data = federate(
-        DataSpec(use="fastmri", path=str(tmp_path), slices=2, accelerate=4.0, sites="acquisition", steps=[])
+        data_spec(use="fastmri", path=str(tmp_path), slices=2, accelerate=4.0, sites="acquisition", steps=[])
     )
     assert len(data.sites) == 1
     other = federate(DataSpec(**{**table, "acquisition": "CORPD"}))
@@ -115,6 +116,6 @@ def test_hostile_files_are_one_line_each_and_the_rest_is_read(tmp_path: Path, ki
     assert len(error.value.problems) == 1
     assert "\n" not in str(error.value)
     assert "Jane" not in str(error.value)
-    source = DataSpec(**table, unreadable="skip").source()
+    source = data_spec(**table, unreadable="skip").source()
     assert source.table().ids == ("file000 slice 2", "file000 slice 3")
     assert any("1 files were left out" in note and "evil.h5" in note for note in source.info.notes)

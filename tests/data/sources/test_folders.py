@@ -14,6 +14,7 @@ from polyclinic.data.paired_folders import Pairs
 from polyclinic.data.preprocessing.transforms import CropPad, Resample, Resize, ZScore
 from polyclinic.data.sources.folders import Folders
 from polyclinic.data.sources.manifest import Manifest
+from tests.support.data_sets import loaded
 
 DICE = np.random.default_rng(0)
 
@@ -54,7 +55,7 @@ def test_class_folders(tmp_path: Path) -> None:
     assert table.sites == ("site",)
     assert set(table.columns) == {"site", "split"}
     assert set(table.patients) == {"case0", "case1"}
-    examples = source.examples(table.ids[::-1])
+    examples = loaded(source.examples(table.ids[::-1]))
     assert examples.inputs.dtype == torch.uint8
     for i, name in enumerate(examples.ids):
         assert np.array_equal(examples.inputs[i, 0].numpy(), pixels[name])
@@ -72,7 +73,9 @@ def test_a_zip_of_a_folder_is_the_folder(tmp_path: Path) -> None:
         archive.writestr("../../escaped.txt", "no")
     folder, packed = Folders(str(tmp_path / "f")), Folders(str(tmp_path / "f.zip"))
     assert folder.fingerprint == packed.fingerprint
-    assert torch.equal(folder.examples(folder.table().ids).inputs, packed.examples(packed.table().ids).inputs)
+    assert torch.equal(
+        loaded(folder.examples(folder.table().ids)).inputs, loaded(packed.examples(packed.table().ids)).inputs
+    )
     assert not (tmp_path / "escaped.txt").exists()
     (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04 no")
     with pytest.raises(DataError, match="cannot be unpacked"):
@@ -83,11 +86,11 @@ def test_color_depth_and_size(tmp_path: Path) -> None:
     """Colors are three channels; sixteen bits become 0 to 1; different sizes need a step."""
     colors = picture(tmp_path / "a" / "x.png", color=True)
     source = Folders(str(tmp_path))
-    assert np.array_equal(source.examples(("a/x.png",)).inputs[0].numpy(), np.moveaxis(colors, -1, 0))
+    assert np.array_equal(loaded(source.examples(("a/x.png",))).inputs[0].numpy(), np.moveaxis(colors, -1, 0))
     deep = tmp_path / "deep" / "a" / "x.png"
     deep.parent.mkdir(parents=True)
     Image.fromarray(np.array([[0, 65535], [32768, 1]], dtype=np.uint16)).save(deep)
-    found = Folders(str(tmp_path / "deep")).examples(("a/x.png",))
+    found = loaded(Folders(str(tmp_path / "deep")).examples(("a/x.png",)))
     assert found.inputs.flatten().tolist() == pytest.approx([0, 1, 32768 / 65535, 1 / 65535])
     picture(tmp_path / "sizes" / "a" / "x.png")
     picture(tmp_path / "sizes" / "a" / "y.png", (9, 9))
@@ -111,7 +114,7 @@ def test_damaged_files_are_all_named_or_left_out(tmp_path: Path) -> None:
     skipping = Folders(str(tmp_path), unreadable="skip")
     table = skipping.table()
     assert table.ids == ("a/0.png", "a/3.png")
-    assert skipping.examples(("a/3.png",)).inputs.unique().tolist() == [3]
+    assert loaded(skipping.examples(("a/3.png",))).inputs.unique().tolist() == [3]
     assert any("2 files were left out" in note for note in skipping.info.notes)
 
 
@@ -120,17 +123,17 @@ def test_a_second_reading_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     for i in range(3):
         picture(tmp_path / "a" / f"{i}.png")
     first = Folders(str(tmp_path))
-    before = first.examples(first.table().ids)
+    before = loaded(first.examples(first.table().ids))
     import polyclinic.data.collection as module
 
-    real = module.read_image
-    monkeypatch.setattr(module, "read_image", lambda *_, **__: pytest.fail("decoded again"))
-    again = Folders(str(tmp_path))
-    assert torch.equal(again.examples(again.table().ids).inputs, before.inputs)
-    monkeypatch.setattr(module, "read_image", real)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_image", lambda *_, **__: pytest.fail("decoded again"))
+        again = Folders(str(tmp_path))
+        found = loaded(again.examples(again.table().ids))
+    assert torch.equal(found.inputs, before.inputs)
     changed = picture(tmp_path / "a" / "1.png")
     after = Folders(str(tmp_path))
-    assert np.array_equal(after.examples(("a/1.png",)).inputs[0, 0].numpy(), changed)
+    assert np.array_equal(loaded(after.examples(("a/1.png",))).inputs[0, 0].numpy(), changed)
     assert after.fingerprint != first.fingerprint
 
 
@@ -177,12 +180,12 @@ def test_a_manifest_of_pictures(tmp_path: Path) -> None:
     assert table.labels.tolist() == [1, 0]  # type: ignore[union-attr]
     assert table.columns == {"site": ("N", "S"), "split": ("test", "train"), "sex": ("f", "m")}
     assert source.info.classes == ("no", "yes")
-    assert source.examples(("images/2.jpg",)).targets.tolist() == [1]
+    assert loaded(source.examples(("images/2.jpg",))).targets.tolist() == [1]
     several = Manifest(listed(tmp_path, "path,a,b\nimages/0.jpg,0,1\nimages/1.jpg,1,1\n"), label=("a", "b"))
     assert several.info.task == "multilabel"
-    assert several.examples(("images/0.jpg",)).targets.tolist() == [[0, 1]]
+    assert loaded(several.examples(("images/0.jpg",))).targets.tolist() == [[0, 1]]
     numbers = Manifest(listed(tmp_path, "path,label\nimages/0.jpg,3.5\n"), regression=True)
-    assert numbers.examples(("images/0.jpg",)).targets.tolist() == [[3.5]]
+    assert loaded(numbers.examples(("images/0.jpg",))).targets.tolist() == [[3.5]]
     assert any("names no patients" in note for note in numbers.info.notes)
 
 
@@ -253,17 +256,17 @@ def test_nnunets_layout(tmp_path: Path) -> None:
 
 def test_pairs_of_pictures(tmp_path: Path) -> None:
     """Any two folders with equal names; a mask of black and white is one of 0 and 1."""
+    (tmp_path / "outlines").mkdir()
     for i in range(2):
         picture(tmp_path / "scans" / f"{i}.jpg", color=True)
-        Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8).repeat(3, 0)).save(
-            (tmp_path / "outlines").mkdir(exist_ok=True) or tmp_path / "outlines" / f"{i}.png"
-        )
+        mask = Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8).repeat(3, 0))
+        mask.save(tmp_path / "outlines" / f"{i}.png")
     source = Pairs(str(tmp_path), images="scans", masks="outlines")
     with pytest.raises(DataError, match=r"mask of 1 x 6 x 2 voxels"):
         source.examples(("0",))
     for i in range(2):
         picture(tmp_path / "scans" / f"{i}.jpg", (6, 2), color=True)
-    examples = Pairs(str(tmp_path), images="scans", masks="outlines").examples(("0", "1"))
+    examples = loaded(Pairs(str(tmp_path), images="scans", masks="outlines").examples(("0", "1")))
     assert examples.shape == (3, 6, 2)
     assert set(examples.targets.unique().tolist()) == {0, 1}
 

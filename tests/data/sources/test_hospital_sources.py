@@ -14,6 +14,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.sources.bids_images import BidsImages
 from polyclinic.data.sources.dicom_images import DicomImages
+from tests.support.data_sets import data_spec, loaded
 from tests.support.image_files import image, save, series
 
 RNG = np.random.default_rng(0)
@@ -47,18 +48,18 @@ def test_bids_gives_classes_sites_and_channels(tmp_path: Path) -> None:
     assert table.sites == ("scanner",)
     assert table.columns["scanner"] == ("north",) * 3 + ("south",) * 3
     assert source.info.classes == ("ad", "hc")
-    examples = source.examples(table.ids)
+    examples = loaded(source.examples(table.ids))
     assert examples.inputs.shape == (6, 2, 6, 5, 4)
     assert examples.targets.tolist() == [1, 0, 1, 0, 1, 0]
     assert examples.inputs[2, :, 0, 0, 0].tolist() == [23, 25]
     age = BidsImages(str(tmp_path / "b"), label="age", regression=True)
-    assert age.examples(age.table().ids[:2]).targets.tolist() == [[60], [61]]
+    assert loaded(age.examples(age.table().ids[:2])).targets.tolist() == [[60], [61]]
     assert age.fingerprint != source.fingerprint
 
 
 def test_bids_with_masks_is_segmentation(tmp_path: Path) -> None:
     source = BidsImages(str(bids(tmp_path / "b")))
-    examples = source.examples(source.table().ids)
+    examples = loaded(source.examples(source.table().ids))
     assert source.info.task == "segmentation"
     assert [int(m.max()) for m in examples.targets] == [0, 0, 0, 1, 1, 1]
 
@@ -93,7 +94,7 @@ def test_dicom_gives_a_volume_per_series_labels_by_patient_and_scanners(tmp_path
     assert table.ids == tuple(f"study{i}/axial" for i in range(4))
     assert table.columns["scanner"] == ("Acme", "Acme", "Apex", "Apex")
     assert len(set(table.patients)) == 4
-    examples = source.examples(table.ids)
+    examples = loaded(source.examples(table.ids))
     assert examples.inputs.shape == (4, 1, 3, 8, 8)
     assert examples.targets.tolist() == [1, 0, 1, 0]
     assert examples.inputs.dtype == torch.float32
@@ -114,7 +115,7 @@ def test_a_deidentified_tree_is_read_with_the_pseudonyms_of_its_key(tmp_path: Pa
     clean = DicomImages(str(tmp_path / "clean"), str(tmp_path / "labels.csv"), slices=2)
     (tmp_path / "raw.csv").write_text("\n".join(lines))
     raw = DicomImages(str(tmp_path / "d"), str(tmp_path / "raw.csv"), slices=2)
-    a, b = (s.examples(s.table().ids) for s in (clean, raw))
+    a, b = (loaded(s.examples(s.table().ids)) for s in (clean, raw))
     assert sorted(map(float, a.inputs.mean((1, 2, 3, 4)))) == sorted(map(float, b.inputs.mean((1, 2, 3, 4))))
     assert sorted(a.targets.tolist()) == sorted(b.targets.tolist())
 
@@ -136,7 +137,7 @@ def test_dicom_says_what_stands_in_the_way(tmp_path: Path) -> None:
 
 
 def test_a_study_names_them_by_kind(tmp_path: Path) -> None:
-    spec = DataSpec(
+    spec = data_spec(
         path=str(bids(tmp_path / "b", 12)), kind="bids", label="diagnosis", min_patients=2, split=(0.4, 0.2, 0.4)
     )
     assert sorted(federate(spec).sites) == ["north", "south"]
@@ -154,10 +155,10 @@ def test_times_to_an_event_are_labels_of_bids_and_dicom(tmp_path: Path) -> None:
     lines = (root / "participants.tsv").read_text().splitlines()
     times = ["days\tdied", "100\t1", "200\t0", "150\tyes", "90\tno", "80\t1", "n/a\t0"]
     (root / "participants.tsv").write_text("\n".join(f"{a}\t{b}" for a, b in zip(lines, times, strict=True)) + "\n")
-    codes = {"event_codes": ("1", "yes"), "censored_codes": ("0", "no")}
+    codes: dict[str, Any] = {"event_codes": ("1", "yes"), "censored_codes": ("0", "no")}
     source = BidsImages(str(root), label="days", event="died", missing_labels="drop", **codes)
     assert source.info.task == "survival"
-    examples = source.examples(source.table().ids)
+    examples = loaded(source.examples(source.table().ids))
     assert examples.targets.tolist() == [[100, 1], [200, 0], [150, 1], [90, 0], [80, 1]]
     assert not {"days", "died"} & source.table().columns.keys()
     assert any("1 visits whose days or died is missing" in note for note in source.info.notes)
@@ -174,7 +175,7 @@ def test_times_to_an_event_are_labels_of_bids_and_dicom(tmp_path: Path) -> None:
     )
     assert follow.info.task == "survival"
     assert follow.table().columns["hospital"] == ("x", "x")
-    assert follow.examples(follow.table().ids).targets.tolist() == [[10, 1], [20, 0]]
+    assert loaded(follow.examples(follow.table().ids)).targets.tolist() == [[10, 1], [20, 0]]
     with pytest.raises(DataError, match="without a days"):
         DicomImages(str(tree), str(tmp_path / "l.csv"), label="days", event="died").table()
     with pytest.raises(DataError, match="gone"):

@@ -6,10 +6,11 @@ import pwd
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -20,13 +21,15 @@ from polyclinic.core.plugin_packages import Package
 from polyclinic.engines.flare.client.decisions import Review, read, shown_hash, signed_bytes, this_person, to_json
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews, _unlike
 from polyclinic.engines.flare.client.site_agent import take_in
+from polyclinic.engines.flare.client.training_worker import Training
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import run_request as orders
 from polyclinic.engines.flare.protocol import shared_journals, tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Call
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.run_request import RunRequest
-from tests.support.local_deployment import LocalCarrier, hospital, order, read_and_approve
+from tests.support.known import known
+from tests.support.local_deployment import Inline, LocalCarrier, hospital, order, read_and_approve
 
 SHAPE = {"inputs": [1, 8, 8], "outputs": 2}
 
@@ -52,7 +55,7 @@ def study(
 ) -> RunRequest:
     """One run of a study of FedAvg and FedProx; ``changes`` of the run's plan go in ``plan``."""
     base = {k: v for k, v in order(rounds=rounds).plan.items() if k not in SHAPE}
-    arms = [
+    arms: list[dict[str, Any]] = [
         {"label": label, "plan": {**base, "method": label, "seed": seed}}
         for label in ("fedavg", "fedprox")
         for seed in seeds
@@ -85,10 +88,10 @@ def test_nothing_is_approved_that_was_not_shown(home: SiteFolder) -> None:
     reviews.offer(order(), ())
     with pytest.raises(SetupError, match=r"not what you were shown.*read it again: `polyclinic site review run-1`"):
         reviews.decide("run-1", APPROVED, "anna", "IRB")
-    assert reviews.get("run-1").state == WAITING
+    assert known(reviews.get("run-1")).state == WAITING
     reviews.remember(reviews.subject("run-1"))
     (done,) = reviews.decide("run-1", APPROVED, "anna", "IRB")
-    assert done.state == reviews.get("run-1").state == APPROVED
+    assert done.state == known(reviews.get("run-1")).state == APPROVED
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_what_changed_after_it_was_read_is_not_approved(home: SiteFolder, change
     reviews.offer(order(**change), ())
     with pytest.raises(SetupError, match="not what you were shown: it has changed since"):
         reviews.decide("run-1", APPROVED, "anna", "IRB")
-    assert reviews.get("run-1").state == WAITING
+    assert known(reviews.get("run-1")).state == WAITING
 
 
 def test_what_is_put_back_after_it_was_swapped_is_read_again(home: SiteFolder) -> None:
@@ -121,8 +124,13 @@ def test_what_is_put_back_after_it_was_swapped_is_read_again(home: SiteFolder) -
 def test_the_hash_of_what_is_shown_covers_everything_that_is_shown(home: SiteFolder, what: str) -> None:
     reviews = Reviews(home.reviews)
     review = reviews.offer(order(), ())
-    other = {"problems": ("x",), "notes": ("x",), "code": "0" * 64, "packages": (("a", "1", "0" * 64),)}[what]
-    assert replace(review, **{what: other}).hash != review.hash
+    changes: dict[str, Any] = {
+        "problems": ("x",),
+        "notes": ("x",),
+        "code": "0" * 64,
+        "packages": (("a", "1", "0" * 64),),
+    }
+    assert replace(review, **{what: changes[what]}).hash != review.hash
     assert replace(review, order=order(rounds=4).to_json()).hash != review.hash
 
 
@@ -141,22 +149,23 @@ def test_a_name_of_two_studies_approves_neither_and_lists_both(home: SiteFolder)
     reviews = Reviews(home.reviews)
     reviews.offer(study("zz-other", rounds=2000), ())
     reviews.offer(study("spots-1"), ())
-    for act in (
+    acts: tuple[Callable[[], object], ...] = (
         lambda: reviews.subject("spots"),
         lambda: reviews.decide("spots", APPROVED, "anna", "IRB"),
         lambda: reviews.decide("spots", REFUSED, "anna", "IRB"),
-    ):
+    )
+    for act in acts:
         with pytest.raises(SetupError, match="'spots' is the name of 2 different studies:") as told:
             act()
         assert [line.split()[0] for line in str(told.value).splitlines()] == ["'spots'", "zz-other", "spots-1", "name"]
     read_and_approve(home, "spots-1")
     assert {r.what.run: r.state for r in reviews.all()} == {"spots-1": APPROVED, "zz-other": WAITING}
-    by_hash = reviews.get("zz-other").what.hash
+    by_hash = known(reviews.get("zz-other")).what.hash
     assert reviews.subject(by_hash[:8]) == [reviews.get("zz-other")]
     with pytest.raises(SetupError, match="no study called"):
         reviews.subject(by_hash[:7])
     read_and_approve(home, by_hash[:12])
-    assert reviews.get("zz-other").state == APPROVED
+    assert known(reviews.get("zz-other")).state == APPROVED
 
 
 def test_a_study_that_takes_the_name_of_another_is_not_approved_with_it(home: SiteFolder) -> None:
@@ -222,7 +231,7 @@ def test_an_offer_waits_while_a_person_decides(home: SiteFolder, monkeypatch: py
     assert checked.wait(10)
     Reviews(home.reviews).offer(order(rounds=3000), ())
     person.join()
-    last = reviews.get("run-1")
+    last = known(reviews.get("run-1"))
     assert (last.what.plan["rounds"], last.state) == (3000, WAITING)
 
 
@@ -295,7 +304,7 @@ def test_what_the_data_are_is_what_this_site_said(
     assert filled.state == WAITING
     assert filled.notes == (note,)
     read_and_approve(home, "spots-1")
-    assert reviews.get("spots-1").state == APPROVED  # a person may allow it
+    assert known(reviews.get("spots-1")).state == APPROVED  # a person may allow it
     assert reviews.offer(study("spots-2", arm=1, plan=plan), ()).state == WAITING  # and only this run
 
 
@@ -312,14 +321,16 @@ def test_without_an_answer_to_the_survey_nothing_confirms_the_data(home: SiteFol
 
 def test_a_study_that_says_what_the_data_are_needs_no_survey(home: SiteFolder) -> None:
     base = order().plan
-    arms = [{"label": label, "plan": {**base, "method": label}} for label in ("fedavg", "fedprox")]
+    arms: list[dict[str, Any]] = [
+        {"label": label, "plan": {**base, "method": label}} for label in ("fedavg", "fedprox")
+    ]
     of = {"name": "spots", "hash": "ab", "arms": arms}
     first, second = (RunRequest(f"spots-{i}", arm["plan"], label=arm["label"], study=of) for i, arm in enumerate(arms))
     reviews = Reviews(home.reviews)
     reviews.offer(first, ())
     read_and_approve(home, "spots")
     assert reviews.offer(second, ()).state == APPROVED
-    assert reviews.get("spots-1").of == "spots-0"
+    assert known(reviews.get("spots-1")).of == "spots-0"
     assert reviews.offer(replace(second, run="third", plan={**second.plan, "outputs": 3}), ()).state == WAITING
 
 
@@ -404,7 +415,7 @@ def test_other_code_is_another_study(home: SiteFolder, monkeypatch: pytest.Monke
         reviews.decide("run-1", APPROVED, "anna", "IRB")
     monkeypatch.undo()
     read_and_approve(home, "run-1")
-    assert reviews.current(order()).state == APPROVED
+    assert known(reviews.current(order())).state == APPROVED
     for one in (module, decisions):
         monkeypatch.setattr(one, "code_hash", lambda: "1" * 64)
     assert reviews.current(order()) is None
@@ -453,11 +464,11 @@ def test_an_edited_file_is_no_decision(home: SiteFolder, field: str) -> None:
     reviews.offer(order(), ())
     if field != "state":
         read_and_approve(home, "run-1")
-        assert reviews.get("run-1").state == APPROVED
+        assert known(reviews.get("run-1")).state == APPROVED
     path = home.reviews / "run-1.json"
     table = {**json.loads(path.read_text()), field: FORGED[field]}
     write_private(path, json.dumps(table))
-    found = reviews.get("run-1")
+    found = known(reviews.get("run-1"))
     assert found.state == WAITING
     assert "not signed by this site's key" in found.notes[-1]
     assert found.said == {}
@@ -475,7 +486,7 @@ def test_a_decision_for_one_run_is_none_for_another(home: SiteFolder) -> None:
     signed, other = (json.loads((home.reviews / f"run-{i}.json").read_text()) for i in (1, 2))
     moved = {**signed, "order": other["order"]}
     write_private(home.reviews / "run-2.json", json.dumps(moved))
-    assert reviews.get("run-2").state == WAITING
+    assert known(reviews.get("run-2")).state == WAITING
 
 
 def test_a_forged_answer_to_a_survey_confirms_nothing(home: SiteFolder) -> None:
@@ -484,7 +495,7 @@ def test_a_forged_answer_to_a_survey_confirms_nothing(home: SiteFolder) -> None:
     reviews.offer(survey(), ())
     path = home.reviews / "spots-survey.json"
     write_private(path, json.dumps({**json.loads(path.read_text()), "said": {**SHAPE, "outputs": 9}}))
-    assert reviews.get("spots-survey").said == {}
+    assert known(reviews.get("spots-survey")).said == {}
 
 
 def test_another_sites_signature_is_none(home: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,9 +505,9 @@ def test_another_sites_signature_is_none(home: SiteFolder, monkeypatch: pytest.M
     read_and_approve(home, "run-1")
     shutil.rmtree(home.keys)
     site_keys.make(home.keys)
-    assert reviews.get("run-1").state == WAITING
+    assert known(reviews.get("run-1")).state == WAITING
     (home.keys / "site.key").unlink()
-    assert reviews.get("run-1").state == WAITING
+    assert known(reviews.get("run-1")).state == WAITING
     reviews.remember(reviews.subject("run-1"))
     with pytest.raises(SetupError, match=r"site\.key is missing"):
         reviews.decide("run-1", APPROVED, "anna", "IRB")
@@ -519,7 +530,7 @@ def test_a_decision_outlives_new_keys_by_the_certificates_that_the_site_had(
     (home.certificates / "1.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
     shutil.rmtree(home.keys)
     site_keys.make(home.keys)
-    assert reviews.get("run-1").state == APPROVED
+    assert known(reviews.get("run-1")).state == APPROVED
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"order": 3}', "null", '{"packages": 3}'])
@@ -542,7 +553,7 @@ def test_the_states_in_a_file_are_words_that_other_versions_read(home: SiteFolde
 
 def test_a_review_survives_its_file(home: SiteFolder) -> None:
     reviews = surveyed(home)
-    review: Review = reviews.get("spots-survey")
+    review = known(reviews.get("spots-survey"))
     assert review.said == SHAPE
     assert read(home.reviews / "spots-survey.json") == review
 
@@ -567,7 +578,7 @@ def test_what_was_shown_under_one_name_is_kept_when_another_is_shown(home: SiteF
         assert reviews.remember(reviews.subject(run)) == shown_hash(reviews.subject(run))
     for run in ("run-1", "run-2"):
         (done,) = reviews.decide(run, APPROVED, "anna", "IRB")
-        assert (done.what.run, done.shown) == (run, shown_hash([reviews.get(run)]))
+        assert (done.what.run, done.shown) == (run, shown_hash([known(reviews.get(run))]))
 
 
 def test_names_of_runs_that_are_gone_are_forgotten(home: SiteFolder) -> None:
@@ -649,7 +660,7 @@ def test_runs_without_a_study_are_decided_one_by_one(home: SiteFolder) -> None:
     for run in ("run-1", "run-2"):
         reviews.offer(order(run=run), ())
     assert [r.what.run for r in reviews.decide("run-1", REFUSED, "anna", "no")] == ["run-1"]
-    assert reviews.get("run-2").state == WAITING
+    assert known(reviews.get("run-2")).state == WAITING
     read_and_approve(home, "run-2")
     third = reviews.offer(order(run="run-3"), ())
     assert (third.state, third.notes) == (WAITING, ())
@@ -682,7 +693,7 @@ def test_a_decision_says_when_and_a_refusal_needs_nothing_shown(home: SiteFolder
     assert refused.decided.endswith("+00:00")
     assert reviews.get("run-1") == refused
     read_and_approve(home, "run-1")
-    assert reviews.get("run-1").decided > refused.decided
+    assert known(reviews.get("run-1")).decided > refused.decided
 
 
 def test_a_person_who_decides_about_a_part_of_a_study_does_so_for_oneself(home: SiteFolder) -> None:
@@ -700,7 +711,7 @@ def test_a_part_that_the_policy_refuses_is_left_out_of_an_approval(home: SiteFol
     reviews.offer(study("spots-2", arm=1), ("too many rounds",))
     reviews.remember(reviews.subject("spots"))
     assert [r.what.run for r in reviews.decide("spots", APPROVED, "anna", "IRB")] == ["spots-survey"]
-    assert reviews.get("spots-1").state == WAITING
+    assert known(reviews.get("spots-1")).state == WAITING
     reviews.remember(reviews.subject("spots"))
     with pytest.raises(SetupError, match=r"would change nothing: too many rounds; no test$"):
         reviews.decide("spots", APPROVED, "anna", "IRB")
@@ -725,9 +736,9 @@ def test_a_package_that_changed_since_the_order_came_is_not_approved(home: SiteF
 
 def test_a_decision_with_other_packages_covers_no_other_part(home: SiteFolder) -> None:
     reviews = surveyed(home)
-    other = replace(reviews.get("spots-survey"), packages=(Package("a", "1", "0" * 64),)).signed(home.keys)
+    other = replace(known(reviews.get("spots-survey")), packages=(Package("a", "1", "0" * 64),)).signed(home.keys)
     write_private(home.reviews / "spots-survey.json", to_json(other))
-    assert reviews.get("spots-survey").state == APPROVED
+    assert known(reviews.get("spots-survey")).state == APPROVED
     assert reviews.offer(study("spots-1"), ()).state == WAITING
 
 
@@ -739,9 +750,9 @@ def test_only_the_last_decision_about_a_study_holds(home: SiteFolder) -> None:
     late = reviews.offer(study("spots-2", arm=1), ())
     assert (late.state, late.by, late.reason) == (APPROVED, "a person", "the committee met again")
     assert late.of in ("spots-survey", "spots-1")
-    assert late.decided in [reviews.get(run).decided for run in ("spots-survey", "spots-1")]
+    assert late.decided in [known(reviews.get(run)).decided for run in ("spots-survey", "spots-1")]
     assert len({r.shown for r in reviews.all()}) == 1
-    assert (late.account, late.uid) == (reviews.get("spots-1").account, os.getuid())
+    assert (late.account, late.uid) == (known(reviews.get("spots-1")).account, os.getuid())
 
 
 def test_an_approval_that_is_used_up_keeps_the_notes_of_the_policy(home: SiteFolder) -> None:
@@ -753,14 +764,14 @@ def test_an_approval_that_is_used_up_keeps_the_notes_of_the_policy(home: SiteFol
 
 def test_what_a_site_said_in_a_survey_is_signed_and_may_be_corrected(home: SiteFolder) -> None:
     reviews = surveyed(home)
-    assert reviews.get("spots-survey").said == SHAPE
+    assert known(reviews.get("spots-survey")).said == SHAPE
     reviews.answered(survey(), {**SHAPE, "outputs": 5})
-    found = reviews.get("spots-survey")
+    found = known(reviews.get("spots-survey"))
     assert (found.state, found.said) == (APPROVED, {**SHAPE, "outputs": 5})
     reviews.answered(order(), dict(SHAPE))  # which has not come
     reviews.decide("spots", REFUSED, "anna", "no")
     reviews.answered(survey(), dict(SHAPE))
-    assert reviews.get("spots-survey").said == {**SHAPE, "outputs": 5}
+    assert known(reviews.get("spots-survey")).said == {**SHAPE, "outputs": 5}
 
 
 def test_why_the_data_do_not_fit_stays_with_the_review_until_they_do(home: SiteFolder) -> None:
@@ -769,10 +780,10 @@ def test_why_the_data_do_not_fit_stays_with_the_review_until_they_do(home: SiteF
     assert reviews.all() == []
     reviews.offer(order(), ())
     reviews.note_data("run-1", "data/train.npz is not there")
-    assert reviews.get("run-1").data == "data/train.npz is not there"
+    assert known(reviews.get("run-1")).data == "data/train.npz is not there"
     read_and_approve(home, "run-1")
     reviews.note_data("run-1", "")
-    assert (reviews.get("run-1").data, reviews.get("run-1").state) == ("", APPROVED)
+    assert (known(reviews.get("run-1")).data, known(reviews.get("run-1")).state) == ("", APPROVED)
 
 
 @pytest.mark.parametrize(
@@ -780,8 +791,8 @@ def test_why_the_data_do_not_fit_stays_with_the_review_until_they_do(home: SiteF
     [("classification", "classes"), ("segmentation", "classes"), ("multilabel", "labels"), ("regression", "values")],
 )
 def test_what_the_outputs_are_is_said_in_the_words_of_the_task(home: SiteFolder, kind: str, word: str) -> None:
-    filled = SimpleNamespace(filled=("outputs",), plan={"kind": kind, "outputs": 3})
-    assert _unlike(filled, [surveyed(home).get("spots-survey")]) == [f"outputs = 3; the data here have 2 {word}"]
+    filled = cast(RunRequest, SimpleNamespace(filled=("outputs",), plan={"kind": kind, "outputs": 3}))
+    assert _unlike(filled, [known(surveyed(home).get("spots-survey"))]) == [f"outputs = 3; the data here have 2 {word}"]
 
 
 # The account and the signature ----------------------------------------------------------------------------------------
@@ -809,13 +820,13 @@ def test_a_reason_is_at_most_two_thousand_characters(home: SiteFolder) -> None:
     reviews = Reviews(home.reviews)
     reviews.offer(order(), ())
     (done,) = reviews.decide("run-1", REFUSED, "anna", "x" * 2000)
-    assert reviews.get("run-1").reason == done.reason == "x" * 2000
+    assert known(reviews.get("run-1")).reason == done.reason == "x" * 2000
 
 
 def test_what_is_signed_does_not_depend_on_the_order_of_keys_and_is_of_this_kind_alone(home: SiteFolder) -> None:
     """A signature that was made by an earlier release still counts, and one under something else never does."""
     assert signed_bytes({"b": 1, "a": [2, "c"]}) == b'polyclinic decision 1\n{"a":[2,"c"],"b":1}'
-    review = surveyed(home).get("spots-survey")
+    review = known(surveyed(home).get("spots-survey"))
     assert set(review.statement) == {
         "order",
         "code",
@@ -847,7 +858,7 @@ def test_a_decision_outlives_a_renewal_that_is_under_way(home: SiteFolder) -> No
     waiting = site_keys.upcoming(home.keys)
     waiting.mkdir()
     shutil.move(home.keys / "site.key", waiting / "site.key")
-    assert reviews.get("run-1").state == APPROVED
+    assert known(reviews.get("run-1")).state == APPROVED
 
 
 # At the agent ---------------------------------------------------------------------------------------------------------
@@ -860,6 +871,12 @@ class Server:
         self.an, self.home, self.number = an, homes["site-0"], 0
         self.carrier = LocalCarrier(homes, an)
         self.agent = self.carrier.agent("site-0")
+
+    @property
+    def training(self) -> Training:
+        trainer: object = self.agent.trainer
+        assert isinstance(trainer, Inline)
+        return known(trainer.training)
 
     def hello(self) -> str:
         return self._call("hello", None)[0]
@@ -918,10 +935,10 @@ def test_no_file_of_the_data_is_opened_before_somebody_approved(homes: dict[str,
         assert told.startswith("refused: the data cannot be read")
         assert "data/" not in told.replace("data:", "")
         assert str(homes["site-0"].path) not in told
-        assert f"{data} does not exist" in Reviews(homes["site-0"].reviews).get(an.run).data
+        assert f"{data} does not exist" in known(Reviews(homes["site-0"].reviews).get(an.run)).data
         data.with_name("elsewhere").rename(data)
         assert server.hello() == ""
-        assert Reviews(homes["site-0"].reviews).get(an.run).data == ""
+        assert known(Reviews(homes["site-0"].reviews).get(an.run)).data == ""
         data.rename(data.with_name("elsewhere"))
 
 
@@ -934,7 +951,7 @@ def test_data_of_another_shape_are_told_without_their_own(homes: dict[str, SiteF
     assert told == (
         "refused: inputs (train, val, test, unlabeled) do not have the shape that the study needs, 1 x 16 x 16"
     )
-    assert "(1, 8, 8)" in Reviews(homes["site-0"].reviews).get("run-1").data
+    assert "(1, 8, 8)" in known(Reviews(homes["site-0"].reviews).get("run-1")).data
     assert [e["reason"] for e in events(homes["site-0"]) if e["event"] == "no reply"][-1] == told
 
 
@@ -965,7 +982,7 @@ def test_the_journal_says_what_kinds_of_values_left(homes: dict[str, SiteFolder]
     lost, file = server.ask()
     assert lost == ""
     (entry,) = [e for e in events(homes["site-0"]) if e["event"] == "answered"]
-    size = json.loads(bytes(tensor_file.read(file).parts["describe"].items["site-0"]["text"].tolist()))
+    size = json.loads(bytes(tensor_file.read(known(file)).parts["describe"].items["site-0"]["text"].tolist()))
     assert entry["parts"] == [
         {
             "part": "describe",
@@ -976,7 +993,7 @@ def test_the_journal_says_what_kinds_of_values_left(homes: dict[str, SiteFolder]
         }
     ]
     assert entry["masked"] is False
-    assert Reviews(homes["site-0"].reviews).get("spots-survey").said == SHAPE
+    assert known(Reviews(homes["site-0"].reviews).get("spots-survey")).said == SHAPE
 
 
 def test_the_journal_of_a_training_names_its_mean(homes: dict[str, SiteFolder]) -> None:
@@ -985,11 +1002,11 @@ def test_the_journal_of_a_training_names_its_mean(homes: dict[str, SiteFolder]) 
     server.hello()
     read_and_approve(homes["site-0"], "run-1")
     method = an.build_plan().build_method()
-    request = method.request(method.init(an.build_plan().build_task().first(0)))
+    request = known(method.request(method.init(an.build_plan().build_task().first(0))))
     lost, file = server.ask(request.job, dict(request.trees))
     assert lost == ""
     (entry,) = [e for e in events(homes["site-0"]) if e["event"] == "answered"]
-    reply = tensor_file.read(file)
+    reply = tensor_file.read(known(file))
     (part,) = entry["parts"]
     assert (part["part"], part["kind"], part["apart"]) == ("update", "WeightedMean", False)
     assert part["numbers"] == sum(leaf.numel() for leaf in reply.parts["update"].total.values())
@@ -1007,7 +1024,7 @@ def test_what_the_journal_keeps_of_a_decision_can_be_verified(homes: dict[str, S
     arm = Server(homes, study("spots-1"))
     assert arm.hello() == ""
     (entry,) = [e for e in events(home) if e["event"] == "approved as part of its study"]
-    review = Reviews(home.reviews).get("spots-1")
+    review = known(Reviews(home.reviews).get("spots-1"))
     assert (entry["by"], entry["of"], entry["uid"], entry["rehearsal"]) == (
         "a person",
         "spots-survey",
@@ -1039,7 +1056,7 @@ def test_code_that_changes_while_a_run_goes_on_is_not_run(
     monkeypatch.setattr(training_worker, "code_on_disk", lambda: "1" * 64)
     assert "polyclinic was changed here during the run" in server.ask()[0]
     monkeypatch.undo()
-    server.agent.trainer.training._code = "1" * 64  # it began with other code, which was put back
+    server.training._code = "1" * 64  # it began with other code, which was put back
     assert "polyclinic was changed here during the run" in server.ask()[0]
 
 

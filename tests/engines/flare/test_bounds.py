@@ -3,11 +3,12 @@
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +16,7 @@ pytest.importorskip("nvflare", reason="the extra [flare] is not installed")
 
 from polyclinic.core.audit_log import verify
 from polyclinic.engines.flare.client.executor import SiteExecutor
+from polyclinic.engines.flare.client.heartbeat import Heartbeat
 from polyclinic.engines.flare.protocol import file_transfer, message_limits
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call
 from polyclinic.engines.flare.server.controller import FlareCarrier
@@ -166,10 +168,10 @@ class Server:
         self.carrier = carrier = FlareCarrier.__new__(FlareCarrier)
         carrier.controller = SimpleNamespace(send=lambda *_, **__: None, cancel_task=lambda task: None)
         carrier.fl_ctx = carrier.cell = carrier.abort_signal = None
-        carrier.pulse = SimpleNamespace(moved=None)
+        carrier.pulse = cast(Heartbeat, SimpleNamespace(moved=None))
         carrier.came, carrier.tasks, carrier.job = Queue(), {}, "job"
         carrier.inbox, carrier.limits = folder, limits
-        carrier.fetching = SimpleNamespace(submit=lambda do, *arguments: do(*arguments))
+        carrier.fetching = cast(ThreadPoolExecutor, SimpleNamespace(submit=lambda do, *arguments: do(*arguments)))
         self.fetched: list[int] = []
 
         def fetch(
@@ -272,7 +274,7 @@ def test_settings_of_the_server_are_numbers() -> None:
         "train": {"patients": 5, "examples": 12, "classes": []},
         "test": {"patients": 5, "examples": 7, "classes": []},
     }
-    hidden = {"train": {"patients": None, "examples": None, "classes": []}}
+    hidden: dict[str, Any] = {"train": {"patients": None, "examples": None, "classes": []}}
     found = message_limits.Limits.of({"max_examples": 10, "port": 1}, {"a": {"roles": roles}, "b": {"roles": hidden}})
     assert found.counts == {"a": 10.0}
 

@@ -21,7 +21,7 @@ from tests.engines.flare.test_exchange import EVERYTHING, reference, state_of
 from tests.engines.flare.test_secure import GROUP, SUM
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, identities, order
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "scaffold": {"score_every": 2},
     "mime": {},
     "secure": {"method": "fedavg", "plan": {"options": {"uniform": True}, "uplink": [SUM], "network_options": GROUP}},

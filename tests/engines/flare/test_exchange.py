@@ -522,7 +522,7 @@ def _sized(delivery: Any, value: Any) -> Any:
         (lambda d: _sized(d, Reply({"update": WeightedMean({"head.weight": torch.zeros(3, 8)}, 1.0)})), ""),
         (lambda d: _sized(d, Reply({"update": PerSite({"site-2": {"x": torch.zeros(2)}})})), "contains values of"),
         (lambda d: _sized(d, Reply({"update": WeightedMean({"x": torch.zeros(2)}, -1.0)})), "weight"),
-        (lambda d: _sized(d, Reply({"update": "text"})), "is not an aggregatable value"),
+        (lambda d: _sized(d, Reply({"update": "text"})), "is not an aggregatable value"),  # type: ignore[dict-item]
     ],
 )
 def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist: Any, why: str, tmp_path: Path) -> None:

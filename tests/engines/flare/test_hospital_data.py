@@ -24,6 +24,7 @@ from polyclinic.studies.run import deployment
 from tests.conftest import little_sites
 from tests.engines.flare.test_approval import Server, events
 from tests.support.clinics import STUDY, make
+from tests.support.known import known
 from tests.support.local_deployment import make_site, order, read_and_approve
 
 TOWNS = ("Zurich-8001", "Basel-4051", "Winterthur-8400")
@@ -94,14 +95,15 @@ def test_the_server_chooses_no_file_column_or_patient(home: SiteFolder, table: d
     assert told.startswith("refused by the site's policy: ")
     for key in asked:
         assert f"the study sets {key} = " in told
-    problems = Reviews(home.reviews).get("s").problems
+    problems = known(Reviews(home.reviews).get("s")).problems
     assert len(problems) == len(asked)
     assert not [e for e in events(home) if e["event"] == "answered"]
 
 
 def test_the_honest_survey_names_no_class_and_no_column(home: SiteFolder) -> None:
-    told, said = attempt(home, {"split": [0.5, 0.25, 0.25], "scale": True})
+    told, found = attempt(home, {"split": [0.5, 0.25, 0.25], "scale": True})
     assert told == ""
+    said = known(found)
     assert said["inputs"] == [2]
     assert said["outputs"] == 2
     assert said["classes"] == []
@@ -111,7 +113,7 @@ def test_the_honest_survey_names_no_class_and_no_column(home: SiteFolder) -> Non
 
 def test_class_names_leave_only_where_the_policy_lets_them(home: SiteFolder) -> None:
     home.policy.write_text("[allow]\nclass_names = true\n")
-    assert attempt(home, {})[1]["classes"] == ["0", "1"]
+    assert known(attempt(home, {})[1])["classes"] == ["0", "1"]
 
 
 def test_classes_are_counted_though_they_are_not_named() -> None:
@@ -179,7 +181,7 @@ def test_where_both_speak_and_differ_nothing_runs_until_people_agree(home: SiteF
     told, said = attempt(home, {"split": [0.5, 0.25, 0.25], "scale": True})
     assert said is None
     assert told == "refused: the study and this hospital set different values for its data: split"
-    here = Reviews(home.reviews).get("s").data
+    here = known(Reviews(home.reviews).get("s")).data
     assert "the study asks for [0.5, 0.25, 0.25], and data.toml here says [0.6, 0.2, 0.2]" in here
     with pytest.raises(UnsuitableData):
         site_data.read(home.path / "data", {"split": [0.5, 0.25, 0.25]})
@@ -205,7 +207,7 @@ def test_a_data_toml_that_is_none_is_told_at_the_site_and_not_to_the_server(home
     told, said = attempt(home, {})
     assert said is None
     assert told == f"refused: {site_data.UNREADABLE}"
-    assert "data.toml" in Reviews(home.reviews).get("s").data
+    assert "data.toml" in known(Reviews(home.reviews).get("s")).data
 
 
 def test_what_is_wrong_with_the_data_is_told_without_values(home: SiteFolder) -> None:

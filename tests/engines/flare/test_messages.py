@@ -112,7 +112,7 @@ def test_any_json_is_refused_in_words(value: Any) -> None:
 
 def test_mutated_messages_never_do_harm() -> None:
     rng, until = random.Random(1), time.monotonic() + 2
-    sources = [
+    sources: list[tuple[type[Call | Answer | RunRequest], str, type[Exception]]] = [
         (Call, CALL.to_json(), BadMessage),
         (Answer, ANSWER.to_json(), BadMessage),
         (RunRequest, order().to_json(), InvalidRunRequest),

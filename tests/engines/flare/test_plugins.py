@@ -13,6 +13,7 @@ from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
 from polyclinic.methods.plugins import packages_in
 from tests.engines.flare.test_approval import Server, study, survey
 from tests.methods.test_plugins import CODE, Install, install
+from tests.support.known import known
 from tests.support.local_deployment import hospital, order, read_and_approve
 
 __all__ = ["install"]
@@ -37,7 +38,7 @@ def test_an_ask_after_the_policy_changed_its_mind_loads_nothing(tmp_path: Path, 
     read_and_approve(homes["site-0"], "run-1")
     assert server.hello() == ""
     homes["site-0"].policy.write_text(LITTLE)
-    server.agent.trainer.training = None
+    server.agent.trainer.close()
     for name in ("minepack", "minepack.make"):
         sys.modules.pop(name, None)
     assert "needs the package mine-pack" in server.ask("train")[0]
@@ -56,17 +57,17 @@ def test_changed_code_of_a_package_waits_for_a_person(tmp_path: Path, install: I
     if not automatic:
         read_and_approve(homes["site-0"], "run-1")
         assert server.hello() == ""
-        assert reviews.current(an).state == APPROVED
+        assert known(reviews.current(an)).state == APPROVED
     (folder / "make.py").write_text(CODE + "# changed\n")
     assert reviews.current(an) is None
     lost, _ = server.ask("train")
     assert lost.startswith(("waits for a person", "refused: a package")), lost
-    server.agent.trainer.training = None  # a fresh process
+    server.agent.trainer.close()  # a fresh process
     assert "waits for a person" in Server(homes, an).hello()
     (package,) = packages_in({"method": "mine"})
-    assert reviews.get("run-1").packages == (package,)
+    assert known(reviews.get("run-1")).packages == (package,)
     read_and_approve(homes["site-0"], "run-1")
-    assert reviews.get("run-1").statement["packages"] == [list(package)]
+    assert known(reviews.get("run-1")).statement["packages"] == [list(package)]
 
 
 def test_a_process_that_loaded_earlier_code_does_not_run_it_as_the_new(tmp_path: Path, install: Install) -> None:
@@ -90,7 +91,7 @@ def test_a_survey_is_answered_though_an_arm_needs_a_package_that_is_not_allowed(
     whole = replace(survey(), study={**of, "arms": arms})
     server = Server(homes, whole)
     assert "waits" in server.hello()
-    review = Reviews(homes["site-0"].reviews).get("spots-survey")
+    review = known(Reviews(homes["site-0"].reviews).get("spots-survey"))
     (note,) = review.notes
     assert note.startswith("mine is refused here: the plan needs the package mine-pack 1.0")
     assert exact_rule(review.packages[0]) in note

@@ -1,9 +1,11 @@
 """Real processes, mutual TLS, NVIDIA FLARE: what runs between hospitals gives the bits of what runs in one process."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.testing import equal
 from tests.support.flare_deployment import Hospitals, reference, study, until
 
@@ -16,7 +18,7 @@ DP = [
     {"name": "secure-sum", "limit": 8.0, "bits": 20},
 ]
 CODECS = [{"name": "int8"}, {"name": "zstd"}]
-GOLDEN = {
+GOLDEN: dict[str, dict[str, Any]] = {
     "fedavg": {"score_every": 2, "test": "score/test"},
     "scaffold": {"score_every": 1},
     "fedbn": {"score_every": 2},
@@ -47,12 +49,12 @@ def test_a_study_between_hospitals_gives_the_bits_of_one_process(hospitals: Hosp
     file = hospitals.root / "quick.json"
     file.write_text(an.to_json())
     hospitals.command("server", "run", str(file), home=hospitals.server.path)
+
+    def listed(home: SiteFolder) -> bool:
+        return "quick" in hospitals.command("site", "review", home=home.path)
+
     for site, home in hospitals.homes.items():
-        until(
-            lambda home=home: "quick" in hospitals.command("site", "review", home=home.path),
-            f"the study to come to {site}",
-            pause=1.0,
-        )
+        until(partial(listed, home), f"the study to come to {site}", pause=1.0)
         assert 'method = "scaffold"' in hospitals.command("site", "review", "quick", home=home.path)
         hospitals.command("site", "approve", "quick", "--reason", "IRB 1", home=home.path)
     hospitals.finished("quick")

@@ -20,6 +20,7 @@ from polyclinic.engines.policy import site_policy as policies
 from polyclinic.methods.catalog import METHODS
 from polyclinic.testing import equal
 from tests.engines.flare.test_exchange import EVERYTHING, events, reference, run, state_of
+from tests.support.known import known
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 POLICY = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
@@ -50,7 +51,7 @@ class Server:
 
     def ask(self, round: int, job: str = "train", by: float = 0.0) -> Request:
         method = self.an.build_plan().build_method()
-        return replace(method.request(method.init(self.params(by))), round=round, job=job)
+        return replace(known(method.request(method.init(self.params(by)))), round=round, job=job)
 
     def call(self, request: Request, **changes: Any) -> Any:
         """The answer, and the file that left; messages go on from the last one that was answered."""
@@ -244,7 +245,7 @@ def test_memory_goes_on_from_a_reply_that_was_given_again(tmp_path: Path) -> Non
     server.after = 0
     answer, _ = server.call(server.ask(0))
     assert (answer.number, answer.lost) == (2, "")
-    assert equal(kept, tensor_file.read(server.agent.memory.before(2)))
+    assert equal(kept, tensor_file.read(known(server.agent.memory.before(2))))
     assert server.call(server.ask(1))[0].lost == ""
 
 
@@ -382,7 +383,7 @@ def honest(root: Path, method: str, homes: Any = None, **how: Any) -> Any:
 def test_a_crash_between_the_model_and_its_scores_asks_for_no_other_scores(tmp_path: Path) -> None:
     """The round is not done again after a crash while it is scored; otherwise another model could take its place."""
     homes, an = honest(tmp_path, "fedavg", score_every=1, test="score/test", best={"metric": "loss", "higher": False})
-    calls, lost = [], []
+    calls, lost = list[Call](), list[bool]()
 
     def crash(call: Call) -> bool:
         calls.append(call)
@@ -393,7 +394,7 @@ def test_a_crash_between_the_model_and_its_scores_asks_for_no_other_scores(tmp_p
     assert run(tmp_path, an, homes, crash=crash)[0] == "finished"
     trained = [(c.round, c.site) for c in calls if c.job == "train"]
     assert len(trained) == len(set(trained))  # no round was asked for again
-    contents = {(c.round, c.job, c.site): set() for c in calls}
+    contents = {(c.round, c.job, c.site): set[tuple[str, int]]() for c in calls}
     for c in calls:
         contents[c.round, c.job, c.site].add((c.sha256, c.number))
     assert all(len(one) == 1 for one in contents.values())

@@ -57,18 +57,18 @@ def test_no_number_leaves_but_under_masks(tmp_path: Path) -> None:
     from polyclinic.secure_aggregation.secure_messages import Masked
 
     homes, an = setting(tmp_path, count=3, rounds=1)
-    received, carrier = [], LocalCarrier(homes, an)
+    received, carrier = list[tuple[str, Any]](), LocalCarrier(homes, an)
     arrived = carrier.arrived
 
     def listen(seconds: Any) -> Any:
         delivery = arrived(seconds)
-        if delivery is not None and json.loads(delivery.text)["size"]:
+        if delivery is not None and json.loads(str(delivery.text))["size"]:
             path = tmp_path / f"heard-{len(received)}"
             delivery.take(path, 2**30)
             received.append((delivery.site, tensor_file.read(path)))
         return delivery
 
-    carrier.arrived = listen
+    carrier.arrived = listen  # type: ignore[method-assign]
     assert coordinator(tmp_path, an, carrier).run() == "finished"
     masked = {site: value.vector for site, value in received if isinstance(value, Masked)}
     assert set(masked) == set(homes)

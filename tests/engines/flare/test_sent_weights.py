@@ -185,7 +185,8 @@ class Line:
     """
 
     def __init__(self, root: Path, an: RunRequest, monkeypatch: pytest.MonkeyPatch, approved: bool = True) -> None:
-        self.an, self.root, self.served, self.cut = an, root, list[int](), None
+        self.an, self.root, self.served = an, root, list[int]()
+        self.cut: int | None = None
         self.homes = hospital(root, count=1, policy=ALLOWED)
         self.home = self.homes["site-0"]
         if approved:

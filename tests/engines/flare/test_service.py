@@ -16,7 +16,7 @@ from polyclinic.engines.flare.protocol.paths import ServerFolder, SiteFolder, to
 from polyclinic.engines.flare.server.supervisor import Supervisor
 from tests.engines.flare.test_status import JOINED
 
-GIVEN = {"project": "p", "host": "localhost", "port": 8002, "organization": "x", "scheme": "grpc"}
+GIVEN: dict[str, str | int] = {"project": "p", "host": "localhost", "port": 8002, "organization": "x", "scheme": "grpc"}
 ALIVE = b"READY=1\nWATCHDOG=1"
 
 

@@ -85,7 +85,8 @@ def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
             sites = little_sites()
             options: dict[str, Any] = {"width": 96, "depth": 2}  # too large to travel inside a message
             net = Network("cnn", (1, 8, 8), 2, tuple(options.items()))
-            sha256, plan = weights_of(net).sha256, {"network_options": options}
+            sha256 = weights_of(net).sha256
+            plan: dict[str, Any] = {"network_options": options}
         else:
             path = [write_package(root / "package")]
             patch.syspath_prepend(str(path[0]))

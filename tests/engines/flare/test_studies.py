@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from polyclinic.data.examples import Examples
 from polyclinic.engines.flare.client import site_data
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
 from polyclinic.engines.flare.client.site_agent import SiteAgent
+from polyclinic.engines.flare.client.training_process import TrainingProcess
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder, toml
 from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
@@ -31,6 +32,7 @@ from polyclinic.studies.config import study_config
 from polyclinic.studies.run import deployment
 from polyclinic.studies.run.scheduler import run as run_here
 from tests.support.clinics import STUDY, make
+from tests.support.known import known
 from tests.support.local_deployment import (
     Inline,
     LocalCarrier,
@@ -69,7 +71,13 @@ class Clinics:
             home.policy.write_text((policies or {}).get(name, OPEN))
         entries = {name: {"secure": "00" * 32, "revoked": "", "organization": "x", "expires": "x"} for name in CLINICS}
         self.server.admitted.write_text(json.dumps(entries))
-        given = {"project": "tests", "host": "localhost", "port": 8002, "organization": "x", "scheme": "grpc"}
+        given: dict[str, str | int] = {
+            "project": "tests",
+            "host": "localhost",
+            "port": 8002,
+            "organization": "x",
+            "scheme": "grpc",
+        }
         self.server.settings.write_text(toml(given))
 
     def put(self) -> list[str]:
@@ -111,13 +119,13 @@ class Clinics:
         entry = next(iter(Queue(self.server).all().values()))
         for home in self.homes.values():
             agent = SiteAgent(home, entry.what)
-            agent.trainer = Inline(home, entry.what.run)
+            agent.trainer = cast(TrainingProcess, Inline(home, entry.what.run))
             found = agent._train({"what": "check"})
             agent.reviews.offer(entry.what, tuple(found["problems"]), found["notes"])
             agent.close()
 
 
-def predictions(folder: Path) -> dict[str, Any]:
+def predictions(folder: Path) -> dict[tuple[str, str], Any]:
     """Test predictions by method and site."""
     return {(label, site): p for (label, _), sites in read_run(folder).arms.items() for site, p in sites.items()}
 
@@ -132,7 +140,7 @@ def test_a_study_between_hospitals_says_what_it_says_on_one_machine(tmp_path: Pa
     assert set(clinics.work().values()) == {FINISHED}
     table = study_runs.all_of(clinics.server)["spots"]
     entries = {run: Queue(clinics.server).get(run) for run in table["runs"]}
-    runs = {run: {**arm, "plan": entries[run].what.plan} for run, arm in table["runs"].items()}
+    runs = {run: {**arm, "plan": known(entries[run]).what.plan} for run, arm in table["runs"].items()}
     folders = {run: clinics.server.run(run) for run in runs}
     said = study_runs.survey_of(clinics.server, "spots")
     out = tmp_path / "out"

@@ -93,7 +93,7 @@ def test_workers_killed_from_outside_change_nothing(task: Classification, local:
     reference = InProcess(method, sites)
     expected = run(method, reference, task.first(0), rounds=12)[0]
     with Workers(method, sites) as engine:
-        stop, steps = threading.Event(), []
+        stop, steps = threading.Event(), list[Any]()
         killed: Counter[int] = Counter()
 
         def assassin() -> None:

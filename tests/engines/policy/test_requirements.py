@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from polyclinic.compression.downlink import BFloat16, DownlinkPipeline
+from polyclinic.compression.downlink import DownlinkPipeline
+from polyclinic.compression.quantization import BFloat16
 from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.pipeline import Transform, UplinkPipeline, transforms_of
 from polyclinic.engines.policy.requirements import arrived, transform_problems, unknown_transforms
@@ -54,8 +55,8 @@ def test_an_ask_is_read_as_the_method_reads_it() -> None:
         assert found.trees["params"].keys() == params.keys()
         assert all(torch.equal(found.trees["params"][k], coarse[k]) for k in coarse)
     plain = Request(0, {"params": params})
-    for method in (AVERAGE, Wrapped(AVERAGE)):
-        assert arrived(method, plain) is plain
+    for untouched in (AVERAGE, Wrapped(AVERAGE)):
+        assert arrived(untouched, plain) is plain
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_each_of_several_must_meet_every_bound() -> None:
     """A second clip that is loose must not hide behind a first that is tight; nor one bound behind another."""
     said = told({"name": "clip", "bound_at_most": 1.0}, Clip(0.5), Clip(2.0), Clip(3.0))
     assert [text.split(",")[0] for text in said] == ["clip: bound is 2.0", "clip: bound is 3.0"]
-    both = {"name": "gaussian", "multiplier_at_least": 1.0, "share_at_most": 1}
+    both: dict[str, str | float | int] = {"name": "gaussian", "multiplier_at_least": 1.0, "share_at_most": 1}
     assert len(told(both, Gaussian(0.5, 2))) == 2
     assert len(list(transform_problems([both, {"name": "clip"}], ()))) == 2
     assert list(transform_problems([], (Clip(1.0),))) == []

@@ -223,14 +223,19 @@ def parts(home: Path) -> dict[str, Path]:
     return {"ledger": ledger, "key": home / "ledgers" / KEY, "heads": home / HEADS, **found}
 
 
+def remove(paths: dict[str, Path], *names: str) -> None:
+    for name in names:
+        paths[name].unlink()
+
+
 TAMPERED: dict[str, tuple[Callable[[dict[str, Path]], Any], str]] = {
     "ledger deleted": (lambda p: p["ledger"].unlink(), "missing"),
-    "ledger and head deleted": (lambda p: [p[k].unlink() for k in ("ledger", "head")], "missing"),
+    "ledger and head deleted": (lambda p: remove(p, "ledger", "head"), "missing"),
     "all of a ledger deleted": (
-        lambda p: [p[k].unlink() for k in ("ledger", "head", "list")],
+        lambda p: remove(p, "ledger", "head", "list"),
         "is missing, although .* lists it",
     ),
-    "and the heads too": (lambda p: [p[k].unlink() for k in ("ledger", "head", "heads")], "missing"),
+    "and the heads too": (lambda p: remove(p, "ledger", "head", "heads"), "missing"),
     "head deleted": (lambda p: p["head"].unlink(), "do not agree"),
     "list deleted": (lambda p: p["list"].unlink(), "list of the data .* changed or truncated"),
     "list emptied": (lambda p: p["list"].write_bytes(b""), "list of the data .* changed or truncated"),

@@ -133,9 +133,9 @@ def test_what_would_leave_is_read_and_not_what_it_is_called(reply: Any, why: str
     rules = Enforced(policy, plan())
     if why:
         with pytest.raises(Refused, match=why):
-            rules.release(None, Request(0, {}), reply, site())
+            rules.release(plan().build_method(), Request(0, {}), reply, site())
     else:
-        rules.release(None, Request(0, {}), reply, site())
+        rules.release(plan().build_method(), Request(0, {}), reply, site())
 
 
 def test_bytes_count_over_a_round() -> None:
@@ -143,9 +143,9 @@ def test_bytes_count_over_a_round() -> None:
         parse(b"[limits]\nmegabytes_per_round = 1.0\n"),
         Reply({"x": WeightedMean({"a": torch.zeros(100_000)}, 1.0)}),
     )
-    Enforced(policy, plan(), sent=500_000).release(None, Request(0, {}), reply, site())
+    Enforced(policy, plan(), sent=500_000).release(plan().build_method(), Request(0, {}), reply, site())
     with pytest.raises(Refused, match="would have left in this round"):
-        Enforced(policy, plan(), sent=700_000).release(None, Request(0, {}), reply, site())
+        Enforced(policy, plan(), sent=700_000).release(plan().build_method(), Request(0, {}), reply, site())
 
 
 def test_only_secure_sums_where_the_policy_says_so() -> None:
@@ -739,10 +739,12 @@ def test_the_bytes_of_a_round_may_reach_the_limit_and_not_pass_it() -> None:
         parse(b"[limits]\nmegabytes_per_round = 1.5\n"),
         Reply({"x": WeightedMean({"a": torch.zeros(100_000)}, 1.0)}),
     )
-    Enforced(policy, plan(), sent=1_100_000).release(None, Request(0, {}), reply, site())
-    Enforced(parse(b"[limits]\nmegabytes_per_round = 0.4\n"), plan()).release(None, Request(0, {}), reply, site())
+    Enforced(policy, plan(), sent=1_100_000).release(plan().build_method(), Request(0, {}), reply, site())
+    Enforced(parse(b"[limits]\nmegabytes_per_round = 0.4\n"), plan()).release(
+        plan().build_method(), Request(0, {}), reply, site()
+    )
     with pytest.raises(Refused, match=r"^2 MB would have left in this round, and the policy allows 1\.5 \(limits"):
-        Enforced(policy, plan(), sent=1_100_001).release(None, Request(0, {}), reply, site())
+        Enforced(policy, plan(), sent=1_100_001).release(plan().build_method(), Request(0, {}), reply, site())
 
 
 def test_both_forms_and_sizes_that_are_refused_are_told() -> None:

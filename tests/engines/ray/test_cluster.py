@@ -187,7 +187,7 @@ def worker_pids(name: str = "SiteWorker") -> list[int]:
 def test_killed_workers_change_nothing(two_nodes: Any) -> None:
     described = plan("fedbn", epochs=20)
     expected = run(described, InProcess(described.build_method(), small_sites()), 6)[0]
-    killed = []
+    killed = list[int]()
     with RaySites(build_method, described.to_json(), small_sites(), workers=2) as engine:
         stop = threading.Event()
 

@@ -8,7 +8,7 @@ import torch
 from scipy.special import expit, softmax
 
 from polyclinic.core.site import Site
-from polyclinic.learning.networks.attention_mil import attention_mil
+from polyclinic.learning.networks.attention_mil import AttentionMIL, attention_mil
 from polyclinic.learning.networks.latent import represent
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
@@ -23,6 +23,7 @@ def bags(n: Any, instances: Any = 6, features: Any = 5, key: Any = "x") -> Any:
 
 def test_attention_is_the_papers_equation_in_numpy() -> None:
     model, x = attention_mil((6, 5), 3, 8, 4).eval(), bags(7)
+    assert isinstance(model, AttentionMIL)
     P = {k: v.detach().double().numpy() for k, v in model.named_parameters()}
     for bag, a, y in zip(x.double().numpy(), model.attention(x), model(x), strict=True):
         h = np.maximum(bag @ P["encoder.0.weight"].T + P["encoder.0.bias"], 0)
@@ -34,6 +35,7 @@ def test_attention_is_the_papers_equation_in_numpy() -> None:
 
 def test_order_and_padding_change_nothing() -> None:
     model, x = attention_mil((6, 5), 3).eval(), bags(4)
+    assert isinstance(model, AttentionMIL)
     said = model(x)
     assert torch.allclose(model(x[:, torch.randperm(6)]), said, atol=1e-5)
     padded = torch.cat([x, torch.zeros(4, 3, 5)], 1)
@@ -51,6 +53,7 @@ def test_it_finds_the_instance_that_matters() -> None:
     site = Site("s", {"train": Rows(x[:80], y[:80])})
     end = LocalTraining(epochs=30, batch_size=16, lr=0.01, optimizer="adam").fit(task, task.first(0), site, 0)
     model = cached_model(task, end).eval()
+    assert isinstance(model, AttentionMIL)
     right = (model(x[80:]).argmax(1) == y[80:]).float().mean()
     assert right > 0.85
     positive = torch.arange(80, 120)[y[80:] == 1]

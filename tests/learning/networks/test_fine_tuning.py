@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,9 +61,9 @@ def test_frozen_tensors_are_in_no_tree_and_get_no_gradient() -> None:
     grads = gradient(model(torch.randn(4, 1, 8, 8)).sum(), model)
     assert set(grads) == {"head.weight", "head.bias"}
     assert all(p.grad is None for p in model.parameters())
-    before = model.encoder[0].weight.clone()
+    before = model.get_parameter("encoder.0.weight").clone()
     load(model, {name: torch.zeros_like(leaf) for name, leaf in params_of(model).items()})
-    assert torch.equal(model.encoder[0].weight, before)
+    assert torch.equal(model.get_parameter("encoder.0.weight"), before)
     with pytest.raises(ValueError, match="unknown"):
         load(model, params_of(CNN()))
 
@@ -79,8 +80,8 @@ def test_frozen_batch_normalization_never_moves_whatever_calls_train() -> None:
             torch.equal(a, m.running_mean) for a, m in zip(before, norms, strict=True) if m.running_mean is not None
         )
         assert not live_batch_norms(each)
-    x = torch.randn(3, 1, 8, 8)
-    assert torch.equal(model.encoder(x), model.encoder(x)), "dropout in a frozen part has no effect"
+    x, encoder = torch.randn(3, 1, 8, 8), model.get_submodule("encoder")
+    assert torch.equal(encoder(x), encoder(x)), "dropout in a frozen part has no effect"
     assert copy.deepcopy(model).encoder.train.__self__ is not model.encoder  # type: ignore[union-attr]
 
 
@@ -120,7 +121,7 @@ def test_constant_tables_of_integers_survive_loading() -> None:
 
 def test_training_leaves_frozen_tensors_and_the_penalty_ignores_them() -> None:
     state = random_state(CNN)
-    network = FineTuned(CNN, weights_of(CNN), ("head",))
+    network: Any = FineTuned(CNN, weights_of(CNN), ("head",))
     task, site = Classification(network), Site("a", {"train": blobs(0, 24, (1, 8, 8))})
     start = task.first(0)
     for local in (
@@ -140,7 +141,8 @@ def test_private_training_accepts_frozen_batch_normalization_and_clips_the_train
     network = Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2)))
     dp = DPSGD(noise=1e-6, bound=0.01, unit="record", batch_size=24, epochs=1, lr=1.0)
     assert dp.trial(Classification(network), data)[0].startswith("DPSGD: this network has batch normalization")
-    task = Classification(FineTuned(network, weights_of(network), ("head",)))
+    tuned: Any = FineTuned(network, weights_of(network), ("head",))
+    task = Classification(tuned)
     assert dp.trial(task, data) == []
     start = task.first(0)
     change = tree.sub(dp.fit(task, start, site, 0), start)
@@ -183,7 +185,7 @@ def test_choices_that_make_no_sense_are_refused() -> None:
 
 
 def test_a_fine_tuned_network_is_a_network_to_everybody() -> None:
-    network = FineTuned(CNN, weights_of(CNN), ("head",))
+    network: Any = FineTuned(CNN, weights_of(CNN), ("head",))
     assert (network.name, network.inputs, network.outputs, network.options) == ("cnn", (1, 8, 8), 2, CNN.options)
     assert network.in_head("head.weight")
     assert network.in_encoder("encoder.0.weight")
@@ -194,7 +196,8 @@ def test_a_fine_tuned_network_is_a_network_to_everybody() -> None:
 
 def test_a_network_that_is_trained_whole_starts_from_the_weights() -> None:
     state = random_state(CNN)
-    params = Classification(FineTuned(CNN, weights_of(CNN))).first(0)
+    network: Any = FineTuned(CNN, weights_of(CNN))
+    params = Classification(network).first(0)
     assert params.keys() == state.keys()
     assert all(torch.equal(params[name], state[name]) for name in state if not in_head(name))
     assert not torch.equal(params["head.weight"], state["head.weight"])
@@ -205,7 +208,7 @@ def test_running_statistics_leave_the_start_weights_as_fast_as_the_study_says() 
     name = "encoder.1.running_mean"
     for momentum, kept in ((None, 0.9), (0.5, 0.5), (1.0, 0.0)):
         model = FineTuned(CNN, replace(weights_of(CNN), norm_momentum=momentum))().train()
-        batch = model.encoder[0](x).mean((0, 2, 3))
+        batch = model.get_submodule("encoder.0")(x).mean((0, 2, 3))
         model(x)
         expected = kept * state[name] + (1 - kept) * batch
         torch.testing.assert_close(dict(model.named_buffers())[name], expected)
@@ -283,7 +286,7 @@ def test_layers_that_share_weights_get_no_adapters() -> None:
 
 
 def test_adapters_are_the_only_tensors_of_the_tree_and_merge_into_the_plain_network() -> None:
-    network = FineTuned(CNN, weights_of(CNN), ("adapters", "head"), LowRank(rank=2))
+    network: Any = FineTuned(CNN, weights_of(CNN), ("adapters", "head"), LowRank(rank=2))
     task = Classification(network)
     params = task.first(0)
     assert set(factors(params)) == {"encoder.0", "encoder.4"}
@@ -299,7 +302,7 @@ def test_adapters_are_the_only_tensors_of_the_tree_and_merge_into_the_plain_netw
 
 
 def test_gradients_of_single_examples_reach_adapters() -> None:
-    network = FineTuned(
+    network: Any = FineTuned(
         Network("mlp", (6,), 2), weights_of(Network("mlp", (6,), 2)), ("adapters", "head"), LowRank(rank=2)
     )
     data = blobs(0, 16, (6,))

@@ -227,7 +227,7 @@ def test_any_module_is_a_network() -> None:
     copied = Network.of(instance, (1, 8, 8), 2)
     first = Classification(copied).first(5)
     assert all(torch.equal(leaf, instance.state_dict()[name]) for name, leaf in first.items())
-    assert copied()[1].weight is not instance[1].weight
+    assert copied().get_parameter("1.weight") is not instance.get_parameter("1.weight")
 
 
 def test_a_module_that_does_not_fit_is_refused_at_once() -> None:

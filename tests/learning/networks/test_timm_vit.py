@@ -17,6 +17,7 @@ from polyclinic.learning.networks.timm_vit import Block, TimmViT
 from polyclinic.learning.weights import importer
 from polyclinic.learning.weights.matching import Mismatch, StartWeights
 from polyclinic.learning.weights.store import Card
+from tests.support.known import known
 from tests.support.start_weights import convert_here
 
 WIDTH, HEADS, PATCH = 12, 3, 4
@@ -97,7 +98,7 @@ def test_tokens_are_the_class_the_registers_and_the_patches(registers: int, posi
         x = torch.randn(1, 3, 8, 12)
         cells = [x[0, :, r : r + PATCH, c : c + PATCH].flatten() for r in (0, 4) for c in (0, 4, 8)]
         proj = model.patch_embed.proj
-        patches = torch.stack(cells) @ proj.weight.flatten(1).T + proj.bias
+        patches = torch.stack(cells) @ proj.weight.flatten(1).T + known(proj.bias)
         extra = torch.cat([model.cls_token[0], *([model.reg_token[0]] if registers else [])])
         if positions == "all":
             h = torch.cat([extra, patches]) + model.pos_embed[0]

@@ -113,7 +113,7 @@ def test_either_is_the_one_that_is_chosen() -> None:
     other = Network("mlp", (6,), 2, (("width", 9), ("depth", 2)))
     both = either(task, other)
     model, x = both.model().eval(), normal(3, 6)
-    assert torch.equal(model(x), model.first(x))
+    assert torch.equal(model(x), model.get_submodule("first")(x))
     tree = {**params_of(model), "choice": torch.tensor(1.0)}
     chosen = cached_model(both, tree).eval()
-    assert torch.equal(chosen(x), chosen.second(x))
+    assert torch.equal(chosen(x), chosen.get_submodule("second")(x))

@@ -73,9 +73,9 @@ def test_patches_are_in_the_transformers_order(kind: str) -> None:
     task = TASKS[kind]
     model, x = task.model(), examples(task, 2)
     cut = Masked(task).patches(x)
-    conv = model.patch_embedding.patch_embeddings
+    conv = model.get_submodule("patch_embedding.patch_embeddings")
     own = conv(x).flatten(2).transpose(1, 2)
-    assert torch.allclose(cut @ conv.weight.flatten(1).T + conv.bias, own, atol=1e-4)
+    assert torch.allclose(cut @ conv.get_parameter("weight").flatten(1).T + conv.get_parameter("bias"), own, atol=1e-4)
 
 
 def test_what_is_hidden_does_not_reach_the_transformer() -> None:
@@ -83,7 +83,7 @@ def test_what_is_hidden_does_not_reach_the_transformer() -> None:
     task = TASKS["transformer"]
     masked, said = Masked(task, share=0.5, width=8), []
     model, x = masked.model().eval(), examples(task, 2)
-    model.extra.register_forward_hook(lambda m, given, out: said.append((given[1], out)))
+    model.get_submodule("extra").register_forward_hook(lambda m, given, out: said.append((given[1], out)))
     torch.manual_seed(3)
     masked.loss(model, (x, x))
     visible = said[0][0]
@@ -102,7 +102,7 @@ def test_what_is_hidden_does_not_reach_other_networks() -> None:
     task = TASKS["vector"]
     masked, seen = Masked(task, share=0.5, grid=4), []
     model, x = masked.model().eval(), examples(task, 3)
-    model.backbone.register_forward_hook(lambda m, given, out: seen.append(given[0]))
+    model.get_submodule("backbone").register_forward_hook(lambda m, given, out: seen.append(given[0]))
     torch.manual_seed(1)
     hidden, _ = masked.hide(x)
     torch.manual_seed(1)

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyclinic.core.site import Site
-from polyclinic.learning.tasks.example_pool import Chained, Untargeted, all_inputs, endless, size, unlabeled
+from polyclinic.learning.tasks.example_pool import (
+    Chained,
+    ChainedViews,
+    Untargeted,
+    UntargetedViews,
+    all_inputs,
+    endless,
+    size,
+    unlabeled,
+)
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
@@ -80,11 +89,13 @@ def test_random_views_are_drawn_without_their_targets_and_never_forced() -> None
     """Also of a chain of parts; a forced view would show where the mask is."""
     rng = torch.Generator()
     free = unlabeled({"unlabeled": Views(3)})
+    assert isinstance(free, UntargetedViews)
     assert free.patch == (2, 2)
     x, y = free.draw(2, rng, True, (3, 3))
     assert torch.equal(x, torch.full((1, 3, 3), 2.0))
     assert int(y) == 2
     chain = all_inputs({"train": Views(3), "unlabeled": Views(2, 10)})
+    assert isinstance(chain, ChainedViews)
     drawn = [chain.draw(i, rng, True, (2, 2)) for i in range(5)]
     assert [float(x[0, 0, 0]) for x, _ in drawn] == [0, 1, 2, 10, 11]
     assert [int(y) for _, y in drawn] == [0, 1, 2, 3, 4]

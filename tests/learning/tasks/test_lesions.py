@@ -54,9 +54,9 @@ def masks(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_lesions_are_compared_as_in_brats(seed: int) -> None:
-    pair = [mask[None, None] for mask in masks(seed)]
+    predicted, truth = (mask[None, None] for mask in masks(seed))
     for how, expected in zip((Lesions(), Lesions(1, 2.0)), OFFICIAL[seed], strict=True):
-        found = lesion_scores(*pair, (1.0, 1.0, 1.0), how)  # type: ignore[misc]
+        found = lesion_scores(predicted, truth, (1.0, 1.0, 1.0), how)
         got = [found[name].item() for name in ("lesion_dice", "lesions", "lesions_found", "lesions_false")]
         assert got == pytest.approx(expected, abs=1e-6)
         assert 0 <= found["lesion_hd95"].item() <= (24**2 + 26**2 + 22**2) ** 0.5 + 1e-3

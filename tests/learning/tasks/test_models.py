@@ -1,5 +1,7 @@
 """Models as trees: what may be averaged is found by kind, sent once, and loaded back to the bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -85,7 +87,8 @@ def test_normalization_is_found_by_type_not_by_name() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.clean(self.bn_but_a_convolution(x)).mean((2, 3))
 
-    task = Classification(Misnamed)
+    network: Any = Misnamed
+    task = Classification(network)
     inside = {name for name in task.first() if InNormalization(task)(name)}
     assert inside == {"clean.weight", "clean.bias", "clean.running_mean", "clean.running_var"}
     assert {n for n in inside if InRunningStatistics(task)(n)} == {"clean.running_mean", "clean.running_var"}

@@ -29,9 +29,9 @@ def test_columns(width: int, acceleration: int, center: float) -> None:
     assert measured[: half + 1].all()
     assert measured[width - half :].all()
     assert int(measured.sum()) == max(width // acceleration, 2 * half + 1)
-    for wrong in ((0.5, 0.1), (4, 0.0), (4, 1.5)):
+    for wrong, share in ((0.5, 0.1), (4, 0.0), (4, 1.5)):
         with pytest.raises(ValueError, match="acceleration must be"):
-            columns(16, *wrong, torch.Generator())
+            columns(16, wrong, share, torch.Generator())
 
 
 def test_scores_by_loops() -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_an_order_is_never_guessed_from_words(tmp_path: Path, monkeypatch: pytes
         resolve(study, file.read_text())
     listed = study_config.read(file, {"data.classes": ["absent", "mild", "severe"]})
     assert resolve(listed, file.read_text()).task.ordered  # type: ignore[attr-defined]
-    shuffled = SimpleNamespace(info=SimpleNamespace(classes=("2", "1", "3"), name="numbers in another order"))
+    shuffled: Any = SimpleNamespace(info=SimpleNamespace(classes=("2", "1", "3"), name="numbers in another order"))
     with pytest.raises(DataError, match="the order of the classes 2, 1, 3"):
         _require_order(study, shuffled)
     file = archive(tmp_path, ["0", "1"])

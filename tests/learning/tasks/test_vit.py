@@ -20,7 +20,7 @@ def test_it_predicts_and_trains(sites: dict[str, Site]) -> None:
     assert model(x).shape == (3, 2)
     h, z = represent(task.network, model, x)
     assert h.shape == (3, 12)
-    assert torch.equal(model.classification_head(h), z)
+    assert torch.equal(model.get_submodule("classification_head")(h), z)
     start, batch = task.first(0), sites["site-2"].data["train"][torch.arange(22)]
     end = LocalTraining(epochs=10, batch_size=8, lr=0.1).fit(task, start, sites["site-2"], 0)
 

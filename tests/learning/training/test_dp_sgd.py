@@ -152,7 +152,9 @@ def test_rounding_does_not_carry_a_units_gradient_beyond_the_bound(
     named = {n: nn.Parameter(torch.zeros(count)) for n in gradients}
     for bound in (1e-6, 0.7, 1.0, 3.3):
         batches = iter([(torch.ones(1), parts)])
-        length = tree.norm(DPSGD(bound=bound)._clipped_sum(nn.Identity(), named, lambda *given: None, batches))
+        length = tree.norm(
+            DPSGD(bound=bound)._clipped_sum(nn.Identity(), named, lambda *given: torch.zeros(()), batches)
+        )
         assert length <= bound
         assert length >= 0.999 * min(bound, tree.norm(gradients)) or (length == 0 and size > 1e30)
 
@@ -319,7 +321,7 @@ def test_what_a_fit_costs_is_what_it_says_beforehand(more: dict[str, Any], steps
     data, local = table(10, 2), DPSGD(noise=1.5, **more)
     assert local.spend(data) == Spend(1.5, rate, steps, more.get("unit", "patient"))
     assert local.count(data) == steps
-    taken = []
+    taken = list[nn.Module]()
     with metered() as spent:
         local.fit(LINEAR, LINEAR.first(0), site_of(data), 0, after_step=taken.append)
     assert spent == [local.spend(data)]
@@ -403,7 +405,7 @@ def test_a_patients_images_are_told_by_name_whatever_their_order() -> None:
     rows = blobs(3, 5, (3,))
     mixed = Patients(rows.x, rows.y, ("b", "a", "b", "c", "a"))
 
-    def drawn(data: Any, unit: Any) -> list[frozenset[object] | None]:
+    def drawn(data: Any, unit: Any) -> list[Any]:
         seen = []
 
         def keep(use: Use, noise: Noise) -> Tree:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_a_sample_follows_from_its_generator_alone(name: str, shape: tuple[int, 
     recipe, size = RECIPES[name], shape[1:]
     x, y = torch.randn(shape, generator=rng()), torch.randint(0, 3, size, generator=rng())
     kept = x.clone()
-    views = []
+    views = list[tuple[torch.Tensor, torch.Tensor]]()
     for seed in (*range(12), *range(12)):
         torch.manual_seed(len(views))  # the global generator must not matter
         g = rng(seed)
@@ -98,7 +99,8 @@ def test_a_sample_follows_from_its_generator_alone(name: str, shape: tuple[int, 
 
 
 def test_masks_move_with_their_images() -> None:
-    recipe = replace(RECIPES["nnunet"], **dict.fromkeys(INTENSITIES))
+    without: dict[str, Any] = dict.fromkeys(INTENSITIES)
+    recipe = replace(RECIPES["nnunet"], **without)
     recipe = replace(recipe, rotation=transforms.Rotation(1.0), scaling=transforms.Scaling(1.0))
     _, mask = image(48)
     agreements = []
@@ -185,8 +187,8 @@ def test_intensities_are_distributed_as_in_batchgenerators(name: str) -> None:
 @pytest.mark.parametrize("name", SPATIAL)
 def test_geometry_is_distributed_as_in_batchgenerators(name: str) -> None:
     (x, mask), size = image(30), (20, 20, 20)
-    certain = {"rotation": transforms.Rotation(float(name == "rotation")), "scaling": transforms.Scaling(1.0)}
-    augmentation = ImageAugmentation(rotation=certain["rotation"], scaling=transforms.Scaling(float(name == "scaling")))
+    rotation, scaling = transforms.Rotation(float(name == "rotation")), transforms.Scaling(float(name == "scaling"))
+    augmentation = ImageAugmentation(rotation=rotation, scaling=scaling)
     rows, before, labels = [], x[:, 5:25, 5:25, 5:25], mask[5:25, 5:25, 5:25]
     for seed in range(300):
         g = rng(seed)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import torch
 from polyclinic.learning.training.local import LocalTraining
 
 ROOT = Path(__file__).parents[3]
+Optimizer = Literal["sgd", "adam", "adamw"]
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[3]
         ("adamw", torch.optim.AdamW, {"weight_decay": 0.01}),
     ],
 )
-def test_the_bits_are_those_of_the_classes(name: str, theirs: Any, options: Any) -> None:
+def test_the_bits_are_those_of_the_classes(name: Optimizer, theirs: Any, options: Any) -> None:
     """Step by step, with a parameter that has no gradient now and then, and one that never has."""
     shapes, rng = ((3, 4), (5,), (2,)), torch.Generator().manual_seed(0)
     ours = [torch.randn(shape, generator=rng, requires_grad=True) for shape in shapes]

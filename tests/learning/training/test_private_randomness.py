@@ -17,6 +17,7 @@ from polyclinic.core import tree
 from polyclinic.core.metering import Noise, Use, audited
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.augmentation import STRONG, Augment
@@ -79,7 +80,7 @@ def sums(task: Any, data: Any, key: str = "k", steps: int = 1, start: Tree | Non
         seen.append({n: g.clone() for n, g in use.value.items()})
         return noise(use.value)
 
-    fields = {"batch_size": 1000, "lr": 0.1, "noise": 1e-9, "bound": BOUND, "unit": "patient"} | more
+    fields: dict[str, Any] = {"batch_size": 1000, "lr": 0.1, "noise": 1e-9, "bound": BOUND, "unit": "patient"} | more
     with audited(keep):
         DPSGD(steps=steps, **fields).fit(
             task, start or task.first(0), Site("a", {"train": data}, entropy=Entropy(key)), 0
@@ -159,8 +160,12 @@ def test_randomness_differs_between_images_steps_and_fits_and_the_studys_seed_ha
     twice = DPSGD(steps=1, batch_size=1000, noise=1e-9, bound=1.0)
     a, b = (twice.fit(HALF, HALF.first(0), Site("a", {"train": data}, seed=3), 0) for _ in range(2))
     assert not all(torch.allclose(a[n], b[n], atol=1e-5) for n in a), "fits with one seed have secrets of their own"
-    views = []
-    augment = lambda batch, rng: (views.append(Augment().view(batch[0], rng)) or views[-1], batch[1])  # noqa: E731
+    views = list[torch.Tensor]()
+
+    def augment(batch: Batch, rng: torch.Generator) -> Batch:
+        views.append(Augment().view(batch[0], rng))
+        return views[-1], batch[1]
+
     same = Owned(data.x[:1].repeat(4, 1, 1, 1), data.y[:4], ("a", "a", "b", "c"))
     sums(PLAIN, same, steps=2, augment=augment)
     assert [len(view) for view in views] == [1] * 8
@@ -185,7 +190,7 @@ def drawn(drop: Callable[[torch.Tensor], torch.Tensor], *shape: int, count: int 
 
     x = torch.ones(count, *shape)
     keys = torch.tensor([key_of(b"k" * 16, i) for i in range(count)])
-    for place in itertools.product(*map(range, shape)):  # ∂(scale · drop(1) · y)/∂scale = drop(1) where y is 1
+    for place in np.ndindex(*shape):  # ∂(scale · drop(1) · y)/∂scale = drop(1) where y is 1
         y = torch.zeros(count, *shape)
         y[(slice(None), *place)] = 1
         out.append(per_example_gradients(model, {"scale": model.scale.detach()}, loss, (x, y), keys)["scale"])

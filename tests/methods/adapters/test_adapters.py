@@ -1,6 +1,7 @@
 """Federated adapters: what leaves, that the aggregation is exact, and what they compose with."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,8 @@ def test_flora_sends_no_layer_and_a_site_trains_no_row_beyond_its_rank() -> None
     sent = replies(method, state, sites)["site-0"]
     assert set(sent.mean("update").total) == {"head.weight", "head.bias"}
     one = adapted(rank=1, train=WITH_LAYERS)
-    one = replace(one, network=replace(one.network, lora=LowRank(rank=1, alpha=4.0)))  # α / r as above
+    network: Any = one.network
+    one = replace(one, network=replace(network, lora=LowRank(rank=1, alpha=4.0)))  # α / r as above
     own = dict(sent.gather("factors")["site-0"])
     start = {
         n: leaf[:1] if n.endswith(A) else leaf[:, :1] if n.endswith(B) else leaf for n, leaf in state.params.items()
@@ -346,8 +348,8 @@ def test_error_feedback_keeps_what_the_resting_factor_did_not_send() -> None:
     task, sites = adapted(), little_sites()
     for transform in (TopK(0.2, shared=False), Sign(), PowerSGD(1)):
         method = send_through(rolora(task, LOCAL), transform)
-        state, memory = method.init(task.first(0)), dict[str, Any]()
-        seen = list[set[str]]()
+        state, seen = method.init(task.first(0)), list[set[str]]()
+        memory: Mapping[str, Tree] = {}
         for _ in range(3):
             request = method.request(state)
             assert request is not None

@@ -161,7 +161,9 @@ def test_two_rounds_of_fedlws_are_the_published_ones(kind: str) -> None:
     p, w, taus = sizes / sizes.sum(), task.first(), set()
     for round in range(2):
         ends = [LOCAL.fit(task, w, site, round) for site in sites.values()]
-        mean = {n: sum(float(a) * end[n].double() for a, end in zip(p, ends, strict=True)) for n in w}
+        mean = {
+            n: sum((float(a) * end[n].double() for a, end in zip(p, ends, strict=True)), torch.tensor(0.0)) for n in w
+        }
         new = dict(mean)
         for names in modules.values():
             old, now, *own = (torch.cat([t[n].flatten().double() for n in names]).numpy() for t in (w, mean, *ends))

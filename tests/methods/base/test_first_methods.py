@@ -1,7 +1,7 @@
 """Limits in which a method is something simpler, and steps computed by hand."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -109,7 +109,9 @@ def test_server_momentum_without_memory_is_fedavg(task: Classification, local: L
 
 
 @pytest.mark.parametrize("rule", ["adagrad", "adam", "yogi"])
-def test_one_adaptive_step_by_hand(rule: str, task: Classification, local: LocalTraining) -> None:
+def test_one_adaptive_step_by_hand(
+    rule: Literal["adagrad", "adam", "yogi"], task: Classification, local: LocalTraining
+) -> None:
     start, sites = task.first(0), little_sites()
     plain = run(FedAvg(task, local), sites, start, rounds=1)[0].params
     delta = {name: (plain[name] - start[name]).double().numpy() for name in start}

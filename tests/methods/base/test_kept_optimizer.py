@@ -146,7 +146,7 @@ def test_methods_with_optimizers_of_their_own_are_declared(name: str) -> None:
     setting = LocalTraining(batch_size=8, lr=0.01, momentum=0.5, keep_optimizer=True)
     _, task, sites = case(name)
     options = FEW_STEPS.get(name)
-    method = KeptOptimizer(build(name, Setting(task, setting, tuple(sites), rounds=2), options))
+    method: KeptOptimizer[Any] = KeptOptimizer(build(name, Setting(task, setting, tuple(sites), rounds=2), options))
     engine = InProcess(method, sites, server_data=held_by_server(sites))
     lost = list[str]()
     try:

@@ -1,7 +1,7 @@
 """Balanced softmax, FedLC, FedRoD, CCVR, FedNTD and FedDecorr against their steps, written again."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def skewed(site: Site, classes: int, absent: int) -> Site:
 
 @pytest.mark.parametrize("rule", ["log", "root"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_adjusted_logits_are_the_published_ones(kind: str, rule: str) -> None:
+def test_adjusted_logits_are_the_published_ones(kind: str, rule: Literal["log", "root"]) -> None:
     """Of three classes, one of which the site does not have."""
     task, sites = place(kind, classes=3)
     site = skewed(sites["site-2"], 3, 1)
@@ -168,13 +168,14 @@ def test_ccvr_draws_from_its_gaussians_and_leaves_out_classes_that_it_cannot_est
 def test_ccvr_trains_the_head_alone_in_the_last_round(kind: str) -> None:
     """The last round is plain SGD of the head on the drawn features; before it, the method is FedAvg."""
     task, sites = place(kind)
-    method, state, steps = ccvr(task, LOCAL, 3, samples=10), None, []
+    method, steps = ccvr(task, LOCAL, 3, samples=10), []
     engine = InProcess(method, sites)
     for step in train(method, engine, method.init(task.first()), rounds=3):
         steps.append(step)
     plain = FedAvg(task, LOCAL)
-    for step in train(plain, InProcess(plain, sites), plain.init(task.first()), rounds=2):
-        state = step.state
+    state = plain.init(task.first())
+    for before in train(plain, InProcess(plain, sites), state, rounds=2):
+        state = before.state
     assert [(s.request.round, s.request.job) for s in steps] == [(0, "train"), (1, "train"), (2, "features")]
     assert equal(steps[1].state.params, state.params)
     end, server = steps[2].state.params, engine.server
@@ -277,8 +278,8 @@ def test_fedetf_is_the_published_step(kind: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for x, y in minibatches(LOCAL, site):
         model(x)
-        f = F.normalize(head.project(pooled(entering.pop())), dim=1)
-        loss = F.cross_entropy(head.beta * (f @ m) + counts.log().float(), y)
+        f = F.normalize(head.get_submodule("project")(pooled(entering.pop())), dim=1)
+        loss = F.cross_entropy(head.get_parameter("beta") * (f @ m) + counts.log().float(), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -33,6 +33,7 @@ from tests.methods.test_features_of_networks import NETWORKS
 from tests.support.agreement import minibatches, ready
 from tests.support.departures import LOCAL, apart, departs, moves, small
 from tests.support.few_labels import half_labeled, run
+from tests.support.known import known
 
 MODEL = "the global model after {}, relative to its change"
 SCORES = "largest difference of a predicted probability"
@@ -302,7 +303,7 @@ def partial_work_steps() -> float:
         done.append(self.local.steps)
         return None, memory
 
-    request = method.request(method.init(small().first()))
+    request = known(method.request(method.init(small().first())))
     with patch.object(type(method.inner), "site_update", count):
         for round in range(500):
             method.site_update(replace(request, round=round), {}, site)

@@ -39,7 +39,8 @@ def test_without_distillation_the_student_is_fedavgs(
 
 
 def test_a_teacher_may_come_from_a_study_file(task: Classification, local: LocalTraining) -> None:
-    lists, tuples = (fedmic(task, local, teacher="cnn", teacher_options=o) for o in ([["width", 6]], (("width", 6),)))
+    options: tuple[Any, ...] = ([["width", 6]], (("width", 6),))
+    lists, tuples = (fedmic(task, local, teacher="cnn", teacher_options=o) for o in options)
     assert lists == tuples
     assert hash(lists.dual) == hash(tuples.dual)
 
@@ -64,7 +65,8 @@ def test_the_teacher_predicts_and_the_student_where_there_is_none(
     task: Classification, local: LocalTraining, sites: dict[str, Site], teacher: str
 ) -> None:
     options = (("width", 6), ("depth", 2)) if teacher else ()
-    method = Evaluated(fedmic(task, local, teacher=teacher, teacher_options=options), task)
+    inner = fedmic(task, local, teacher=teacher, teacher_options=options)
+    method = Evaluated(inner, task)
     step, engine = run(method, sites, task.first(0))
     request, predicts = method.evaluation_request(step.state), method.prediction_task or task
     x = sites["site-0"].data["test"].x
@@ -73,7 +75,7 @@ def test_the_teacher_predicts_and_the_student_where_there_is_none(
         with torch.no_grad():
             return cached_model(of, params).eval()(x)
 
-    teacher_task = method.inner.dual.teacher
+    teacher_task = inner.dual.teacher
     own = tree.under("teacher", engine.memory["site-0"]["private"])
     assert torch.equal(say(predicts, method.site_model(request, engine.memory["site-0"])), say(teacher_task, own))
     assert torch.equal(say(predicts, method.site_model(request, {})), say(task, step.state.params))

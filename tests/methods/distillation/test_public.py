@@ -23,6 +23,7 @@ from polyclinic.methods.distillation.teacher_student import TeacherStudent
 from polyclinic.methods.optimization.fedavg import FedAvg
 from tests.conftest import Rows, blobs, little_sites
 from tests.support.few_labels import near, run, same
+from tests.support.known import known
 
 LINEAR = Classification(Network("mlp", (5,), 3, (("depth", 0),)))
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
@@ -149,7 +150,7 @@ def test_fedad_weighs_classes_by_who_knows_them() -> None:
     state = method.init(params)
     replies = {k: method.site_update(method.request(state), {}, site)[0] for k, site in sites.items()}
     merged = merge(replies.values()).leaf_mean("scores").value["p"].numpy()
-    x, total, weight = sites["site-0"].data["public"].x, 0, 0
+    x, total, weight = sites["site-0"].data["public"].x, np.zeros(3), np.zeros(3)
     for name, site in sites.items():
         end = LOCAL.fit(LINEAR, params, site, 0)
         p = np.round(answers(LINEAR, end, Rows(x, x))[0].softmax(1).numpy() * 100) / 100
@@ -161,11 +162,12 @@ def test_fedad_weighs_classes_by_who_knows_them() -> None:
 
 def test_fedad_is_one_exchange_without_weights_and_its_student_works(task: Classification) -> None:
     sites = little_sites()
-    method = Evaluated(FedAD(task, 10, LocalTraining(epochs=2, batch_size=6, lr=0.1), distil_epochs=80), task)
+    inner = FedAD(task, 10, LocalTraining(epochs=2, batch_size=6, lr=0.1), distil_epochs=80)
+    method = Evaluated(inner, task)
     step, engine = run(method, sites, task.first(0), 10, server_data=server_data(sites))
     assert step.request.round == 0
     assert method.request(step.state) is None
-    assert method.inner.whole.epochs == 20
+    assert inner.whole.epochs == 20
     assert {leaf for part in step.reply.parts.values() for t in part.trees for leaf in t} == {"p", "where"}
     scores = evaluate(method, engine, step.state, engine.sites)
     assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
@@ -174,7 +176,7 @@ def test_fedad_is_one_exchange_without_weights_and_its_student_works(task: Class
 def test_fedads_noise_is_added_to_probabilities(task: Classification) -> None:
     site = little_sites()["site-1"]
     clean, noisy = (FedAD(task, 1, LOCAL, noise=s) for s in (0.0, 0.1))
-    request = clean.request(clean.init(task.first(0)))
+    request = known(clean.request(clean.init(task.first(0))))
     p, q = (m.site_update(request, {}, site)[0].leaf_mean("scores").value["p"] for m in (clean, noisy))
     assert 0.03 < float((p - q).std()) < 0.2
 
@@ -219,4 +221,4 @@ def test_one_step_with_a_teacher_is_the_equation_in_numpy() -> None:
 def test_only_two_teachers_are_known(task: Classification) -> None:
     assert TeacherStudent(task, LOCAL, teacher="first").teacher == "first"
     with pytest.raises(ValueError, match="no teacher is called 'plato'"):
-        TeacherStudent(task, LOCAL, teacher="plato")
+        TeacherStudent(task, LOCAL, teacher="plato")  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from polyclinic.core.method import Method
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
@@ -154,7 +155,8 @@ def test_it_unlearns_the_scanner() -> None:
         x[:, 3] = 2 * (k - 1) + 0.2 * x[:, 3]
         sites[name] = Site(name, {"train": Rows(x, (x[:, 0] > 0).long())})
     found = []
-    for method in (FedHarmony(task, NAMES, local, mu=0.0), FedAvg(task, local)):
+    methods: tuple[Method[Any], ...] = (FedHarmony(task, NAMES, local, mu=0.0), FedAvg(task, local))
+    for method in methods:
         state = method.init(task.first())
         for step in train(method, InProcess(method, sites), state, rounds=10):
             state = step.state

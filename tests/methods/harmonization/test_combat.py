@@ -17,6 +17,7 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.harmonization.combat import combat
 from tests.conftest import Rows, little_sites
+from tests.support.known import known
 
 
 def pooled_combat(Y: Any, batch: Any, C: Any, shrink: Any = True) -> Any:
@@ -122,10 +123,10 @@ def test_a_site_learns_nothing_of_the_others_offsets() -> None:
     sites = little_sites()
     state = method.init({})
     reply = sum(
-        (method.site_update(method.request(state), {}, s)[0] for s in sites.values()),
-        start=method.site_update(method.request(state), {}, sites["site-0"])[0] * 0,
+        (method.site_update(known(method.request(state)), {}, s)[0] for s in sites.values()),
+        start=method.site_update(known(method.request(state)), {}, sites["site-0"])[0] * 0,
     )
-    request = method.request(method.server_update(state, reply, Site("server")))
+    request = known(method.request(method.server_update(state, reply, Site("server"))))
     assert set(request.for_site("site-1").trees) == {"fit", "sigma", "own"}
     assert request.for_site("site-1").trees["own"]["gamma"].shape == (64,)
 
@@ -137,7 +138,7 @@ def test_missing_values_and_covariates_of_images_are_refused() -> None:
     method = combat(task, LocalTraining(), ("a",))
     site = Site("a", {"train": Rows(torch.tensor([[1.0, float("nan")]]), torch.tensor([0]))})
     with pytest.raises(ValueError, match="impute"):
-        method.site_update(method.request(method.init(task.first())), {}, site)
+        method.site_update(known(method.request(method.init(task.first()))), {}, site)
 
 
 @pytest.mark.skipif(not os.environ.get("POLYCLINIC_DATA"), reason="POLYCLINIC_DATA names no folder of real data")

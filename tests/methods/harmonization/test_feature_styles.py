@@ -54,10 +54,12 @@ class Drawn:
         self.batches = list(LOCAL.batches(site.data["train"], rng))
 
 
-def parts(model: nn.Module, network: Network) -> list[nn.Sequential]:
+def parts(model: nn.Module, network: Network) -> list[nn.Module]:
     """The encoder, cut behind each place."""
-    cuts = [0, *(int(name.split(".")[1]) + 1 for name, _ in stages(network)), len(model.encoder)]
-    return [model.encoder[a:b] for a, b in itertools.pairwise(cuts)]
+    encoder = model.get_submodule("encoder")
+    assert isinstance(encoder, nn.Sequential)
+    cuts = [0, *(int(name.split(".")[1]) + 1 for name, _ in stages(network)), len(encoder)]
+    return [encoder[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 def moments(x: Any) -> Any:
@@ -88,7 +90,7 @@ def test_mixstyles_steps_are_the_published_ones(kind: str) -> None:
             for part in rest:
                 h = part(h)
             optimizer.zero_grad()
-            F.cross_entropy(model.head(h), y).backward()
+            F.cross_entropy(model.get_submodule("head")(h), y).backward()
             optimizer.step()
     assert 0 < mixes < 2 * len(drawn.batches)
     agree(found, change(model, task.first()))
@@ -131,7 +133,7 @@ def test_two_rounds_of_fedfa_are_the_published_ones(kind: str) -> None:
                         mu, sigma = moments(h)
                         h = (h - mu) / sigma * new[1] + new[0]
                     optimizer.zero_grad()
-                    F.cross_entropy(model.head(h), y).backward()
+                    F.cross_entropy(model.get_submodule("head")(h), y).backward()
                     optimizer.step()
             ends.append({n: leaf.clone() for n, leaf in model.state_dict().items() if n in w})
             seen.append(own)
@@ -143,9 +145,9 @@ def test_two_rounds_of_fedfa_are_the_published_ones(kind: str) -> None:
                 spread[k][j] = torch.from_numpy(stacked.var(0, ddof=1))
     agree(state.params, w, 3e-5)
     for k, (name, _) in enumerate(places):
-        for j, part in enumerate(("mean", "std")):
-            torch.testing.assert_close(state.running[f"{name}/{part}"], running[k][j], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(state.variance[f"{name}/{part}"], spread[k][j], atol=1e-6, rtol=1e-2)
+        for j, moment in enumerate(("mean", "std")):
+            torch.testing.assert_close(state.running[f"{name}/{moment}"], running[k][j], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(state.variance[f"{name}/{moment}"], spread[k][j], atol=1e-6, rtol=1e-2)
 
 
 def test_without_probability_both_are_fedavg_and_one_site_has_no_variance(

@@ -1,5 +1,6 @@
 """Histogram matching: numpy's interpolation, pooled quantiles, and scanners that bend the scale."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,8 @@ def test_the_map_is_numpys_interpolation() -> None:
     rng = np.random.default_rng(0)
     front, x = MonotoneMap(2, 6)(), rng.normal(size=(3, 2, 4, 5)).astype("float32") * 3
     here, there = np.sort(rng.normal(size=(2, 2, 6)).astype("float32"), 2)
-    front.here.copy_(torch.from_numpy(here))
-    front.there.copy_(torch.from_numpy(there))
+    front.get_buffer("here").copy_(torch.from_numpy(here))
+    front.get_buffer("there").copy_(torch.from_numpy(there))
     found = front(torch.from_numpy(x)).numpy()
     for c in range(2):
         expected = np.interp(x[:, c], here[c], there[c])
@@ -49,7 +50,7 @@ def test_the_map_is_numpys_interpolation() -> None:
 def test_the_map_begins_as_the_identity_and_never_turns_back(shape: tuple[int, ...]) -> None:
     front, x = MonotoneMap(shape[0], 9)(), torch.randn(5, *shape) * 2
     torch.testing.assert_close(front(x), x, rtol=1e-5, atol=1e-6)
-    front.there.copy_(torch.randn(shape[0], 9).cumsum(1).sort(1).values)
+    front.get_buffer("there").copy_(torch.randn(shape[0], 9).cumsum(1).sort(1).values)
     line = torch.linspace(-3, 3, 50).view(50, *[1] * len(shape)).expand(50, *shape)
     assert (front(line).diff(dim=0) >= -1e-6).all()
 
@@ -57,7 +58,12 @@ def test_the_map_begins_as_the_identity_and_never_turns_back(shape: tuple[int, .
 def test_scanners_that_bend_the_scale_come_to_agree() -> None:
     """The same kind of patients seen through x, 2x + 3 and a steep curve: afterwards their quantiles agree."""
     rng, sites = torch.Generator().manual_seed(0), {}
-    for k, bend in enumerate((lambda v: v, lambda v: 2 * v + 3, lambda v: (0.7 * v).exp())):
+    bends: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+        lambda v: v,
+        lambda v: 2 * v + 3,
+        lambda v: (0.7 * v).exp(),
+    )
+    for k, bend in enumerate(bends):
         x = bend(torch.randn(300, 1, 6, 6, generator=rng))
         sites[f"s{k}"] = Site(f"s{k}", {"train": Rows(x, torch.arange(300) % 2)})
     task = Classification(Network("cnn", (1, 6, 6), 2, (("width", 2), ("depth", 1))))

@@ -47,7 +47,7 @@ def run(method: Any, sites: Any, rounds: Any, watch: Any = None) -> Any:
 
 @pytest.mark.slow
 def test_vafl_takes_the_site_that_varies_least_and_translates_the_others() -> None:
-    sites, seen = scanners(), []
+    sites, seen = scanners(), list[Any]()
     method = vafl(TASK, LOCAL, epochs=40, lr=1e-2, width=8)
     state, federation = run(method, sites, 2, seen)
     jobs = [(step.request.job, tuple(step.asked)) for step in seen]

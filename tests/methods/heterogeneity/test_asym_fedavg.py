@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from polyclinic.core.aggregates import PerSite
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.errors import ConfigError
@@ -56,7 +57,9 @@ def test_common_tensors_are_averaged_and_others_stay(uniform: bool) -> None:
         np.testing.assert_allclose(state.common[key].numpy(), np.tensordot(sizes / sizes.sum(), stacked, 1), atol=1e-6)
     for name, end in ends.items():
         assert same(engine.memory[name]["own"], {k: v for k, v in end.items() if k not in common})
-    assert not [key for part in step.reply.parts.values() for key in part.total if key not in common]
+    for part in step.reply.parts.values():
+        assert not isinstance(part, PerSite)
+        assert not [key for key in part.total if key not in common]
 
 
 def test_each_site_predicts_with_its_own_network() -> None:

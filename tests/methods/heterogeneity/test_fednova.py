@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from polyclinic.core.aggregates import merge
 from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
@@ -20,6 +21,7 @@ from polyclinic.methods.heterogeneity.partial_work import PartialWork, partial_w
 from polyclinic.methods.heterogeneity.semi_sync import SemiSync, semi_sync
 from polyclinic.methods.optimization.fedavg import FedAvg
 from tests.conftest import little_sites
+from tests.support.known import known
 
 LINEAR = Classification(Network("mlp", (5,), 3, (("depth", 0),)))
 
@@ -122,13 +124,13 @@ def test_semi_sync_gives_each_site_the_steps_that_fit_the_time(task: Classificat
     sites, local = little_sites(), LocalTraining(epochs=1, batch_size=4, lr=0.1)
     method = semi_sync(task, local, tuple(sites), seconds=(1.0, 0.5, 4.0), share=2.0)
     state = method.init(task.first(0))
-    request = method.request(state)
+    request = known(method.request(state))
     assert request.job == "epoch-time"
     reply = merge(method.site_update(request, {}, site)[0] for site in sites.values())
-    state = method.server_update(state, reply, None)
+    state = method.server_update(state, reply, Site("server"))
     # 12, 17 and 22 examples: 3, 4 (a last batch of one is left out) and 6 minibatches: epochs of 3, 2 and 24 s
     assert state.seconds == 48.0
-    request = method.request(state)
+    request = known(method.request(state))
     assert request.round == 0
     assert [steps_taken(method, request, site) for site in sites.values()] == [48, 96, 12]
 

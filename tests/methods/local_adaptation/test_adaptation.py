@@ -1,7 +1,7 @@
 """Fine-tuning, FedBABU, Per-FedAvg, FedALA and FedSoup against their steps, written again with PyTorch's optimizers."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import close, equal
 from tests.conftest import Rows, blobs
 from tests.support.agreement import KINDS, agree, change, minibatches, place, ready, restore, statistics
+from tests.support.known import known
 
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 NAMES = ("site-0", "site-1", "site-2")
@@ -53,7 +54,7 @@ def sgd(task: Any, params: Any, batches: Any, lr: Any = 0.05, names: Any = None)
 
 @pytest.mark.parametrize("part", ["all", "head", "body"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fine_tuning_is_training_from_the_shared_model(kind: str, part: str) -> None:
+def test_fine_tuning_is_training_from_the_shared_model(kind: str, part: Literal["all", "head", "body"]) -> None:
     task, sites = place(kind)
     method = fine_tuned(task, LOCAL, NAMES, 3, epochs=3, part=part)
     state, engine = ran(method, task.first(), sites)
@@ -98,7 +99,9 @@ def test_fine_tuning_surrounds_any_method_and_is_not_private(task: Classificatio
     found = around.adapted_model(request, memory, sites["site-0"], "test")
     assert close(found, around.tuning.fit(task, begin, sites["site-0"], 2, slot="fine-tuned"))
     assert type(fine_tuned(task, DPSGD(batch_size=8), NAMES, 3).tuning) is LocalTraining
-    assert fine_tuned(task, LOCAL, NAMES, 3, uniform=True).inner.uniform
+    inner = fine_tuned(task, LOCAL, NAMES, 3, uniform=True).inner
+    assert isinstance(inner, FedAvg)
+    assert inner.uniform
     with pytest.raises(ConfigError, match="0 or more epochs"):
         fine_tuned(task, LOCAL, NAMES, 3, epochs=-1)
 
@@ -107,7 +110,7 @@ def test_fine_tuning_surrounds_any_method_and_is_not_private(task: Classificatio
 def test_fedbabu_trains_the_body_against_a_fixed_head(kind: str) -> None:
     task, sites = place(kind)
     method = fedbabu(task, LOCAL, epochs=1)
-    request = method.request(method.init(task.first()))
+    request = known(method.request(method.init(task.first())))
     found = method.site_update(request, {}, sites["site-0"])[0].mean("update").value
     body = {n for n, _ in task.model().named_parameters() if not task.network.in_head(n)}
     wanted = change(sgd(task, task.first(), minibatches(LOCAL, sites["site-0"]), names=body), task.first())
@@ -136,7 +139,7 @@ def test_per_fedavgs_steps_are_the_published_ones(kind: str) -> None:
         restore(model, kept)
         with torch.no_grad():
             for p in model.parameters():
-                p -= 0.3 * (0 if p.grad is None else p.grad)
+                p.sub_(0.3 * (0 if p.grad is None else p.grad))
         model.zero_grad()
         F.cross_entropy(model(x[half:]), y[half:]).backward()
         with torch.no_grad():
@@ -162,11 +165,11 @@ def test_per_fedavgs_second_order_is_the_gradient_of_its_objective() -> None:
     def objective(by: float) -> float:
         with torch.no_grad():
             for n, p in model.named_parameters():
-                p += by * toward[n]
+                p.add_(by * toward[n])
         value = float(method.loss(model, batch).detach())
         with torch.no_grad():
             for n, p in model.named_parameters():
-                p -= by * toward[n]
+                p.sub_(by * toward[n])
         return value
 
     slope = (objective(1e-7) - objective(-1e-7)) / 2e-7
@@ -223,7 +226,7 @@ def test_fedalas_weights_are_the_published_ones(kind: str, monkeypatch: pytest.M
                 loss = F.cross_entropy(model(data.x[place_of]), data.y[place_of])
                 loss.backward()
                 for n in learned:
-                    weights[n] = torch.clamp(weights[n] - named[n].grad * (shared[n] - own[n]), 0, 1)
+                    weights[n] = torch.clamp(weights[n] - known(named[n].grad) * (shared[n] - own[n]), 0, 1)
             losses.append(loss.item())
             spread = torch.tensor(losses[-10:]).double().std(correction=0)
             if not first_time or len(losses) == 100 or (len(losses) > 10 and spread < 0.004):

@@ -72,7 +72,7 @@ def test_it_begins_with_the_studys_encoder(task: Classification) -> None:
 
 
 def test_gates_and_towers_stay_and_experts_travel(task: Classification, sites: dict[str, Site]) -> None:
-    method = Evaluated(fmtl(task, LOCAL, tuple(sites)), task)
+    method: Evaluated[Any] = Evaluated(fmtl(task, LOCAL, tuple(sites)), task)
     step, engine = run(method, sites, task.first(0), 3)
     sent = step.reply.mean("update").total
     assert any("experts" in name for name in sent)

@@ -73,7 +73,7 @@ def test_two_rounds_of_fedexp_are_the_published_ones(kind: str) -> None:
     state = ran(method, task.first(), sites)
     learned = [n for n, _ in task.model().named_parameters()]
     sizes = np.array([len(site.data["train"]) for site in sites.values()], float)
-    w, before, steps = task.first(), None, []
+    w, before, steps = task.first(), task.first(), []
     for round in range(2):
         changes = []
         for site in sites.values():

@@ -23,6 +23,7 @@ from polyclinic.methods.optimization.fedspeed import FedSpeed
 from polyclinic.methods.personalization.ditto import Ditto
 from polyclinic.testing import equal
 from tests.support.agreement import KINDS, agree, change, minibatches, place, ready, restore, statistics
+from tests.support.known import known
 
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 NAMES = ("site-0", "site-1", "site-2")
@@ -49,7 +50,11 @@ def climb(model: Any, x: Any, y: Any, rho: Any, adaptive: Any = False) -> Any:
 def test_fedsams_steps_are_the_published_ones(kind: str, adaptive: bool) -> None:
     task, sites = place(kind)
     method = fedsam(task, LOCAL, NAMES, 5, rho=0.3, adaptive=adaptive)
-    found = method.site_update(method.request(method.init(task.first())), {}, sites["site-1"])[0].mean("update").value
+    found = (
+        method.site_update(known(method.request(method.init(task.first()))), {}, sites["site-1"])[0]
+        .mean("update")
+        .value
+    )
     model = ready(task, task.first())
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for x, y in minibatches(LOCAL, sites["site-1"]):
@@ -77,6 +82,7 @@ def test_fedsam_surrounds_other_methods_and_refuses_those_that_it_cannot_change(
     around = fedsam(task, LOCAL, NAMES, 5, over="ditto", rho=0.1)
     assert isinstance(around, Ditto)
     assert isinstance(around.local, SharpnessAware)
+    assert isinstance(around.inner, FedAvg)
     assert isinstance(around.inner.local, SharpnessAware)
     with pytest.raises(ConfigError, match="takes training steps of its own"):
         fedsam(task, LOCAL, NAMES, 5, over="apfl")
@@ -106,12 +112,12 @@ def test_fedlesams_steps_are_the_published_ones(kind: str) -> None:
     for x, y in minibatches(LOCAL, sites["site-2"]):
         with torch.no_grad():
             for n, p in model.named_parameters():
-                p += 0.4 * gap[n] / norm
+                p.add_(0.4 * gap[n] / norm)
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         with torch.no_grad():
             for n, p in model.named_parameters():
-                p -= 0.4 * gap[n] / norm
+                p.sub_(0.4 * gap[n] / norm)
         optimizer.step()
     agree(reply.mean("update").value, change(model, now), 2e-5)
 
@@ -147,7 +153,8 @@ def test_two_rounds_of_fedspeed_are_the_published_ones(kind: str) -> None:
                 with torch.no_grad():
                     for p, up in zip(moved, steps, strict=True):
                         p -= up
-                sum(0.2 * (p * (h[name][n] - w[n])).sum() for n, p in model.named_parameters()).backward()
+                terms = [0.2 * (p * (h[name][n] - w[n])).sum() for n, p in model.named_parameters()]
+                sum(terms, torch.tensor(0.0)).backward()
                 optimizer.step()
             ends.append({n: leaf.clone() for n, leaf in model.state_dict().items() if n in w})
             h[name] = {n: h[name][n] + ends[-1][n] - w[n] for n in learned}

@@ -1,5 +1,6 @@
 """FedMRI's contrast by hand, what stays at a site, and reconstruction end to end."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,17 @@ from polyclinic.methods.personalization.fedmri import Contrasted, State, fedmri
 from polyclinic.testing import check_method, close, equal
 from tests.conftest import segmentation_sites
 from tests.support.agreement import agree
+from tests.support.known import known
 
 TASK = Reconstruction(Network("unet", (1, 16, 16), 1, (("width", 2), ("norm", "batch"))))
 
 
 def accelerated() -> Any:
     sites = segmentation_sites(2)
-    for k, site in enumerate(sites.values()):
+    for k, (name, site) in enumerate(sites.items()):
         measured = columns(16, 2 + k, 0.2, torch.Generator().manual_seed(k))
-        for role in ("train", "val"):
-            site.data[role] = Accelerated(site.data[role], measured)
+        fewer = {role: Accelerated(site.data[role], measured) for role in ("train", "val")}
+        sites[name] = replace(site, data={**site.data, **fewer})
     return sites
 
 
@@ -47,7 +49,7 @@ def test_only_the_encoder_leaves(task: Classification, local: LocalTraining, sit
     inside = InEncoder(task)
     for others in (False, True):
         method = fedmri(task, local, others=others)
-        reply, memory = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
+        reply, memory = method.site_update(known(method.request(method.init(task.first()))), {}, sites["site-0"])
         for stat in reply.parts.values():
             for leaves in stat.trees:
                 assert all(inside(name) for name in leaves)
@@ -73,7 +75,7 @@ def test_the_contrast_starts_when_there_is_an_old_encoder(
     task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
     ours, plain = fedmri(task, local, beta=1.0), fedmri(task, local, beta=0.0)
-    request = ours.request(ours.init(task.first()))
+    request = known(ours.request(ours.init(task.first())))
     a, memory = ours.site_update(request, {}, sites["site-0"])
     assert equal(a, plain.site_update(request, {}, sites["site-0"])[0])
     again = ours.site_update(request, memory, sites["site-0"])[0]

@@ -1,5 +1,7 @@
 """FedProto: its loss, its prototypes, and predictions by the nearest one."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.latent import features, pooled, represent
 from polyclinic.learning.networks.model_tree import cached_model, params_of
@@ -37,9 +40,9 @@ def test_two_rounds_are_the_published_ones(kind: str) -> None:
     engine, state = InProcess(method, sites), method.init(task.first())
     for step in train(method, engine, state, rounds=2):
         state = step.state
-    own, prototypes = {name: task.first() for name in sites}, {}
+    own, prototypes = {name: task.first() for name in sites}, dict[int, torch.Tensor]()
     for round in range(2):
-        found = {c: [] for c in range(4)}
+        found = {c: list[torch.Tensor]() for c in range(4)}
         for name, site in sites.items():
             model = ready(task, own[name])
             optimizer = torch.optim.SGD(model.parameters(), 0.05)
@@ -91,7 +94,8 @@ def test_the_nearest_prototype_is_predicted(task: Classification, sites: dict[st
 def test_without_weight_sites_train_alone_and_no_model_leaves(task: Classification, sites: dict[str, Site]) -> None:
     method, alone = FedProto(task, LOCAL, lam=0.0), LocalOnly(task, LOCAL)
     for site in sites.values():
-        memory, other = {}, {}
+        memory: Mapping[str, Tree] = {}
+        other: Mapping[str, Tree] = {}
         for round in range(2):
             request = method.request(method.init(task.first())._replace(round=round))
             reply, memory = method.site_update(request, memory, site)

@@ -74,7 +74,7 @@ def test_the_selector_is_trained_by_the_sites_adams_whose_moments_are_averaged(
     """Against PyTorch's Adam at each site, started from the averaged model, moments and number of steps."""
     method = FedSM(task, NAMES, LocalTraining(epochs=2, batch_size=64), selector_lr=0.02)
     state, _ = run(method, task.first(), sites, 3)
-    params, moments = method.selecting.first(), []
+    params, moments = method.selecting.first(), list[Any]()
     for _ in range(3):
         ends, states = [], []
         for k, site in enumerate(sites.values()):

@@ -107,11 +107,12 @@ def test_the_site_decides_the_channels() -> None:
 
 def test_heads_are_shown_bodies_are_averaged_and_unseen_sites_get_the_mean() -> None:
     sites, local = segmentation_sites(), LocalTraining(batch_size=5, optimizer="adam", lr=0.03)
-    method = Evaluated(LCFed(TASK, NAMES, local, head_steps=2), TASK)
+    inner = LCFed(TASK, NAMES, local, head_steps=2)
+    method = Evaluated(inner, TASK)
     federation, state, seen = InProcess(method, sites), method.init(TASK.first()), []
     for step in train(method, federation, state, rounds=6):
         assert not step.lost
-        assert not any(method.inner.task.network.in_head(name) for name in step.reply.mean("update").total)
+        assert not any(inner.task.network.in_head(name) for name in step.reply.mean("update").total)
         state = step.state
         seen.append(np.mean([float(s["dice"]) for s in evaluate(method, federation, state, list(sites)).values()]))
     assert seen[-1] > seen[0]

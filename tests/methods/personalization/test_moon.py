@@ -22,7 +22,7 @@ def test_the_contrast_is_equation_3() -> None:
         return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
     up, down = np.exp(cos(z, near) / 0.5), np.exp(cos(z, far) / 0.5)
-    found = contrast(*map(torch.from_numpy, (z, near, far)), 0.5)
+    found = contrast(torch.from_numpy(z), torch.from_numpy(near), torch.from_numpy(far), 0.5)
     assert float(found) == pytest.approx(-np.log(up / (up + down)).mean(), rel=1e-9)
 
 

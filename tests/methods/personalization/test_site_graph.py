@@ -18,6 +18,7 @@ from polyclinic.methods.personalization.label_graph import comorbidity
 from polyclinic.methods.personalization.site_graph import in_graph, site_graph
 from polyclinic.testing import check_method
 from tests.conftest import Rows
+from tests.support.known import known
 
 TASK = MultiLabel(Network("cnn", (1, 8, 8), 3, (("width", 4), ("depth", 2))))
 
@@ -47,7 +48,7 @@ def test_labels_without_edges_do_not_speak_to_each_other() -> None:
     other[:, 1] += 1
     graph = model.get_submodule("graph")
     assert torch.equal(graph(h)[:, [0, 2]], graph(other)[:, [0, 2]])
-    graph.adjacency.copy_(comorbidity(torch.tensor([[1.0, 1, 0]]), 3))
+    graph.get_buffer("adjacency").copy_(comorbidity(torch.tensor([[1.0, 1, 0]]), 3))
     assert not torch.equal(graph(h)[:, 0], graph(other)[:, 0])
     assert torch.equal(graph(h)[:, 2], graph(other)[:, 2])
 
@@ -66,7 +67,7 @@ def sites() -> Any:
 def test_the_graph_stays_and_knows_the_sites_comorbidity() -> None:
     method, here = site_graph(TASK, LocalTraining(batch_size=8)), sites()
     check_method(method, TASK.first(), here)
-    reply, memory = method.site_update(method.request(method.init(TASK.first())), {}, here["s1"])
+    reply, memory = method.site_update(known(method.request(method.init(TASK.first()))), {}, here["s1"])
     assert not any(in_graph(name) for name in reply.mean("update").total)
     assert all(in_graph(name) for name in memory["own"])
     expected = comorbidity(here["s1"].data["train"].y, 3)

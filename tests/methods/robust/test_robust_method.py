@@ -19,7 +19,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.methods.personalization.partial_personalization import fedbn
 from polyclinic.methods.registry import Setting, build
-from polyclinic.methods.robust.robust_method import PART, Robust, apart
+from polyclinic.methods.robust.robust_method import PART, Robust, State, apart
 from polyclinic.methods.robust.rules.aggregation_rule import Average
 from polyclinic.methods.robust.rules.centered_clipping import CentredClipping
 from polyclinic.methods.robust.rules.coordinate_wise import Median, TrimmedMean
@@ -28,6 +28,7 @@ from polyclinic.methods.robust.rules.krum import Krum, MultiKrum
 from polyclinic.methods.robust.rules.outlier_watch import Note, alarms
 from polyclinic.testing import check_method, close, equal, portable_copy
 from tests.conftest import little_sites
+from tests.support.known import known
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def test_a_rule_covers_all_that_a_method_averages(
 ) -> None:
     """SCAFFOLD's control variate is aggregated by the same rule: with one site's update kept, so is its variate."""
     method = Robust(Scaffold(task, len(sites), local), Krum())
-    request, params = method.request(method.init(task.first(0))), task.first(0)
+    request, params = known(method.request(method.init(task.first(0)))), task.first(0)
     replies = [method.site_update(request, {}, sites[name])[0] for name in sorted(sites)]
     state = method.server_update(method.init(params), merge(replies), Site("server"))
     (chosen,) = [site for site, note in state.notes.items() if note.share == 1]
@@ -119,10 +120,11 @@ def test_what_reaches_the_rule_unchecked_is_refused_there_and_named(
     method = Robust(FedAvg(task, local), Median())
     first = method.init(task.first(0))
     sent = {
-        name: method.site_update(method.request(first), {}, site)[0].gather(PART)[name] for name, site in sites.items()
+        name: method.site_update(known(method.request(first)), {}, site)[0].gather(PART)[name]
+        for name, site in sites.items()
     }
 
-    def after(**changed: Any) -> object:
+    def after(**changed: Any) -> State:
         merged = Reply({PART: PerSite({**sent, **{k.replace("_", "-"): v for k, v in changed.items()}})})
         return method.server_update(first, merged, Site("server"))
 
@@ -150,7 +152,7 @@ def test_claims_of_weight_move_no_rule_that_does_not_ask_for_them(
 ) -> None:
     method = Robust(FedAvg(task, local), Median())
     first = method.init(task.first(0))
-    reply = merge(method.site_update(method.request(first), {}, sites[name])[0] for name in sorted(sites))
+    reply = merge(method.site_update(known(method.request(first)), {}, sites[name])[0] for name in sorted(sites))
     boast = dict(reply.gather(PART))
     boast["site-1"] = {**boast["site-1"], "update/": torch.tensor(1e12).double()}
     honest = method.server_update(first, reply, Site("server"))
@@ -214,7 +216,7 @@ def test_fltrust_with_data_at_the_server(task: Classification, local: LocalTrain
     for step in train(method, engine, state, rounds=2):
         state = step.state
     assert state.notes.keys() == sites.keys()
-    assert sum(n.share for n in state.notes.values()) == pytest.approx(1)
+    assert sum(known(n.share) for n in state.notes.values()) == pytest.approx(1)
 
 
 def test_any_method_may_stand_under_a_rule(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:

@@ -1,7 +1,7 @@
 """FCL: which slices count as alike, the loss in numpy, and what other sites' features do."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.self_supervised.fcl import FCL, fcl
 from tests.conftest import Rows, little_sites
 from tests.support.few_labels import half_labeled, near, run, same, with_other_targets
+from tests.support.known import known
 
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
@@ -55,11 +56,13 @@ def test_the_loss_is_its_equation_in_numpy(task: Classification, monkeypatch: py
     place = torch.arange(9) % 3
     memory = {"queue": {"keys": unit[:5], "places": place[:5]}}
     request = replace(request, trees={**request.trees, "features": {"other/keys": unit[5:], "other/places": place[5:]}})
-    losses = []
-    real = torch.Tensor.backward
-    monkeypatch.setattr(
-        torch.Tensor, "backward", lambda self, *a, **k: losses.append(self.item()) or real(self, *a, **k)
-    )
+    losses, real = list[float](), cast(Any, torch.Tensor.backward)
+
+    def backward(self: torch.Tensor, *a: Any, **k: Any) -> None:
+        losses.append(self.item())
+        real(self, *a, **k)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
     method.site_update(request, memory, site)
     monkeypatch.undo()
 
@@ -123,4 +126,4 @@ def test_images_without_a_height_are_refused(task: Classification, sites: dict[s
     for data in sites["site-0"].data.values():
         data.positions = None
     with pytest.raises(DataError, match="site 'site-0' has one: set position in"):
-        method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
+        method.site_update(known(method.request(method.init(task.first()))), {}, sites["site-0"])

@@ -15,6 +15,7 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.phases import Pretrained
+from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.self_supervised.fedmae import fedmae
 from tests.support.few_labels import half_labeled, near, run, same, with_other_targets
 
@@ -28,7 +29,9 @@ def test_one_round_of_pretraining_is_the_mean_of_what_sites_learn(task: Classifi
     ends = [LOCAL.fit(masked, start, site, 0, data=all_inputs(site.data)) for site in sites.values()]
     n = [len(all_inputs(site.data)) for site in sites.values()]
     assert n == [24, 29, 34]
-    wanted = {name: sum(k * end[name] for k, end in zip(n, ends, strict=True)) / sum(n) for name in start}
+    wanted = {
+        name: sum((k * end[name] for k, end in zip(n, ends, strict=True)), torch.tensor(0)) / sum(n) for name in start
+    }
     assert near(step.state.whole, wanted)
     assert same(step.state.params, tree.under("backbone", step.state.whole))
 
@@ -42,6 +45,8 @@ def test_targets_matter_only_in_the_second_phase_and_only_labeled_ones(task: Cla
 
 def test_the_first_phase_has_its_own_optimizer(task: Classification) -> None:
     method = fedmae(task, LOCAL, 10, pretrain=0.3, pretrain_lr=1e-3, pretrain_optimizer="adamw")
+    assert isinstance(method.first, Pretrained)
+    assert isinstance(method.second, FedAvg)
     assert (method.first.local.lr, method.first.local.optimizer, method.rounds) == (1e-3, "adamw", 3)
     assert (method.second.local.lr, method.second.local.optimizer) == (0.05, "sgd")
     with pytest.raises(ValueError, match="no optimizer is called 'lion'"):
@@ -64,7 +69,7 @@ def test_a_representation_coarser_than_the_image_learns_hidden_pixels(task: Task
     losses = []
     for _ in range(8):
         torch.manual_seed(1)  # the same parts are hidden
-        loss = masked.loss(model, (x, None))
+        loss = masked.loss(model, (x, None))  # type: ignore[arg-type]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -73,7 +73,7 @@ def test_alone_without_transfer_the_weight_does_not_matter(task: Classification)
     found = [
         run(FedMoCo(Contrast(task, 8), LOCAL, transfer=0, power=p), site, start)[0].state.whole for p in (0.0, 3.0)
     ]
-    assert near(*found, atol=1e-6)
+    assert near(found[0], found[1], atol=1e-6)
 
 
 def test_weights_are_examples_where_the_power_is_0(task: Classification, sites: dict[str, Site]) -> None:

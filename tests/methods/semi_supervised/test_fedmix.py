@@ -9,6 +9,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import merge
+from polyclinic.core.site import Site
 from polyclinic.learning.networks.model_tree import load
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.example_pool import unlabeled
@@ -81,7 +82,7 @@ def test_weights_are_the_papers_in_numpy() -> None:
     sites = {name: only_labels(site) for name, site in sites.items()}
     state = method.init(TASK.first(0))
     first = {name: method.site_update(method.request(state), {}, site) for name, site in sites.items()}
-    middle = method.server_update(state, merge(reply for reply, _ in first.values()), None)
+    middle = method.server_update(state, merge(reply for reply, _ in first.values()), Site("server"))
     request = method.request(middle)
     assert (request.job, request.round) == ("weigh", 0)
     replies = {name: method.site_update(request, first[name][1], site)[0] for name, site in sites.items()}
@@ -89,7 +90,7 @@ def test_weights_are_the_papers_in_numpy() -> None:
     loss = np.array([float(memory["own"]["loss"]) for _, memory in first.values()])  # already to the power of β
     w = n / n.sum() + 10 * loss / loss.sum()
     assert [reply.mean("update").weight for reply in replies.values()] == pytest.approx(list(w), rel=1e-5)
-    end = method.server_update(middle, merge(replies.values()), None)
+    end = method.server_update(middle, merge(replies.values()), Site("server"))
     w = w / w.sum()
     changes = [memory["change"] for _, memory in first.values()]
     wanted = {k: state.twins[k] + sum(float(a) * c[k] for a, c in zip(w, changes, strict=True)) for k in state.twins}

@@ -78,7 +78,7 @@ def test_peers_arrive_after_the_warm_up_each_at_its_own_site(task: Classificatio
     wanted = anonymous_peers(step.state.models, 2)
     assert same(request.for_site("site-1").trees["peer"], wanted["site-1"])
     others = [step.state.models[name] for name in ("site-0", "site-2")]
-    assert near(wanted["site-1"], tree.lerp(*others, 0.5), 1e-6)
+    assert near(wanted["site-1"], tree.lerp(others[0], others[1], 0.5), 1e-6)
 
 
 def test_with_labels_alone_it_is_fedavg(task: Classification, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from polyclinic.methods.statistics.pooled_statistics import Fingerprint
 from polyclinic.secure_aggregation.fixed_point import SecureSum
 from polyclinic.testing import check_engine, check_method
 from tests.conftest import Rows, little_sites, segmentation_sites
+from tests.support.known import known
 
 
 def found(method: Any, sites: Any) -> Any:
@@ -91,7 +92,7 @@ def test_pixels_by_class() -> None:
 
 def test_only_sums_are_sent_unless_sites_are_kept_apart() -> None:
     method = Fingerprint(Classification(Network("cnn", (1, 8, 8), 2)))
-    reply, _ = method.site_update(method.request(method.init({})), {}, little_sites()["site-0"])
+    reply, _ = method.site_update(known(method.request(method.init({}))), {}, little_sites()["site-0"])
     assert set(reply.parts) == {"sums"}
     assert max(leaf.numel() for leaf in reply.mean("sums").total.values()) == 2  # nothing the size of an image
 

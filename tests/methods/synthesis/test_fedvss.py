@@ -29,7 +29,8 @@ def test_the_adversarial_direction_of_a_linear_model_is_its_weights_difference()
     model, (x, _) = LINEAR.model().double(), batch()
     x = x.double()
     r = adversarial("classification", model, x, Site("s").rng("r"), 0.1) - x
-    w = (model.head.weight[1] - model.head.weight[0]).detach()
+    away, toward = model.get_parameter("head.weight").detach()
+    w = toward - away
     cosine = torch.cosine_similarity(r, w.expand_as(r))
     assert (cosine.abs() > 0.99).all()
     size = r.square().mean(1).sqrt() / x.std(1)
@@ -57,7 +58,8 @@ def test_the_other_kind_makes_a_model_surer_of_the_label(steps: int) -> None:
     v = surer(loss, x, 0.5, steps)
     gain = LINEAR.loss(model, (x, y)) - loss(v)
     assert gain > 0.01
-    w = (model.head.weight[1] - model.head.weight[0]).detach()
+    away, toward = model.get_parameter("head.weight").detach()
+    w = toward - away
     assert (torch.cosine_similarity(v - x, w.expand_as(x)) * (2 * y - 1) > 0.99).all()
 
 

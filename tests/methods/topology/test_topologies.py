@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite
 from polyclinic.core.rounds import TooFewReplies, train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
@@ -42,6 +43,7 @@ class Deadly(InProcess):
         while self._queue:
             request, site = self._queue[0]
             arrivals = super().replies(deadline)
+            assert isinstance(arrivals, Generator)
             arrival = next(arrivals)
             arrivals.close()
             yield arrival._replace(reply=None, lost="killed") if self.dies(request, site) else arrival
@@ -226,6 +228,7 @@ def test_labels_stay_home_in_the_u_shape(local: LocalTraining, sites: dict[str, 
         sent, state = set(), method.init(CNN.first(0))
         for step in train(method, InProcess(method, sites), state, rounds=1):
             for part, stat in step.reply.parts.items():
+                assert isinstance(stat, PerSite)
                 sent |= {(part, name) for leaves in stat.items.values() for name in leaves if part == "sent"}
             held = {name for name in method.body.of(step.state.params) if name.startswith("head")}
         assert (("sent", "y") in sent) is not u_shaped

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from polyclinic.attacks import canary
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.site import SecretRng
 from polyclinic.data.examples import Examples
@@ -15,6 +16,7 @@ from polyclinic.evaluation.records.record_schema import Privacy
 from polyclinic.learning.training import dp_sgd
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.privacy import accounting
 from polyclinic.privacy.accounting import plan as planned
 from polyclinic.studies.audits import audit_privacy
 from polyclinic.studies.audits.audit_privacy import NotAudited, audit_training
@@ -163,15 +165,20 @@ def test_without_a_budget_the_claim_is_the_accountants() -> None:
     found = audited(claim=None, canaries=20, rounds=2)
     assert found.delta == 1e-5
     assert found.unit == "patient"
-    wanted = audit_privacy.epsilon([dp_sgd.Spend(PRIVATE["noise"], 0.5, 2 * STEPS, "patient")], 1e-5)
+    wanted = accounting.epsilon([dp_sgd.Spend(PRIVATE["noise"], 0.5, 2 * STEPS, "patient")], 1e-5)
     assert found.claimed == pytest.approx(wanted)
 
 
 def test_as_many_canaries_as_the_claim_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = []
-    monkeypatch.setattr(audit_privacy, "_observed", lambda *args: counts.append(len(args[4])) or _Nothing())
+    counts = list[int]()
+
+    def observed(*args: Any) -> _Nothing:
+        counts.append(len(args[4]))
+        return _Nothing()
+
+    monkeypatch.setattr(audit_privacy, "_observed", observed)
     monkeypatch.setattr(audit_privacy, "_train", lambda *args: None)
-    monkeypatch.setattr(audit_privacy.canary, "lower_bound", lambda *_: 0.0)
+    monkeypatch.setattr(canary, "lower_bound", lambda *_: 0.0)
     for epsilon, wanted in ((0.5, 400), (5.0, 513)):
         audited(claim=CLAIM.model_copy(update={"epsilon": epsilon}), canaries=None)
         assert counts[-2:] == [wanted] * 2  # the network has 1,026 parameters, and there is one canary for two

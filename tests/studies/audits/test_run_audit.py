@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from polyclinic.cli import audit as cli
-from polyclinic.evaluation.records.record_schema import rounded_up
+from polyclinic.evaluation.records.record_schema import Round, rounded_up
 from polyclinic.evaluation.records.run_reader import NotARun, read_run
 from polyclinic.evaluation.run_evaluation import Options
 from polyclinic.learning.training.local import LocalTraining
@@ -21,6 +21,7 @@ from polyclinic.studies.audits.run_audit import NotAudited, audit_run
 from polyclinic.studies.run.data_identity import DataChanged
 from polyclinic.studies.run.run_directory import write_tensors
 from tests.studies.run.test_scheduler import go, npz, study
+from tests.support.known import known
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +76,14 @@ def test_shadow_models_are_trained_once_and_kept(
     done: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, not_inverted: Any
 ) -> None:
     """LiRA and RMIA, with 4 shadow models and then 6; what was trained is not trained again, and gives the same."""
-    trained = []
-    fit = LocalTraining.fit
-    monkeypatch.setattr(LocalTraining, "fit", lambda self, *a, **k: trained.append(a[2].name) or fit(self, *a, **k))
-    told = []
+    trained, told = list[str](), list[Any]()
+    usual = LocalTraining.fit
+
+    def fit(self: LocalTraining, *a: Any, **k: Any) -> Any:
+        trained.append(a[2].name)
+        return usual(self, *a, **k)
+
+    monkeypatch.setattr(LocalTraining, "fit", fit)
 
     def go_on(count: Any, attack: Any) -> Any:
         trained.clear()
@@ -146,11 +151,11 @@ def test_a_private_run_is_trained_once_more_with_canaries(
     assert written["privacy"]["says"] in capsys.readouterr().out
     page = build_report(path, options=Options()).read_text(encoding="utf-8")
     section = page[page.index('id="privacy"') :].split("</section>")[0]
-    table = re.search(r"Claimed ε and audited lower bound.*?</table>", section, re.S)[0]
+    table = known(re.search(r"Claimed ε and audited lower bound.*?</table>", section, re.S))[0]
     cells = [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[dh].*?</t[dh]>", table, re.S)]
     assert "b" in cells
     assert f"{written['privacy']['at_least']:.2f}" in cells
-    assert rounded_up(claim.epsilon) in cells
+    assert rounded_up(known(claim.epsilon)) in cells
     assert "Membership inference: which patients can be identified as training patients." in section
     assert "TPR at 0.1 % FPR" in section
     assert "Not done for FedAvg." in section
@@ -163,17 +168,16 @@ def test_rounds_in_which_a_site_did_not_train_are_not_counted(monkeypatch: pytes
     """With a cohort a site pays for its own rounds only, and its audit trains as many."""
     run = read_run(done / "run")
     lines = [
-        line.model_copy(update={"lost": {"a": "away"}})
-        if getattr(line, "kind", "") == "round" and line.round < 3
-        else line
+        line.model_copy(update={"lost": {"a": "away"}}) if isinstance(line, Round) and line.round < 3 else line
         for line in run.lines
     ]
-    asked = []
-    monkeypatch.setattr(
-        run_audit,
-        "audit_training",
-        lambda *a, **k: asked.append(k["rounds"]) or (_ for _ in ()).throw(run_audit.NotAudited("stopped here")),
-    )
+    asked = list[int]()
+
+    def stopped(*_: Any, **k: Any) -> None:
+        asked.append(k["rounds"])
+        raise NotAudited("stopped here")
+
+    monkeypatch.setattr(run_audit, "audit_training", stopped)
     target = run_audit._target(run, "fedavg", 0)
     private = replace(target.plan, training={**target.plan.training, "private": {"noise": 1.0}})
     for site, wanted in (("a", 2), ("b", 4)):

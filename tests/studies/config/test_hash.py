@@ -152,11 +152,13 @@ def another(name: Any, value: Any) -> Any:
 
 def changed(model: Any, place: Place) -> Any:
     """``model`` with another value at ``place``, unchecked: what a hash depends on does not depend on what is valid."""
-    name, *rest = place
+    name, rest = place[0], place[1:]
     if isinstance(model, tuple):
+        assert isinstance(name, int)
         return (*model[:name], changed(model[name], rest), *model[name + 1 :])
     if isinstance(model, dict):
         return {**model, name: changed(model[name], rest)}
+    assert isinstance(name, str)
     value = getattr(model, name)
     return model.model_copy(update={name: changed(value, rest) if rest else another(name, value)})
 

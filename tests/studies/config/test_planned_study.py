@@ -8,6 +8,7 @@ import pytest
 from polyclinic.data.config import DataSpec
 from polyclinic.data.fingerprint.nnunet_plan import text_of
 from polyclinic.data.fingerprint.nnunet_planner import planned
+from polyclinic.data.paired_folders import Pairs
 from polyclinic.studies.config import study_config
 from polyclinic.studies.config.planned_study import with_plan
 from polyclinic.studies.run import deployment
@@ -98,6 +99,7 @@ def test_a_hospital_can_name_a_plan_too(plan: Path, tmp_path: Path) -> None:
     (tmp_path / "labelsTr").mkdir()
     spec = DataSpec.model_validate({"kind": "pairs", "path": str(tmp_path), "plan": str(plan)})
     source = spec.source()
+    assert isinstance(source, Pairs)
     assert [step.name for step in source.steps] == ["crop_nonzero", "normalize", "resample_cubic"]
     assert source.patch == (40, 56, 40)
 

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.known import known
+
 pytest.importorskip("zstandard", reason="needs polyclinic[privacy]")
 
 from pathlib import Path
@@ -121,7 +123,7 @@ def test_a_policy_looks_at_the_model_behind_it() -> None:
     assert Plan.from_json(plan.to_json()).hash == plan.hash
     method, rules = plan.build_method(), Enforced(policy_of(DEFAULT.encode()), plan)
     first = plan.build_task().first(0)
-    request, site = method.request(method.init(first)), Site("a", {"train": blobs(0, 12, (1, 8, 8))})
+    request, site = known(method.request(method.init(first))), Site("a", {"train": blobs(0, 12, (1, 8, 8))})
     reply, _ = execute(method, request, {}, site, rules)
     assert reply.mean("update").weight == 12
     for wrong, why in (
@@ -129,7 +131,7 @@ def test_a_policy_looks_at_the_model_behind_it() -> None:
         ({"other": torch.ones(3)}, "does not have"),
     ):
         with pytest.raises(Refused, match=why):
-            execute(method, method.request(method.init(wrong)), {}, site, rules)
+            execute(method, known(method.request(method.init(wrong))), {}, site, rules)
     torn = {"received": {"zstd": request.trees["received"]["zstd"][:40]}}
     with pytest.raises(Refused, match="the server's message cannot be read"):
         execute(method, replace(request, trees=torn), {}, site, rules)

@@ -21,6 +21,7 @@ from polyclinic.studies.run.deployment import NotElsewhere, method_runs
 from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
 from tests.studies.run.test_scheduler import npz
+from tests.support.known import known
 
 HEAD = """\
 name = "simulated"
@@ -192,9 +193,9 @@ def test_a_panel_of_attacks_says_whom_alarms_name(tmp_path: Path) -> None:
 
 
 def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path: Path) -> None:
-    spec = parse(
-        study(tmp_path, ATTACK, attack="huge").replace("attackers = 1", 'attackers = 2\ntrusted = ["a"]')
-    ).attack
+    spec = known(
+        parse(study(tmp_path, ATTACK, attack="huge").replace("attackers = 1", 'attackers = 2\ntrusted = ["a"]')).attack
+    )
     drawn = {attackers(spec, list("abcde"), seed) for seed in range(40)}
     assert len(drawn) == 6
     assert all("a" not in who and len(who) == 2 for who in drawn)

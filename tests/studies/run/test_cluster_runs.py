@@ -21,6 +21,7 @@ from polyclinic.studies.run.cluster_runs import SHARED, ClusterWorkers
 from polyclinic.studies.run.events import Event
 from polyclinic.studies.run.executors import DEATHS, MethodRunFailed, run_jobs
 from polyclinic.studies.run.run_directory import Stopped
+from tests.support.known import known
 
 
 class RayError(Exception):
@@ -38,7 +39,8 @@ class Threads:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.options, self.killed, self.actors, self.timeouts = [], [], [], []
+        self.options, self.timeouts = list[dict[str, Any]](), list[float | None]()
+        self.killed, self.actors = list[Any](), list[Any]()
         self.starts = True
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -157,8 +159,8 @@ def test_every_run_is_executed_once_and_its_events_arrive_as_they_were_sent(clus
         first, last = (e for e in events if e.label == name)
         assert first == Event("arm", name, notes=("read",), external=("osaka",))
         assert last == Event("tested", name, scores={"lyon": 0.5}, epsilon=1.5)
-    assert sorted(details["method"] for _, details in cluster.notes) == [f"run-{i}" for i in range(4)]
-    assert {event for event, _ in cluster.notes} == {"test opened"}
+    assert sorted(details["method"] for _, details in known(cluster.notes)) == [f"run-{i}" for i in range(4)]
+    assert {event for event, _ in known(cluster.notes)} == {"test opened"}
     assert cluster.workers == 2
 
 
@@ -223,7 +225,7 @@ def test_a_run_whose_worker_dies_continues_on_a_new_one(cluster: Cluster) -> Non
         yield from usual(job, note)
 
     cluster.work = dying
-    cluster.ray.get = died_if_left(cluster.ray.get)
+    cluster.ray.get = died_if_left(cluster.ray.get)  # type: ignore[method-assign,assignment]
     events = cluster.go()
     assert sorted(e.label for e in events if e.what == "tested") == [f"run-{i}" for i in range(4)]
     assert cluster.workers == 2 + DEATHS - 1
@@ -238,7 +240,7 @@ def test_a_run_whose_workers_die_again_and_again_fails(cluster: Cluster) -> None
         yield
 
     cluster.work = dying
-    cluster.ray.get = died_if_left(cluster.ray.get)
+    cluster.ray.get = died_if_left(cluster.ray.get)  # type: ignore[method-assign,assignment]
     with pytest.raises(MethodRunFailed, match=rf"\(RayError\) died {DEATHS} times.*--resume continues"):
         cluster.go(1, 1)
     assert len(begun) == DEATHS
@@ -260,8 +262,8 @@ def test_workers_that_die_before_they_are_ready_end_the_run(cluster: Cluster) ->
     def make(recipe: str) -> Any:
         raise SystemExit
 
-    cluster.make = make
-    cluster.ray.get = died_if_left(cluster.ray.get)
+    cluster.make = make  # type: ignore[method-assign]
+    cluster.ray.get = died_if_left(cluster.ray.get)  # type: ignore[method-assign,assignment]
     with pytest.raises(ClusterError, match=f"^{DEATHS} workers died while they started: the worker died"):
         cluster.go(workers=1)
     assert cluster.workers == DEATHS
@@ -271,7 +273,7 @@ def test_a_task_that_cannot_be_executed_shows_its_error(cluster: Cluster) -> Non
     def make(recipe: str) -> Any:
         raise RayTaskError("ImportError: torch")
 
-    cluster.make = make
+    cluster.make = make  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match=r"^ImportError: torch$"):
         cluster.go(workers=1)
 

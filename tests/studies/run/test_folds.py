@@ -140,7 +140,8 @@ def test_a_source_that_leaks_is_refused(archive: Path) -> None:
     data = federate(DataSpec.model_validate(spec))
     assert patients_apart(data)
     test = data.sites["a"]["test"]
-    stolen = data.sites["a"] | {"train": Examples(test.inputs, test.targets, test.patients, test.ids)}
+    assert isinstance(test, Examples)
+    stolen = {**data.sites["a"], "train": Examples(test.inputs, test.targets, test.patients, test.ids)}
     object.__setattr__(data, "sites", {**data.sites, "a": stolen})
     with pytest.raises(DataError, match="leaks test patients into training"):
         patients_apart(data)

@@ -74,7 +74,7 @@ def write_volumes(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     for i in range(count):
         size = rng.integers(12, 22, 3)
-        center, grid = size / 2, np.indices(size).transpose(1, 2, 3, 0)
+        center, grid = size / 2, np.indices(size.tolist()).transpose(1, 2, 3, 0)
         mask = (((grid - center) ** 2).sum(-1) < 25).astype(np.uint8)
         values = rng.normal(100, 10, size) + 60 * mask
         nifti(folder / "images" / f"ball{i:02}.nii.gz", values.astype(np.float32))

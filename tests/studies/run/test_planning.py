@@ -14,6 +14,7 @@ from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
 from polyclinic.studies.run.planning import plan, sites_of
 from tests.data.catalog.test_dataset_catalog import picture, volume
+from tests.support.data_sets import loaded
 
 
 def registry(root: Path, rows: int = 120, missing: bool = True) -> dict[str, Any]:
@@ -41,11 +42,13 @@ def test_a_tables_plan_does_what_pooled_statistics_do(tmp_path: Path, external: 
     assert planned.sites.keys() == pooled.sites.keys()
     for site, roles in pooled.sites.items():
         for role, examples in roles.items():
-            torch.testing.assert_close(planned.sites[site][role].inputs, examples.inputs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                loaded(planned.sites[site][role]).inputs, loaded(examples).inputs, rtol=1e-5, atol=1e-5
+            )
 
 
 def test_only_training_rows_of_training_sites_are_counted(tmp_path: Path) -> None:
-    spec = DataSpec(**registry(tmp_path), external=["c"])
+    spec = DataSpec(**registry(tmp_path), external=("c",))
     found, data = sites_of(spec, 0), federate(spec, 0)
     assert {name: len(rows) for name, rows in found.items()} == {
         name: len(data.sites[name]["train"]) for name in ("a", "b")
@@ -73,7 +76,7 @@ def test_no_group_holds_few_and_small_sites_are_not_described(tmp_path: Path) ->
             assert all(share * present >= 9.9 for share in column.shares)
             assert sum(column.shares) == pytest.approx(1, abs=0.002) if column.shares else True
     with pytest.raises(DataError, match="too few to be described"):
-        plan(DataSpec(**table, external=["a", "b", "c"]), "s")
+        plan(DataSpec(**table, external=("a", "b", "c")), "s")
 
 
 def test_volumes_of_two_spacings_become_alike_by_the_plan(tmp_path: Path) -> None:
@@ -96,7 +99,7 @@ def test_volumes_of_two_spacings_become_alike_by_the_plan(tmp_path: Path) -> Non
     assert made.steps[0]["mm"] == pytest.approx([3.0, 2.0, 2.0], rel=0.02)
     data = federate(DataSpec(**table, plan=written(made, tmp_path)))
     assert data.shape == (1, *made.steps[2]["size"])
-    again = federate(DataSpec(**table, steps=[dict(step) for step in made.steps]))
+    again = federate(DataSpec.model_validate({**table, "steps": [dict(step) for step in made.steps]}))
     assert data.fingerprint == again.fingerprint  # what enters the study's identity is what the plan does, not its path
 
 
@@ -118,7 +121,7 @@ def test_pictures_get_the_mean_and_deviation_of_all_sites(tmp_path: Path) -> Non
     made = plan(DataSpec(**table), "s")
     assert [step["step"] for step in made.steps] == ["scale"]  # all are of one size, and a good one
     data = federate(DataSpec(**table, plan=written(made, tmp_path)))
-    x = torch.cat([roles["train"].inputs for roles in data.sites.values()])
+    x = torch.cat([loaded(roles["train"]).inputs for roles in data.sites.values()])
     assert float(x.mean()) == pytest.approx(0, abs=1e-3)
     assert float(x.std()) == pytest.approx(1, abs=1e-3)
 
@@ -179,7 +182,7 @@ def test_a_plan_beside_steps_or_of_another_kind_is_refused(tmp_path: Path) -> No
     table = registry(tmp_path)
     path = written(plan(DataSpec(**table), "s"), tmp_path)
     with pytest.raises(ValidationError, match="and so does statistics"):
-        DataSpec(**table, plan=path, statistics="site")
+        DataSpec.model_validate({**table, "plan": path, "statistics": "site"})
     picture(tmp_path / "x" / "a" / "1.png")
     with pytest.raises(DataError, match="made for a table, which this data is not"):
         federate(DataSpec(kind="folders", path=str(tmp_path / "x"), plan=path))

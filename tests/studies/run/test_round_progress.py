@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from polyclinic.core import atomic
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.studies.records.time_profile import Stopwatch
@@ -22,7 +23,8 @@ def final(watched: Path | None) -> dict[str, torch.Tensor]:
     state = method.init(method.task.first(0))
     for step in train(method, federation, state, rounds=3):
         state = step.state
-    return dict(method.request(state).trees["params"]) if method.request(state) else dict(state.params)
+    request = method.request(state)
+    return dict(request.trees["params"]) if request else dict(state.params)
 
 
 def test_a_watched_run_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +40,7 @@ def test_a_watched_run_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_file_is_written_at_most_twice_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
-    monkeypatch.setattr(round_progress.atomic, "write", lambda path, *_, **__: written.append(path))
+    monkeypatch.setattr(atomic, "write", lambda path, *_, **__: written.append(path))
     federation = WatchedFederation(
         InProcess(order().build_plan().build_method(), little_sites()), tmp_path / "x", Stopwatch()
     )

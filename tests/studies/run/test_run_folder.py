@@ -6,16 +6,20 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from rich.console import Console
 
 from polyclinic.core.atomic import PREFIX, SUFFIX
+from polyclinic.data.federation import Federated
+from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.splits import Fold
 from polyclinic.errors import IntegrityError, RunError
 from polyclinic.studies.config.schema import MethodSpec
+from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.run import method_run, run_lock
 from polyclinic.studies.run.cancellation import STOPPED, stopping
 from polyclinic.studies.run.events import Event, Job, cores
@@ -33,6 +37,7 @@ from polyclinic.studies.run.run_directory import (
     write_statistics,
     write_tensors,
 )
+from tests.support.known import known
 
 
 def test_a_deleted_run_is_gone_and_a_living_or_strange_folder_is_not(tmp_path: Path) -> None:
@@ -152,23 +157,19 @@ def test_files_of_tensors_keep_shared_and_strided_values_and_name_their_plan(tmp
 
 
 def test_inputs_are_described_once_unless_sites_differ(tmp_path: Path) -> None:
-    class Fit:
-        def __init__(self, words: str) -> None:
-            self.words = words
-
-        def text(self) -> str:
-            return self.words
+    def fit(words: str) -> Statistics:
+        return cast(Statistics, SimpleNamespace(text=lambda: words))
 
     assert statistics_file(tmp_path) is None
     write_statistics(tmp_path, {})
     assert list(tmp_path.iterdir()) == []
-    write_statistics(tmp_path, {"a": Fit("same"), "b": Fit("same")})
+    write_statistics(tmp_path, {"a": fit("same"), "b": fit("same")})
     assert statistics_file(tmp_path, "a") == statistics_file(tmp_path) == tmp_path / "inputs.toml"
     assert (tmp_path / "inputs.toml").read_text() == "same"
     (tmp_path / "inputs.toml").unlink()
-    write_statistics(tmp_path, {"a": Fit("one"), "b": Fit("two")})
+    write_statistics(tmp_path, {"a": fit("one"), "b": fit("two")})
     assert statistics_file(tmp_path) is None
-    assert statistics_file(tmp_path, "b").read_text() == "two"
+    assert known(statistics_file(tmp_path, "b")).read_text() == "two"
     assert statistics_file(tmp_path, "c") is None
 
 
@@ -220,9 +221,9 @@ def test_sites_that_do_not_train_are_external_unless_each_is_left_out_in_turn() 
         def __init__(self, **values: Any) -> None:
             vars(self).update(values)
 
-    data = Of(external=("x",))
-    assert method_run.external_in(["a", "x"], Of(folds=None), data) == ("x",)
-    assert method_run.external_in(["a", "x"], Of(folds="sites"), data) == ()
+    data = cast(Federated, Of(external=("x",)))
+    assert method_run.external_in(["a", "x"], cast(Study, Of(folds=None)), data) == ("x",)
+    assert method_run.external_in(["a", "x"], cast(Study, Of(folds="sites")), data) == ()
 
 
 class Named(str):

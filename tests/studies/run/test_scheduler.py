@@ -70,7 +70,8 @@ def npz(folder: Path, **changes: object) -> Path:
     images = (rng.normal(100, 30, (n, 8, 8)) + 40 * labels[:, None, None]).clip(0, 255).astype(np.uint8)
     site = np.array(list("abcd"))[np.arange(n) % 4]
     path = folder / "small.npz"
-    np.savez(path, **({"images": images, "labels": labels, "site": site} | changes))
+    arrays: dict[str, Any] = {"images": images, "labels": labels, "site": site}
+    np.savez(path, **(arrays | changes))
     return path
 
 
@@ -240,7 +241,7 @@ def test_a_cohort_is_asked_and_no_more(done: Path, tmp_path: Path) -> None:
     assert len({tuple(names) for names in asked}) > 1
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any] | None, str]] = {
     "nan": ({"images": np.full((160, 8, 8), np.nan, np.float32)}, "NaN"),
     "one class": ({"labels": np.zeros(160, int)}, "class"),
     "no such file": (None, "small.npz"),

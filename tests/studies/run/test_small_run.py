@@ -96,7 +96,7 @@ def test_events_say_what_the_records_say(done: Done) -> None:
         assert (sum(rounds[0]["bytes_up"].values()) > 0) == (method == "fedavg")
         assert all(r["asked"] == ["a", "b", "c"] and r["lost"] == {} and r["wall"] > 0 for r in rounds)
         assert all(set(r["seconds"]) == {"a", "b", "c"} for r in rounds)
-        scores = {r: {} for r in (0, 1, 2, 3)}
+        scores: dict[int, dict[str, Any]] = {r: {} for r in (0, 1, 2, 3)}
         for line in done.of(method, seed, "scores"):
             assert line["role"] == "val"
             assert line["n"] > 0

@@ -111,9 +111,9 @@ def test_of_two_fresh_runs_at_once_the_second_is_refused(here: Path) -> None:
     list(run(parse(study), study, here / "run"))
     events = run(parse(study), study, here / "run", fresh=True)
     next(events)
-    for options in ({"fresh": True}, {"resume": True}):
+    for fresh in (True, False):
         with pytest.raises(RunHeld, match=rf"process {os.getpid()} works on this run"):
-            next(run(parse(study), study, here / "run", **options))
+            next(run(parse(study), study, here / "run", fresh=fresh, resume=not fresh))
     assert len(list(events)) > 4
     assert [e["event"] for e in verify(here / "run" / "journal.jsonl")].count("begun") == 1
 
@@ -133,7 +133,7 @@ def test_fresh_deletes_nothing_if_the_study_cannot_run(here: Path) -> None:
 
 def test_a_lock_in_a_deleted_folder_is_no_lock(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process deletes the folder between the opening and the locking of the lock's file."""
-    real, calls = fcntl.flock, []
+    real, calls = fcntl.flock, list[int]()
 
     def flock(file: IO[str], how: int) -> None:
         if not calls:

@@ -1,6 +1,7 @@
 """Where the time of a run went: phases do not overlap, and measuring them changes nothing."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.studies.run.test_scheduler import npz, same, study
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that shows its only number."""
     now = [100.0]
-    monkeypatch.setattr(time_profile.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 

@@ -21,6 +21,7 @@ from polyclinic.data.sources.dicom_images import DicomImages
 from polyclinic.data.sources.manifest import Manifest
 from polyclinic.studies.config import study_config
 from polyclinic.studies.config.new_study import new_study
+from tests.support.data_sets import loaded
 from tests.support.image_files import Dataset, Items, image, oblique, pydicom, save, series
 
 SIZE = (5, 8, 9)
@@ -307,7 +308,7 @@ def test_a_study_reads_them_as_masks(tmp_path: Path) -> None:
         rows.append(f"ct{i},seg{i}.dcm,P{i}")
     (tmp_path / "list.csv").write_text("\n".join(rows))
     source = Manifest(path=str(tmp_path / "list.csv"), segments=("Liver", "Tumor"))
-    examples = source.examples(source.table().ids)
+    examples = loaded(source.examples(source.table().ids))
     assert source.info.classes == ("background", "Liver", "Tumor")
     assert [int((y == 2).sum()) > 0 for y in examples.targets] == [False, True, True]
     assert source.fingerprint != Manifest(path=source.path, segments=("Tumor", "Liver")).fingerprint
@@ -353,7 +354,7 @@ def test_a_tree_pairs_series_with_the_masks_that_refer_to_them(tmp_path: Path) -
     assert source.info.task == "segmentation"
     assert source.info.classes == ("background", "Liver", "Tumor")
     assert any("1 series without a segmentation" in note for note in source.info.notes)
-    examples = source.examples(table.ids)
+    examples = loaded(source.examples(table.ids))
     assert [bool((y == 2).any()) for y in examples.targets] == [False, False, True]
     assert int((examples.targets[1] == 1).sum()) == int(enclosed(OUTER).sum())
     alone = read_case([tmp_path / "t" / "c"], tmp_path / "t" / "masks" / "0", ImageOptions(segments=("Liver", "Tumor")))
@@ -445,4 +446,4 @@ def test_names_with_wildcards_are_proposed_as_they_are(tmp_path: Path) -> None:
     found = recognize(tmp_path)
     assert found.options["segments"] == ["GTV[[]1][*]", "GTV1"]
     source = DataSpec(**found.options).source()
-    assert int((source.examples(source.table().ids).targets == 1).sum()) == int(enclosed(OUTER).sum())
+    assert int((loaded(source.examples(source.table().ids)).targets == 1).sum()) == int(enclosed(OUTER).sum())

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -214,10 +215,11 @@ def test_a_dose_grid_is_in_gray_at_its_offsets() -> None:
 
 
 def test_missing_uneven_and_sheared_slices_are_refused(tmp_path: Path) -> None:
-    def heights(name: str, zs: list[float], ys: list[float] | None = None) -> Path:
+    def heights(name: str, zs: Sequence[float], ys: Sequence[float] | None = None) -> Path:
         uid = pydicom.uid.generate_uid()
         for k, z in enumerate(zs):
-            where = {"ImagePositionPatient": [0, (ys or [0] * 9)[k], z], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+            where: dict[str, Any] = {"ImagePositionPatient": [0, (ys or [0] * 9)[k], z]}
+            where["ImageOrientationPatient"] = [1, 0, 0, 0, 1, 0]
             dataset = image(VOLUME[0], SeriesInstanceUID=uid, PixelSpacing=[1, 1], **where)
             save(dataset, tmp_path / name / f"{k}.dcm")
         return tmp_path / name
@@ -282,7 +284,11 @@ def test_not_finite_numbers_in_the_header_are_refused(tmp_path: Path) -> None:
         ("ImageOrientationPatient", ["1", "0", "0", "1", "0", "0"], "perpendicular"),
         ("ImagePositionPatient", ["inf", "0", "0"], "ImagePositionPatient is not 3 finite"),
     ):
-        fields = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [0, 0, 0], field: value}
+        fields: dict[str, Any] = {
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "ImagePositionPatient": [0, 0, 0],
+            field: value,
+        }
         with quiet():
             path = save(image(pixels, **{"PixelSpacing": [1, 1], **fields}), tmp_path / "a.dcm")
         with pytest.raises(Unreadable, match=why):

@@ -78,7 +78,7 @@ def test_krum_and_multi_krum(seed: int) -> None:
 @pytest.mark.parametrize(("n", "f"), [(7, 1), (11, 2), (12, 2), (15, 3)])
 def test_bulyan(n: int, f: int) -> None:
     x = draw(n, n)
-    left, chosen = list(range(n)), []
+    left, chosen = list(range(n)), list[int]()
     while len(chosen) < n - 2 * f:
         chosen.append(left.pop(int(krum_order(x[left], f)[0])))
     few = x[chosen]

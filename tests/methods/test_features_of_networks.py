@@ -18,6 +18,8 @@ from tests.support.few_labels import half_labeled
 VIT = (("hidden_size", 12), ("mlp_dim", 24), ("num_heads", 2), ("num_layers", 2), ("patch_size", 4))
 NETWORKS = {
     "cnn, batch": (Network("cnn", (1, 8, 8), 2, (("width", 6), ("depth", 2))), 12),
+    "cnn, batch, 3-D": (Network("cnn", (1, 8, 8, 8), 2, (("width", 6), ("depth", 2))), 12),
+    "cnn, group": (Network("cnn", (1, 8, 8), 2, (("width", 8), ("depth", 2), ("norm", "group"))), 16),
     "cnn, group, 3-D": (Network("cnn", (1, 8, 8, 8), 2, (("width", 8), ("depth", 2), ("norm", "group"))), 16),
     "vit": (Network("vit", (1, 8, 8), 2, VIT), 12),
     "vit, 3-D": (Network("vit", (1, 8, 8, 8), 2, VIT), 12),

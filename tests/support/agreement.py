@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,16 +44,34 @@ def place(kind: str, classes: int = 2) -> tuple[Classification, dict[str, Site]]
     return Classification(network), little_sites(network.inputs, classes=classes)
 
 
-def minibatches(local: LocalTraining, site: Site, round: int = 0, slot: str = "") -> Iterator[tuple[Tensor, Tensor]]:
-    """The minibatches that ``LocalTraining.fit`` takes."""
+def minibatches(
+    local: LocalTraining, site: Site, round: int = 0, slot: str = "", data: Any = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The minibatches that ``LocalTraining.fit`` takes, of the training examples unless others are given."""
     rng = site.rng(round, "train", "train", slot)
     torch.randint(2**62, (), generator=rng)  # what `seeded` draws
-    yield from local.batches(site.data["train"], rng)
+    yield from local.batches(site.data["train"] if data is None else data, rng)
 
 
 def ready(task: Task, params: Tree) -> nn.Module:
     """A new model with ``params``, in training mode."""
     return load(task.model(), params).train()
+
+
+def in_head(name: str) -> bool:
+    """Whether a tensor of one of the networks in ``KINDS`` belongs to its head."""
+    return name.startswith(("head.", "classification_head."))
+
+
+def entering(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters the head, averaged over space or tokens, and the prediction, from one pass."""
+    seen: list[Tensor] = []
+    head = next(m for n, m in model.named_modules() if in_head(f"{n}."))
+    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    z = model(x)
+    hook.remove()
+    h = seen[0]
+    return (h.flatten(2).mean(2) if h.ndim > 2 else h), z
 
 
 def statistics(model: nn.Module) -> Tree:

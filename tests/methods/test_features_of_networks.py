@@ -58,8 +58,11 @@ def test_projections_of_a_transformer_differ() -> None:
     assert float((q @ q.T).min()) < 0.999
 
 
+@pytest.mark.parametrize("kind", ["vit", pytest.param("vit, 3-D", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_trains_on_the_features_of_a_transformer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_trains_on_the_features_of_a_transformer(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[torch.Tensor] = []
     pooled = latent.pooled
 
@@ -68,8 +71,9 @@ def test_a_method_trains_on_the_features_of_a_transformer(name: str, monkeypatch
         return pooled(h)
 
     monkeypatch.setattr(latent, "pooled", record)
-    task = Classification(NETWORKS["vit"][0])
-    sites: dict[str, Site] = half_labeled(labeled=1) if name == "fedcy" else little_sites()
+    task = Classification(NETWORKS[kind][0])
+    sites: dict[str, Site] = little_sites(task.network.inputs)
+    sites = half_labeled(labeled=1, sites=sites) if name == "fedcy" else sites
     for site in sites.values():
         for data in site.data.values():
             data.videos = torch.arange(len(data)) // 4

@@ -106,6 +106,9 @@ NETWORKS = {
     "batch": None,
     "group": Network("cnn", (1, 8, 8), 2, (("width", 8), ("depth", 2), ("norm", "group"))),
     "vit": OF_ALL_KINDS["vit"][0],
+    "batch, 3-D": OF_ALL_KINDS["cnn, batch, 3-D"][0],
+    "group, 3-D": OF_ALL_KINDS["cnn, group, 3-D"][0],
+    "vit, 3-D": OF_ALL_KINDS["vit, 3-D"][0],
 }
 """Networks of the property test; None for that of the contract tests, which has batch normalization."""
 
@@ -113,7 +116,8 @@ NETWORKS = {
 def planned(name: str, rounds: int, kind: str = "batch") -> tuple[Method[Any], Task, dict[str, Site]]:
     """Return ``case(name)`` with the number of rounds that the study plans, and a network of the given kind."""
     _, task, sites = case(name)
-    task = task.with_network(NETWORKS[kind]) if NETWORKS[kind] else task
+    if network := NETWORKS[kind]:
+        task, sites = task.with_network(network), little_sites(network.inputs)
     return build(name, Setting(task, LOCAL, tuple(sites), rounds), FEW_STEPS.get(name)), task, sites
 
 
@@ -165,6 +169,9 @@ def test_every_method_is_covered() -> None:
         pytest.param({n for n in HAVE if classifies(n)}, "batch", id="all", marks=pytest.mark.slow),
         pytest.param(QUICK, "group", id="some, group", marks=pytest.mark.slow),
         pytest.param(QUICK - {"split", "u-split"}, "vit", id="some, vit", marks=pytest.mark.slow),  # layers in a row
+        pytest.param(QUICK, "batch, 3-D", id="some, batch, 3-D", marks=pytest.mark.slow),
+        pytest.param(QUICK, "group, 3-D", id="some, group, 3-D", marks=pytest.mark.slow),
+        pytest.param(QUICK - {"split", "u-split"}, "vit, 3-D", id="some, vit, 3-D", marks=pytest.mark.slow),
     ],
 )
 def test_no_part_is_untrained_and_no_two_methods_share_all_digits(names: set[str], kind: str) -> None:
@@ -177,7 +184,12 @@ def test_no_part_is_untrained_and_no_two_methods_share_all_digits(names: set[str
         digests.setdefault(scores, set()).add(name)
     assert not untrained
     shared = [found for found in digests.values() if len(found) > 1]
-    same = dict(SAME if kind == "batch" else WITHOUT_STATISTICS)
+    same = dict(SAME if kind.startswith("batch") else WITHOUT_STATISTICS)
+    if kind == "batch, 3-D":
+        same["fedavg"] = {
+            **same["fedavg"],
+            "apfl": "its shared model; the other network has dropout, of which it draws more",
+        }
     if kind == "vit":
         same["fedavg"] = {**same["fedavg"], "ifca": "all sites choose one of the two models"}
     expected = [{name, *others} & names for name, others in same.items()]

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.learning.networks.model_tree import load, params_of
+from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
-from tests.conftest import little_sites
+from tests.conftest import little_sites, segmentation_sites
 from tests.methods.test_features_of_networks import NETWORKS
 
 QUICK = ("cnn, batch", "cnn, group, 3-D")
@@ -24,6 +26,22 @@ KINDS = tuple(
     for kind in ("cnn, batch", "cnn, batch, 3-D", "cnn, group", "cnn, group, 3-D", "vit", "vit, 3-D")
 )
 """Networks with batch normalization, with group normalization, and a transformer, each in two and three dimensions."""
+
+
+UNETR = (("feature_size", 4), ("hidden_size", 12), ("mlp_dim", 24), ("num_heads", 2))
+MASK_NETWORKS = {
+    f"{name}{after}": Network(of, (1, *[16] * dims), 2, options)
+    for name, of, options in (
+        ("unet, batch", "unet", (("width", 2), ("norm", "batch"))),
+        ("unet, group", "unet", (("width", 8), ("norm", "group"))),
+        ("unetr", "unetr", UNETR),
+    )
+    for dims, after in ((2, ""), (3, ", 3-D"))
+}
+MASK_KINDS = tuple(
+    kind if kind == "unet, batch" else pytest.param(kind, marks=pytest.mark.slow) for kind in MASK_NETWORKS
+)
+"""Networks for segmentation: a U-Net with batch or group normalization, and UNETR, each in 2-D and 3-D."""
 
 
 def agree(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], most: float = 1e-5) -> None:
@@ -42,6 +60,12 @@ def place(kind: str, classes: int = 2) -> tuple[Classification, dict[str, Site]]
     """A task with the network ``kind``, and three sites for it."""
     network = replace(NETWORKS[kind][0], outputs=classes)
     return Classification(network), little_sites(network.inputs, classes=classes)
+
+
+def place_of_masks(kind: str) -> tuple[Segmentation, dict[str, Site]]:
+    """A task of segmentation with the network ``kind``, and three sites for it."""
+    network = MASK_NETWORKS[kind]
+    return Segmentation(network), segmentation_sites(dims=len(network.inputs) - 1)
 
 
 def minibatches(

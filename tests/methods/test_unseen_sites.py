@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from polyclinic.compression.downlink import received_through
 from polyclinic.compression.quantization import BFloat16
@@ -219,6 +220,20 @@ def test_recomputed_statistics_are_those_of_the_inputs(shape: tuple[int, ...]) -
             h = layer(h)
     unchanged = [name for name in params if "running" not in name]
     assert equal({name: found[name] for name in unchanged}, {name: params[name] for name in unchanged})
+
+
+@pytest.mark.parametrize("kind", ["cnn, batch", "cnn, batch, 3-D", "cnn, group", "vit, 3-D"])
+def test_recomputed_statistics_of_several_batches_are_pytorchs(kind: str) -> None:
+    """Against ``torch.optim.swa_utils.update_bn``, which averages over batches; nothing changes without statistics."""
+    network = OF_ALL_KINDS[kind][0]
+    task, data = Classification(network), blobs(5, 192, network.inputs, 2.0)
+    found, model = recomputed(task, task.first(), data), task.model()
+    model.load_state_dict(task.first(), strict=False)
+    update_bn(data.x.split(64), model)
+    wanted = {name: leaf for name, leaf in model.state_dict().items() if name in found}
+    for name, leaf in wanted.items():
+        torch.testing.assert_close(found[name], leaf, atol=1e-5, rtol=1e-5)
+    assert equal(found, task.first()) == ("batch" not in kind)
 
 
 def test_batches_have_at_least_two_examples() -> None:

@@ -1,4 +1,4 @@
-"""Rounds of the methods of federated optimization, written again with PyTorch's SGD, on networks of every kind.
+"""Rounds of the methods with one global model, written again with PyTorch's SGD, on networks of every kind.
 
 Each reference has the equations of the paper or of the official code, named beside it, and uses nothing of the method:
 no local training, no aggregation and no state of it. What is compared is the global model after three rounds of three
@@ -214,6 +214,41 @@ def afl(task: Classification, sites: dict[str, Site], options: dict[str, Any]) -
     return w
 
 
+def ida(task: Classification, sites: dict[str, Site], options: dict[str, Any]) -> Tree:
+    """Yeganeh et al., equations 3 to 6: weights are inverse L1 distances from the mean; statistics have them, too."""
+    w = task.first()
+    for round in range(ROUNDS):
+        ends = [descent(task, w, site, LOCAL, round) for site in sites.values()]
+        middle = mean(ends)
+        distances = [
+            sum(float((end[n].double() - middle[n].double()).abs().sum()) for n in learned(task)) for end in ends
+        ]
+        w = mean(ends, [1 / distance for distance in distances])
+    return w
+
+
+def fedgma(task: Classification, sites: dict[str, Site], options: dict[str, Any]) -> Tree:
+    """Tenison et al., Algorithm 1: a coordinate moves by its agreement, if that is below τ."""
+    w, n = task.first(), sizes(sites)
+    for round in range(ROUNDS):
+        moves = [tree.sub(descent(task, w, site, LOCAL, round), w) for site in sites.values()]
+        step = mean(moves, n)
+        for name in learned(task):
+            agreement = sum(k * move[name].sign() for k, move in zip(n, moves, strict=True)).abs() / sum(n)
+            step[name] = torch.where(agreement >= options["threshold"], step[name], agreement * step[name])
+        w = plus(w, step)
+    return w
+
+
+def cyclic(task: Classification, sites: dict[str, Site], options: dict[str, Any]) -> Tree:
+    """Chang et al. (2018): the model is passed on from site to site."""
+    w = task.first()
+    for round in range(ROUNDS):
+        for site in sites.values():
+            w = descent(task, w, site, LOCAL, round)
+    return w
+
+
 PUBLISHED: dict[str, tuple[str, Reference, dict[str, Any]]] = {
     "fedavg": ("fedavg", fedavg, {}),
     "fedavg, equal weights": ("fedavg", fedavg, {"uniform": True}),
@@ -232,6 +267,9 @@ PUBLISHED: dict[str, tuple[str, Reference, dict[str, Any]]] = {
     "fednova": ("fednova", fednova, {"mu": 2.0}),
     "q-ffl": ("q-ffl", q_ffl, {"q": 1.5}),
     "afl": ("afl", afl, {"rate": 0.4}),
+    "ida": ("ida", ida, {}),
+    "fedgma": ("fedgma", fedgma, {"threshold": 0.8}),
+    "cyclic": ("cyclic", cyclic, {}),
 }
 
 

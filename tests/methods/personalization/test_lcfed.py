@@ -1,6 +1,5 @@
 """LC-Fed's two parts against the published steps, its limits, and evaluation inside and outside."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.lcfed import LCFed
 from polyclinic.methods.personalization.lcfed_network import blurred, disagreement, peaks
+from polyclinic.testing import equal
 from tests.conftest import segmentation_sites
-from tests.support.agreement import MASK_KINDS, agree, mean, minibatches, place_of_masks
+from tests.support.agreement import MASK_KINDS, agree, largest_gap, mean, minibatches, place_of_masks
 from tests.support.few_labels import run
 
 TASK = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
@@ -91,16 +91,18 @@ def test_the_second_head_is_the_published_one(kind: str) -> None:
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @pytest.mark.slow
 def test_two_rounds_are_the_published_ones(kind: str) -> None:
-    """The head for some steps, the whole network, the second head on fixed features; then the mean of the bodies."""
+    """The head alone in the first steps, then the second head on fixed features; then the mean of the bodies."""
     task, sites = place_of_masks(kind)
-    local = LocalTraining(epochs=1, batch_size=5, lr=0.01)
+    local = LocalTraining(epochs=2, batch_size=5, lr=0.001)
     method = LCFed(task, NAMES, local, head_steps=2)
     step, engine = run(method, sites, task.first())
 
-    def fitted(of: Any, params: Any, only: Any, site: Site, round: int, slot: str, steps: int | None = None) -> Any:
+    def fitted(of: Any, params: Any, only: Any, site: Site, round: int, slot: str, alone: int = 0) -> Any:
         model = load(of.model(), params).train()
-        optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if only(n)], 0.01)
-        for x, y in minibatches(replace(local, steps=steps), site, round, slot):
+        optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if only(n)], 0.001)
+        for i, (x, y) in enumerate(minibatches(local, site, round, slot)):
+            for n, p in model.named_parameters():
+                p.requires_grad_(only(n) and (i >= alone or task.network.in_head(n)))
             optimizer.zero_grad()
             task.loss(model, (x, y)).backward()
             optimizer.step()
@@ -114,8 +116,7 @@ def test_two_rounds_are_the_published_ones(kind: str) -> None:
         ends, flat = {}, torch.stack([torch.cat([x.flatten() for x in heads[n].values()]) for n in NAMES])
         for k, (name, site) in enumerate(sites.items()):
             begun = {**shared, **heads[name], "site": torch.eye(3)[k]}
-            end = fitted(whole, begun, task.network.in_head, site, round, "head", 2)
-            end = fitted(whole, end, lambda n: True, site, round, "")
+            end = fitted(whole, begun, lambda n: True, site, round, "", alone=2)
             both = {f"net.{n}": x for n, x in end.items()} | second[name] | {"heads": flat, "use": torch.ones(())}
             both = fitted(parts, both, lambda n: n.startswith("calibrate."), site, round, "calibrate")
             second[name] = {n: x for n, x in both.items() if n.startswith("calibrate.")}
@@ -125,7 +126,23 @@ def test_two_rounds_are_the_published_ones(kind: str) -> None:
     agree({n: x for n, x in step.state.params.items() if n in shared}, shared)
     for name in NAMES:
         agree({n: engine.memory[name]["own"][n] for n in heads[name]}, heads[name])
-        agree(engine.memory[name]["calibrate"], second[name])
+    # Rounding can move a peak of the disagreement to the next pixel, which changes the second head a little.
+    gaps = [largest_gap(engine.memory[name]["calibrate"], second[name]) for name in NAMES]
+    changes = [largest_gap(second[name], parts.first()) for name in NAMES]
+    assert min(gaps) < 1e-5
+    assert all(gap < 5e-3 * change for gap, change in zip(gaps, changes, strict=True))
+
+
+def test_the_head_alone_is_trained_in_at_most_half_of_the_steps() -> None:
+    """With few images the other layers would not be trained at all."""
+    site, few, found = segmentation_sites()["site-0"], LocalTraining(steps=4, batch_size=5, lr=0.05), {}
+    for steps in (0, 2, 1000):
+        method = LCFed(TASK, NAMES, few, head_steps=steps)
+        reply, _ = method.site_update(method.request(method.init(TASK.first())), {}, site)
+        found[steps] = reply.mean("update").value
+    assert equal(found[2], found[1000])
+    assert not equal(found[0], found[2])
+    assert found[1000]["select.gate.0.weight"].any()
 
 
 def test_an_unseen_site_disagrees_with_all_heads_and_one_site_with_none() -> None:

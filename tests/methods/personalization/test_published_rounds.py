@@ -24,6 +24,7 @@ from tests.support.agreement import (
     agree,
     descent,
     entering,
+    full_loss,
     in_head,
     largest_gap,
     mean,
@@ -238,6 +239,36 @@ def fedsm(task: Classification, sites: dict[str, Site], options: dict[str, Any])
     return w, own
 
 
+def ifca(task: Classification, sites: dict[str, Site], options: dict[str, Any]) -> Found:
+    """Ghosh et al. (2020), Algorithm 1 with model averaging: a site joins the model with its lowest loss."""
+    models, chosen = [task.first(), task.first(1001)], dict[str, int]()
+    for round in range(ROUNDS):
+        ends: list[list[Tree]] = [[], []]
+        weights: list[list[float]] = [[], []]
+        for name, site in sites.items():
+            losses = [full_loss(task, model, site) for model in models]
+            chosen[name] = losses.index(min(losses))
+            ends[chosen[name]].append(descent(task, models[chosen[name]], site, LOCAL, round))
+            weights[chosen[name]].append(float(len(site.data["train"])))
+        models = [mean(e, w) if e else model for e, w, model in zip(ends, weights, models, strict=True)]
+    largest = max((0, 1), key=lambda j: sum(weights[j]))
+    return models[largest], {name: models[j] for name, j in chosen.items()}
+
+
+def fednorm(task: Classification, sites: dict[str, Site], options: dict[str, Any]) -> Found:
+    """Bernecker et al. (2022), section 3: normalization is averaged within a modality, all else over all sites."""
+    of, models, layers = options["modalities"], {name: task.first() for name in sites}, normalization(task)
+    for round in range(ROUNDS):
+        ends = [descent(task, models[name], site, LOCAL, round) for name, site in sites.items()]
+        for name, modality in zip(sites, of, strict=True):
+            same = [k for k in range(3) if of[k] == modality]
+            inside = mean([ends[k] for k in same], [sizes(sites)[k] for k in same])
+            over_all = mean(ends, sizes(sites))
+            models[name] = {n: inside[n] if n in layers else x for n, x in over_all.items()}
+    shared = {n: x for n, x in models["site-0"].items() if n not in layers}
+    return shared, models
+
+
 PUBLISHED: dict[str, tuple[str, Reference, dict[str, Any]]] = {
     "fedbn": ("fedbn", fedbn, {}),
     "silobn": ("silobn", silobn, {}),
@@ -252,9 +283,11 @@ PUBLISHED: dict[str, tuple[str, Reference, dict[str, Any]]] = {
     "fedmri, all encoders": ("fedmri", fedmri, {"beta": 0.5, "others": True}),
     "iop-fl": ("iop-fl", iop_fl, {"alpha": 0.3}),
     "fedsm": ("fedsm", fedsm, {"pull": 0.7}),
+    "ifca": ("ifca", ifca, {}),
+    "fednorm": ("fednorm", fednorm, {"modalities": ("mr", "ct", "mr")}),
 }
-WITHOUT_EFFECT = {("silobn", kind) for kind in ("cnn, group", "cnn, group, 3-D", "vit", "vit, 3-D")}
-"""Without running statistics there is nothing to keep."""
+WITHOUT_EFFECT = {("silobn", kind) for kind in ("cnn, group", "cnn, group, 3-D", "vit", "vit, 3-D")} | {("ifca", "vit")}
+"""Without running statistics there is nothing to keep, and all sites may choose one of IFCA's two models."""
 
 
 def own_model(method: Any, state: Any, memory: Any, name: str, task: Classification) -> Tree:

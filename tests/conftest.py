@@ -123,16 +123,16 @@ def real_data() -> Path:
     return Path(folder)
 
 
-def segmentation_sites(count: int = 3) -> dict[str, Site]:
-    """``count`` sites with noisy images of 16 x 16 pixels that hold a bright disc, and its mask."""
-    grid = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")).float()
+def segmentation_sites(count: int = 3, dims: int = 2) -> dict[str, Site]:
+    """``count`` sites with noisy images of 16 pixels along each axis that hold a bright disc or ball, and its mask."""
+    grid = torch.stack(torch.meshgrid(*[torch.arange(16)] * dims, indexing="ij")).float()
 
     def discs(seed: int, n: int, shift: float) -> Rows:
         rng = torch.Generator().manual_seed(seed)
-        center = 4 + 8 * torch.rand(n, 2, 1, 1, generator=rng)
-        radius = 2 + 2 * torch.rand(n, 1, 1, generator=rng)
+        center = 4 + 8 * torch.rand(n, dims, *[1] * dims, generator=rng)
+        radius = 2 + 2 * torch.rand(n, *[1] * dims, generator=rng)
         mask = ((grid - center).square().sum(1) < radius**2).long()
-        return Rows((mask + 0.3 * torch.randn(n, 16, 16, generator=rng) + shift)[:, None], mask)
+        return Rows((mask + 0.3 * torch.randn(n, *[16] * dims, generator=rng) + shift)[:, None], mask)
 
     roles = {"train": 10, "val": 4, "test": 4, "unlabeled": 8}
     public = {"public": discs(999, 8, 0.2)}

@@ -152,6 +152,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "McMahan et al. 2017; Li et al. 2018",
             unseen=RECOMPUTED,
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "fedsgd",
@@ -401,6 +402,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("gaussian",),
             exposes="which cluster a site chose shows its training loss",
+            fidelity=EXACT,
         ),
         Entry(
             "cfl",
@@ -452,6 +454,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model, and the site's modality",
             private=BOTH,
             unseen="the shared model, with the mean of all modalities' normalization layers",
+            fidelity=EXACT,
         ),
         Entry(
             "fedmri",
@@ -690,6 +693,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Chen et al. 2025 (NeurIPS)",
             "the change of one factor of each adapter, and of the head",
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "ffa-lora",
@@ -698,16 +702,18 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Sun et al. 2024 (ICLR)",
             "the change of one factor of each adapter, and of the head",
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "fedsa-lora",
             "adapters.alternating:fedsa_lora",
             "one factor of every adapter is shared, the other stays at the sites",
             "Guo et al. 2025 (ICLR)",
-            "the change of one factor of each adapter, and of the head",
+            "the change of one factor of each adapter",
             stateful=True,
             private=BOTH,
             unseen=NOTHING,
+            fidelity=EXACT,
         ),
         Entry(
             "flexlora",
@@ -716,6 +722,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Bai et al. 2024 (NeurIPS)",
             "the change of the head; the adapters, which the server sees site by site",
             private=("dp-sgd",),
+            fidelity="departs: all sites have the same rank; both factors get the square roots of the singular values",
         ),
         Entry(
             "flora",
@@ -797,6 +804,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=("gaussian",),
             exposes="it sends exact sums of features, and they enter every gradient",
             stacks=True,
+            fidelity=EXACT,
         ),
         Entry(
             "vafl",
@@ -837,6 +845,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes="it sends exact statistics of the images",
             unseen="the global model, with statistics of its own images",
+            fidelity=EXACT,
         ),
         Entry(
             "mixstyle",
@@ -1043,6 +1052,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=BOTH,
             exclusive=True,
+            fidelity=EXACT,
         ),
         Entry(
             "teacher-student",
@@ -1153,6 +1163,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unseen=NOTHING,
             private=BOTH,
+            fidelity="departs: common tensors begin with the same values everywhere",
         ),
     ),
     "Server end: weight aggregation": (
@@ -1171,6 +1182,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Yeganeh et al. 2020",
             SEEN,
             private=("dp-sgd",),
+            fidelity=EXACT,
         ),
         Entry(
             "prr-fl",
@@ -1229,6 +1241,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Tenison et al. 2023",
             "the change of the model, and its signs",
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "fedbuff",
@@ -1475,6 +1488,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Chang et al. 2018",
             "the change of the model, which the next site sees",
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "split",
@@ -1486,6 +1500,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes=OWN_STEPS,
             fixed={"u_shaped": False},
+            fidelity=EXACT,
         ),
         Entry(
             "u-split",
@@ -1497,6 +1512,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes=OWN_STEPS,
             fixed={"u_shaped": True},
+            fidelity=EXACT,
         ),
     ),
     "Data statistics": (
@@ -1530,6 +1546,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Tian et al. 2024",
             "the change of the model and its statistics, once, which the server sees site by site",
             private=("dp-sgd",),
+            fidelity=ABSTRACT,
         ),
         Entry(
             "fisher-merging",
@@ -1539,6 +1556,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model, once, and the Fisher information of each parameter",
             private=("gaussian",),
             exposes="the Fisher information is computed from the data without noise",
+            fidelity="departs: one class is drawn for each image instead of the sum over all classes",
         ),
         Entry(
             "regmean",
@@ -1548,6 +1566,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model, once, and the second moments of the inputs of its layers",
             private=("gaussian",),
             exposes="the second moments of layers' inputs are computed from the data without noise",
+            fidelity="departs: convolutions are merged as linear layers of their patches",
         ),
     ),
 }

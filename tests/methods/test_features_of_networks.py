@@ -18,6 +18,8 @@ from tests.support.few_labels import half_labeled
 VIT = (("hidden_size", 12), ("mlp_dim", 24), ("num_heads", 2), ("num_layers", 2), ("patch_size", 4))
 NETWORKS = {
     "cnn, batch": (Network("cnn", (1, 8, 8), 2, (("width", 6), ("depth", 2))), 12),
+    "cnn, batch, 3-D": (Network("cnn", (1, 8, 8, 8), 2, (("width", 6), ("depth", 2))), 12),
+    "cnn, group": (Network("cnn", (1, 8, 8), 2, (("width", 8), ("depth", 2), ("norm", "group"))), 16),
     "cnn, group, 3-D": (Network("cnn", (1, 8, 8, 8), 2, (("width", 8), ("depth", 2), ("norm", "group"))), 16),
     "vit": (Network("vit", (1, 8, 8), 2, VIT), 12),
     "vit, 3-D": (Network("vit", (1, 8, 8, 8), 2, VIT), 12),
@@ -56,8 +58,11 @@ def test_projections_of_a_transformer_differ() -> None:
     assert float((q @ q.T).min()) < 0.999
 
 
+@pytest.mark.parametrize("kind", ["vit", pytest.param("vit, 3-D", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_trains_on_the_features_of_a_transformer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_trains_on_the_features_of_a_transformer(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[torch.Tensor] = []
     pooled = latent.pooled
 
@@ -66,8 +71,9 @@ def test_a_method_trains_on_the_features_of_a_transformer(name: str, monkeypatch
         return pooled(h)
 
     monkeypatch.setattr(latent, "pooled", record)
-    task = Classification(NETWORKS["vit"][0])
-    sites: dict[str, Site] = half_labeled(labeled=1) if name == "fedcy" else little_sites()
+    task = Classification(NETWORKS[kind][0])
+    sites: dict[str, Site] = little_sites(task.network.inputs)
+    sites = half_labeled(labeled=1, sites=sites) if name == "fedcy" else sites
     for site in sites.values():
         for data in site.data.values():
             data.videos = torch.arange(len(data)) // 4

@@ -11,6 +11,8 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.weights.store import VARIABLE
 from polyclinic.methods.catalog import METHODS
 from polyclinic.methods.frozen_networks import NEEDS
+from polyclinic.methods.published_settings import PUBLISHED
+from polyclinic.studies.config.method_study import with_method
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.scheduler import run
 from tests.studies.run.test_scheduler import facts, same
@@ -154,6 +156,17 @@ def test_some_by_name(tmp_path: Path) -> None:
     """Of those that take long, a few: an average, site states, the server's images, a merge of heads."""
     check("images", ["fedavg", "scaffold", "feddf", "split"], tmp_path)
     check("fast scans", ["silobn"], tmp_path / "scans")
+
+
+@pytest.mark.parametrize("name", [n if n == "cfl" else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED])
+def test_a_study_with_published_settings_is_run(name: str, tmp_path: Path) -> None:
+    """``polyclinic new --method``: one round of the method and the baselines, with the settings that it writes."""
+    kind = next(kind for kind, (_, _, names) in KINDS.items() if name in names)
+    study = with_method(text(tmp_path, kind, [name]).replace("rounds = 2", "rounds = 1"), name)
+    found = whole(study, tmp_path / "run")
+    rounds = [f["method"] for f in found if f["kind"] == "round"]
+    assert rounds.count(name) == 1
+    assert name in {f["method"] for f in found if f["kind"] == "test"}
 
 
 def check(kind: str, names: Sequence[str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from polyclinic.compression.downlink import received_through
 from polyclinic.compression.quantization import BFloat16
@@ -106,6 +107,9 @@ NETWORKS = {
     "batch": None,
     "group": Network("cnn", (1, 8, 8), 2, (("width", 8), ("depth", 2), ("norm", "group"))),
     "vit": OF_ALL_KINDS["vit"][0],
+    "batch, 3-D": OF_ALL_KINDS["cnn, batch, 3-D"][0],
+    "group, 3-D": OF_ALL_KINDS["cnn, group, 3-D"][0],
+    "vit, 3-D": OF_ALL_KINDS["vit, 3-D"][0],
 }
 """Networks of the property test; None for that of the contract tests, which has batch normalization."""
 
@@ -113,7 +117,8 @@ NETWORKS = {
 def planned(name: str, rounds: int, kind: str = "batch") -> tuple[Method[Any], Task, dict[str, Site]]:
     """Return ``case(name)`` with the number of rounds that the study plans, and a network of the given kind."""
     _, task, sites = case(name)
-    task = task.with_network(NETWORKS[kind]) if NETWORKS[kind] else task
+    if network := NETWORKS[kind]:
+        task, sites = task.with_network(network), little_sites(network.inputs)
     return build(name, Setting(task, LOCAL, tuple(sites), rounds), FEW_STEPS.get(name)), task, sites
 
 
@@ -165,6 +170,9 @@ def test_every_method_is_covered() -> None:
         pytest.param({n for n in HAVE if classifies(n)}, "batch", id="all", marks=pytest.mark.slow),
         pytest.param(QUICK, "group", id="some, group", marks=pytest.mark.slow),
         pytest.param(QUICK - {"split", "u-split"}, "vit", id="some, vit", marks=pytest.mark.slow),  # layers in a row
+        pytest.param(QUICK, "batch, 3-D", id="some, batch, 3-D", marks=pytest.mark.slow),
+        pytest.param(QUICK, "group, 3-D", id="some, group, 3-D", marks=pytest.mark.slow),
+        pytest.param(QUICK - {"split", "u-split"}, "vit, 3-D", id="some, vit, 3-D", marks=pytest.mark.slow),
     ],
 )
 def test_no_part_is_untrained_and_no_two_methods_share_all_digits(names: set[str], kind: str) -> None:
@@ -177,7 +185,12 @@ def test_no_part_is_untrained_and_no_two_methods_share_all_digits(names: set[str
         digests.setdefault(scores, set()).add(name)
     assert not untrained
     shared = [found for found in digests.values() if len(found) > 1]
-    same = dict(SAME if kind == "batch" else WITHOUT_STATISTICS)
+    same = dict(SAME if kind.startswith("batch") else WITHOUT_STATISTICS)
+    if kind == "batch, 3-D":
+        same["fedavg"] = {
+            **same["fedavg"],
+            "apfl": "its shared model; the other network has dropout, of which it draws more",
+        }
     if kind == "vit":
         same["fedavg"] = {**same["fedavg"], "ifca": "all sites choose one of the two models"}
     expected = [{name, *others} & names for name, others in same.items()]
@@ -207,6 +220,20 @@ def test_recomputed_statistics_are_those_of_the_inputs(shape: tuple[int, ...]) -
             h = layer(h)
     unchanged = [name for name in params if "running" not in name]
     assert equal({name: found[name] for name in unchanged}, {name: params[name] for name in unchanged})
+
+
+@pytest.mark.parametrize("kind", ["cnn, batch", "cnn, batch, 3-D", "cnn, group", "vit, 3-D"])
+def test_recomputed_statistics_of_several_batches_are_pytorchs(kind: str) -> None:
+    """Against ``torch.optim.swa_utils.update_bn``, which averages over batches; nothing changes without statistics."""
+    network = OF_ALL_KINDS[kind][0]
+    task, data = Classification(network), blobs(5, 192, network.inputs, 2.0)
+    found, model = recomputed(task, task.first(), data), task.model()
+    model.load_state_dict(task.first(), strict=False)
+    update_bn(data.x.split(64), model)
+    wanted = {name: leaf for name, leaf in model.state_dict().items() if name in found}
+    for name, leaf in wanted.items():
+        torch.testing.assert_close(found[name], leaf, atol=1e-5, rtol=1e-5)
+    assert equal(found, task.first()) == ("batch" not in kind)
 
 
 def test_batches_have_at_least_two_examples() -> None:

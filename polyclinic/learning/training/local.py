@@ -29,7 +29,7 @@ from polyclinic.learning.training.step_progress import counted
 
 Loss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 Penalty: TypeAlias = Callable[[nn.Module, Tree], Tensor]
-Correct: TypeAlias = Callable[[str, Tensor], Tensor]
+Correct: TypeAlias = Callable[[str, Tensor], Tensor | None]
 Augment: TypeAlias = Callable[[Batch, torch.Generator], Batch]
 
 
@@ -120,7 +120,8 @@ class LocalTraining:
             role: The role of the data.
             data: Data to use instead of those of ``role``.
             loss: Replaces the task's loss.
-            gradient_hook: Edits each gradient by name before the optimizer step.
+            gradient_hook: Edits each gradient by name before the optimizer step. A parameter for which it returns None
+                is unchanged in that step.
             trainable: Selects the parameters to train; all others are unchanged.
             after_step: Called with the model after each step, for example to update a second model.
             slot: Name of the model, if several of one task are used at the same time.

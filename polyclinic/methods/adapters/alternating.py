@@ -10,8 +10,9 @@ and A in odd ones. FFA-LoRA: Youbang Sun, Zitao Li, Yaliang Li and Bolin Ding, "
 Federated Learning", ICLR 2024, https://arxiv.org/abs/2403.12313, trains B alone, so that the noise of private training
 is not multiplied. FedSA-LoRA: Pengxin Guo, Shuang Zeng, Yanran Wang, Huijie Fan, Feifei Wang and Liangqiong Qu,
 "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025, https://arxiv.org/abs/2410.01463,
-shares A, and keeps B at the sites. Departure: all other trained tensors, such as the head, are trained in every round
-and shared.
+shares A, and keeps B at the sites, and with it the classifier, as in the authors' configuration for classification
+(https://github.com/Pengxin-Guo/FedSA-LoRA). All other trained tensors, and in RoLoRA and FFA-LoRA a head that the study
+trains, are trained in every round and shared.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.adapters import DOWN, UP, factors, product
-from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.tasks.task import InHead, Task
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining, Proximal
 from polyclinic.methods.optimization.fedavg import FedAvg, State
@@ -146,17 +147,30 @@ def _composed(
 
 
 @dataclass(frozen=True)
-class IsB:
-    """Tests whether a tensor is the factor B of an adapter."""
+class AtSite:
+    """Tests whether a tensor stays at the sites in FedSA-LoRA.
+
+    Attributes:
+        task: The task whose model has the tensor.
+        private_head: Whether the head stays there, too.
+    """
+
+    task: Task
+    private_head: bool
 
     def __call__(self, name: str) -> bool:
-        """Return whether the tensor ``name`` is."""
-        return name.endswith(B)
+        """Return whether the tensor ``name`` is the factor B of an adapter, or in a head that stays."""
+        return name.endswith(B) or (self.private_head and InHead(self.task)(name))
 
 
-def fedsa_lora(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
-    """FedAvg of the factors A; the factors B stay at the sites (FedSA-LoRA)."""
-    return Personal(FedAvg(task, local, uniform=uniform), IsB())
+def fedsa_lora(task: Task, local: LocalTraining, *, uniform: bool = False, private_head: bool = True) -> Personal:
+    """FedAvg of the factors A; the factors B, and usually the head, stay at the sites (FedSA-LoRA).
+
+    Args:
+        uniform: Whether all sites have equal weight.
+        private_head: Whether the head stays at the sites, as in the authors' configuration for classification.
+    """
+    return Personal(FedAvg(task, local, uniform=uniform), AtSite(task, private_head))
 
 
 def aggregation_error(start: Tree, ends: dict[str, Tree], weights: dict[str, float]) -> float:

@@ -1,15 +1,18 @@
 """LC-Fed: site-specific channel selection, and heads calibrated where sites disagree.
 
 Wang, Jin and Wang, "Personalizing Federated Medical Image Segmentation via Local Calibration", ECCV 2022, Algorithm 1.
-https://arxiv.org/abs/2207.04655. After the published code. Departures: its two stages are run in every round instead of
-one after the other: the head alone for some steps, then the whole network, then the second head on fixed features; both
+https://arxiv.org/abs/2207.04655. After the published code (https://github.com/jcwang123/FedLC): the first steps of a
+round train the head alone, and the others the whole network. Departures: its two stages are run in every round instead
+of one after the other, so that the second head is trained on fixed features after each round. Channel selection is
+trained and averaged, as in the paper; the published code keeps it in a list that no optimizer and no average sees. Both
 modules are added to the study's network, and probabilities are a softmax over classes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
@@ -41,7 +44,8 @@ class LCFed(SizeWeighted[State]):
     Attributes:
         task: The study's task.
         sites: The training sites, in order.
-        head_steps: Number of steps of a round in which only the head is trained; 10 in the published code.
+        head_steps: Number of steps at the start of a round in which only the head is trained; 10 in the published code.
+            At most half of the round's steps, so that the other layers are trained at sites with few images.
         uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
@@ -86,9 +90,16 @@ class LCFed(SizeWeighted[State]):
         head, task = InHead(self.task), self.selecting
         own_site = {"site": torch.tensor([float(name == site.name) for name in self.sites])}
         begin = {**request.trees["params"], **memory.get("own", {}), **own_site}
-        first = replace(self.local, steps=self.head_steps)
-        end = first.fit(task, begin, site, request.round, trainable=head, slot="head")
-        end = self.local.fit(task, end, site, request.round)
+        left = min(self.head_steps, self.local.count(site.data["train"]) // 2)
+
+        def head_first(name: str, gradient: Tensor) -> Tensor | None:
+            return gradient if left <= 0 or head(name) else None
+
+        def count(_: nn.Module) -> None:
+            nonlocal left
+            left -= 1
+
+        end = self.local.fit(task, begin, site, request.round, gradient_hook=head_first, after_step=count)
         calibrate = memory["calibrate"] if "calibrate" in memory else self._fresh()
         whole: Tree = {**tree.prefixed("net", end), **calibrate, **request.trees["heads"], "use": torch.ones(())}
         whole = self.local.fit(self.prediction_task, whole, site, request.round, trainable=_second, slot="calibrate")

@@ -14,6 +14,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining, seeded
 from polyclinic.learning.training.optimizers import optimizer_memory
+from tests.support.agreement import KINDS, place
 
 
 def schedule_of(local: LocalTraining, rounds: int, steps: int) -> list[float]:
@@ -55,6 +56,7 @@ def test_the_distance_is_the_sum_of_rates() -> None:
     assert plain.distance(2, 7) == 7 * plain.rate(2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("options", "theirs"),
     [
@@ -69,9 +71,10 @@ def test_the_distance_is_the_sum_of_rates() -> None:
     ],
 )
 def test_rounds_with_a_kept_optimizer_are_one_training_of_pytorch(
-    task: Classification, sites: dict[str, Site], options: dict[str, Any], theirs: Any
+    options: dict[str, Any], theirs: Any, kind: str
 ) -> None:
     """Three rounds of four steps of one site, with the polynomial schedule, against 12 steps of torch.optim."""
+    task, sites = place(kind)
     local = LocalTraining(steps=4, batch_size=5, lr=0.05, schedule="poly", schedule_rounds=3, **options)
     site, start, memory = sites["site-1"], task.first(0), dict[str, Any]()
     params = start

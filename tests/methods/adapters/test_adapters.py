@@ -296,16 +296,19 @@ def test_a_weight_that_is_none_is_refused(kind: Any) -> None:
         method.server_update(state, merged, Site("server"))
 
 
-def test_fedsa_keeps_b_at_the_sites() -> None:
+@pytest.mark.parametrize("private_head", [True, False])
+def test_fedsa_keeps_b_and_usually_the_head_at_the_sites(private_head: bool) -> None:
     task, sites = adapted(), little_sites()
-    method = fedsa_lora(task, LOCAL)
+    method = fedsa_lora(task, LOCAL, private_head=private_head)
     state = method.init(task.first(0))
     request = method.request(state)
     assert request is not None
     reply, memory = method.site_update(request, {}, sites["site-0"])
-    assert not [name for name in reply.mean("update").total if name.endswith(B)]
-    assert set(memory["own"]) == {name for name in task.first(0) if name.endswith(B)}
-    assert any(float(leaf.abs().sum()) for leaf in memory["own"].values())
+    head = {"head.weight", "head.bias"}
+    stays = {name for name in task.first(0) if name.endswith(B)} | (head if private_head else set())
+    assert set(reply.mean("update").total) == task.first(0).keys() - stays
+    assert set(memory["own"]) == stays
+    assert all(float(leaf.abs().sum()) for leaf in memory["own"].values())
 
 
 def test_the_law_of_moving_tensors() -> None:

@@ -15,7 +15,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.learning.networks.batch_statistics import batches
 from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.latent import head_width, pooled, represent
-from polyclinic.learning.networks.model_tree import trainable
+from polyclinic.learning.networks.model_tree import load, params_of, trainable
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.distillation_loss import answers
 from polyclinic.learning.tasks.segmentation import Segmentation
@@ -279,6 +279,44 @@ def lcfed_rounds() -> float:
     end = longer.fit(method.prediction_task, fresh, site, 0, trainable=lambda n: n.startswith("calibrate."))
     one, two = (answers(method.prediction_task, m, site.data["test"])[0].softmax(1) for m in (found, end))
     return float((one - two).abs().mean())
+
+
+@departs(
+    "lc-fed",
+    "channel selection is trained and averaged, as in the paper, whereas no optimizer of the published code holds it",
+    "the other layers of the body after 2 rounds, relative to their change",
+)
+def lcfed_selection() -> float:
+    """Each site of the published code has a random selection."""
+    assert _selecting(trained=True) < 1e-4
+    return _selecting(trained=False)
+
+
+def _selecting(trained: bool, rounds: int = 2) -> float:
+    sites, local = segmentation_sites(), LocalTraining(2, 4, "sgd", 0.05)
+    method, in_head = LCFed(UNET, NAMES, local, head_steps=2), UNET.network.in_head
+    task = method.selecting
+    start = {n: x for n, x in {**task.first(), **UNET.first()}.items() if not in_head(n) and n != "site"}
+    body, heads = start, [{n: x for n, x in UNET.first().items() if in_head(n)} for _ in sites]
+    for round in range(rounds):
+        ends = []
+        for k, site in enumerate(sites.values()):
+            chosen = {} if trained else {n: x for n, x in task.first(10 + k).items() if n.startswith("select.")}
+            model = load(task.model(), {**body, **heads[k], **chosen, "site": torch.eye(3)[k]}).train()
+            named = [(n, p) for n, p in model.named_parameters() if trained or not n.startswith("select.")]
+            optimizer = torch.optim.SGD([p for _, p in named], 0.05)
+            for i, (x, y) in enumerate(minibatches(local, site, round)):
+                model.zero_grad()
+                task.loss(model, (x, y)).backward()
+                for n, p in named:
+                    p.grad = None if i < 2 and not in_head(n) else p.grad
+                optimizer.step()
+            ends.append(params_of(model))
+            heads[k] = {n: x for n, x in ends[-1].items() if in_head(n)}
+        body = {n: torch.stack([end[n] for end in ends]).mean(0) for n in body}
+    compared = [n for n in body if not n.startswith("select.")]
+    found = moves(method, sites, UNET.first(), rounds)
+    return apart(*({n: t[n] for n in compared} for t in (found, body, start)))
 
 
 @departs(

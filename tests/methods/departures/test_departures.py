@@ -3,13 +3,13 @@
 import pytest
 
 from polyclinic.methods.catalog import METHODS
-from tests.methods.departures import adaptation, aggregation, labels, optimization, personalization
+from tests.methods.departures import adaptation, aggregation, labels, merging, optimization, personalization
 from tests.support.departures import DEPARTURES, LESS, NONE, Departure, table
 
-MODULES = (adaptation, aggregation, labels, optimization, personalization)
+MODULES = (adaptation, aggregation, labels, merging, optimization, personalization)
 """The modules that measure; importing them registers their functions."""
 ROWS = {(cells[0].strip("`"), cells[1]): cells for cells in table("How large departures are")}
-SLOW = {"cfl", "fednoro", "fedmix", "fedmri", "lc-fed"}
+SLOW = {"asym-fedavg", "cfl", "fednoro", "fedmix", "fedmri", "lc-fed"}
 
 
 @pytest.mark.parametrize(

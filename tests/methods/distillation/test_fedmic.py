@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
-from polyclinic.learning.networks.model_tree import cached_model
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.distillation_loss import Dual
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
@@ -19,6 +20,7 @@ from polyclinic.methods.distillation.fedmic import DualDistillation, fedmic, mut
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.registry import Setting, build
 from tests.conftest import little_sites
+from tests.support.agreement import KINDS, agree, entering, mean, minibatches, place, ready, sizes
 
 
 def run(method: Any, sites: Any, params: Any, rounds: Any = 2) -> Any:
@@ -120,3 +122,75 @@ def test_fedkd_takes_over_the_mean_change_in_low_rank(
                 shortened += 1
         np.testing.assert_allclose((found[name] - start).numpy(), change, atol=1e-5)
     assert shortened
+
+
+def low_rank(change: Any, energy: float) -> Any:
+    """A change as factors of the least rank with a share of the energy, if these are smaller."""
+    matrix = change.reshape(len(change), -1)
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    rank = int(np.argmax(np.cumsum(s**2) / np.sum(s**2) >= energy)) + 1 if s.any() else 0
+    small = rank and rank * sum(matrix.shape) < matrix.size
+    return ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(change.shape) if small else change
+
+
+def kl(p: Any, q: Any) -> Any:
+    """``KL(softmax p ‖ softmax q)``, averaged over examples, of constant p."""
+    p = p.detach()
+    return F.kl_div(q.log_softmax(1), p.softmax(1), reduction="batchmean")
+
+
+OPTIONS: dict[str, dict[str, float]] = {
+    "fedmic": {"representation": 0.8, "decision": 1.5},
+    "fedkd": {},  # its weights are constants of the paper
+    "mutual": {"alpha": 0.3, "beta": 0.6},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_rounds_are_the_published_ones(name: str, kind: str) -> None:
+    """FedKD's equations for both networks with PyTorch's SGD, and its broadcast in NumPy; mutual learning by its own."""
+    task, sites = place(kind)
+    local, o = LocalTraining(epochs=1, batch_size=8, lr=0.05), OPTIONS[name]
+    weights = {"representation": 1.0, "decision": 1.0, **o}
+    method = build(name, Setting(task, local, tuple(sites), 2), o)
+    assert isinstance(method, DualDistillation)
+    step, engine = run(method, sites, task.first())
+
+    student, models = task.first(), {}
+    for name_, site in sites.items():
+        projection = method._private(student, site)["projection.weight"]
+        models[name_] = (ready(task, student), torch.nn.Parameter(projection.clone()))
+    for round in range(2):
+        ends = []
+        for name_, site in sites.items():
+            teacher, projection = models[name_]
+            shared = ready(task, student)
+            optimizer = torch.optim.SGD([*teacher.parameters(), *shared.parameters(), projection], 0.05)
+            for x, y in minibatches(local, site, round):
+                (h_t, z_t), (h_s, z_s) = entering(teacher, x), entering(shared, x)
+                own, other = F.cross_entropy(z_t, y), F.cross_entropy(z_s, y)
+                if name == "mutual":
+                    loss = o["alpha"] * own + (1 - o["alpha"]) * kl(z_s, z_t)
+                    loss = loss + o["beta"] * other + (1 - o["beta"]) * kl(z_t, z_s)
+                else:
+                    c = float(own + other)
+                    hidden = (h_t - h_s @ projection.T).square().mean()
+                    loss = own + other + weights["decision"] * (kl(z_s, z_t) + kl(z_t, z_s)) / c
+                    loss = loss + weights["representation"] * hidden / c
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            ends.append(params_of(shared))
+        moved = mean(ends, sizes(sites))
+        if name == "fedkd":
+            energy = 0.95 + 0.03 * (round + 1) / 100
+            for leaf, start in student.items():
+                found = (moved[leaf] - start).double().numpy()
+                moved[leaf] = start + torch.from_numpy(low_rank(found, energy) if found.ndim > 1 else found).float()
+        student = moved
+    agree(step.state.params, student)
+    for name_ in sites:
+        private = engine.memory[name_]["private"]
+        agree(tree.under("teacher", private), params_of(models[name_][0]))
+        agree({"w": private["projection.weight"]}, {"w": models[name_][1].detach()})

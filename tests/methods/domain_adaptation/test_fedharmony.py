@@ -27,7 +27,7 @@ from tests.support.agreement import KINDS, agree, change, minibatches, place, re
 NAMES = ("site-0", "site-1", "site-2")
 
 
-@pytest.mark.parametrize("name", ["cnn, batch", "cnn, group, 3-D", "vit"])
+@pytest.mark.parametrize("name", KINDS)
 def test_the_gaussians_are_those_of_the_aggregated_encoder(name: str, local: LocalTraining) -> None:
     """Mean and standard deviation by feature over all training examples, as `get_gaussians.py` has them, in numpy."""
     task = Classification(NETWORKS[name][0])

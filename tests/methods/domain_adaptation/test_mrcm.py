@@ -18,7 +18,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import close
 from tests.conftest import Rows, little_sites
 from tests.methods.test_features_of_networks import NETWORKS
-from tests.support.agreement import agree
+from tests.support.agreement import KINDS, agree
 
 NAMES = ("site-0", "site-1", "site-2")
 
@@ -44,7 +44,7 @@ def test_the_targets_truth_is_never_used(task: Classification, local: LocalTrain
     assert close(run(method, task.first(), {**sites, "site-1": blind}).params, state.params)
 
 
-@pytest.mark.parametrize("name", ["cnn, batch", "cnn, group, 3-D", "vit"])
+@pytest.mark.parametrize("name", KINDS)
 def test_two_steps_are_of_the_summed_loss_with_a_faster_discriminator(name: str) -> None:
     """Written again with PyTorch's optimizers: one step follows both losses, then the discriminator's, at 10 times."""
     network = NETWORKS[name][0]

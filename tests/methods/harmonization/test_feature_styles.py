@@ -30,7 +30,10 @@ LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.05)
 DEEP = {
     "2-D": Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 3))),
     "3-D": Network("cnn", (2, 8, 8, 8), 2, (("width", 8), ("depth", 3), ("norm", "group"))),
+    "2-D, group": Network("cnn", (1, 8, 8), 2, (("width", 8), ("depth", 3), ("norm", "group"))),
+    "3-D, batch": Network("cnn", (2, 8, 8, 8), 2, (("width", 4), ("depth", 3))),
 }
+"""A transformer has no feature maps, and is refused."""
 
 
 def test_places_are_the_ends_of_the_resolutions() -> None:

@@ -5,11 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.regression import Regression
@@ -19,6 +21,9 @@ from polyclinic.methods.harmonization.harmofl import HarmoFL
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import close, equal
 from tests.conftest import Rows, little_sites
+from tests.support.agreement import KINDS, agree, mean, minibatches, place, ready, restore, statistics
+from tests.support.few_labels import run
+from tests.support.known import known
 
 
 def test_the_normalizer_is_equations_3_and_4(
@@ -38,6 +43,54 @@ def test_the_normalizer_is_equations_3_and_4(
     front.get_buffer("amplitude").copy_(found)
     expected = np.fft.ifft2(running * np.exp(1j * np.angle(np.fft.fft2(x)))).real
     np.testing.assert_allclose(front(torch.from_numpy(x)).numpy(), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_rounds_are_the_published_ones(kind: str) -> None:
+    """Equations 3, 4 and 6 with NumPy's FFT and PyTorch's SGD: every image has one amplitude, every step is perturbed.
+
+    Of the two passes of a step the second updates running statistics.
+    """
+    task, sites = place(kind)
+    local = LocalTraining(epochs=1, batch_size=8, lr=0.05)
+    step, _ = run(HarmoFL(task, local, alpha=0.3, decay=0.4), sites, task.first(), 2)
+
+    axes, spectra = tuple(range(2, 2 + len(task.network.inputs[1:]))), []
+    for site in sites.values():
+        x, running = site.data["train"].x.numpy(), None
+        order = torch.randperm(len(x), generator=site.rng(0, "amplitude")).split(8)
+        for chunk in order if len(order[-1]) > 1 else order[:-1]:
+            seen = np.abs(np.fft.fftn(x[chunk.numpy()], axes=axes)).mean(0)
+            running = seen if running is None else 0.6 * running + 0.4 * seen
+        spectra.append(running)
+    amplitude = np.mean(spectra, 0)
+    w = task.first()
+    for round in range(2):
+        ends = []
+        for site in sites.values():
+            model = ready(task, w)
+            optimizer = torch.optim.SGD(model.parameters(), 0.05)
+            for x, y in minibatches(local, site, round):
+                phase = np.angle(np.fft.fftn(x.numpy(), axes=axes))
+                z = torch.from_numpy(np.fft.ifftn(amplitude * np.exp(1j * phase), axes=axes).real).float()
+                kept = statistics(model)
+                model.zero_grad()
+                F.cross_entropy(model(z), y).backward()
+                restore(model, kept)
+                moved = [p for p in model.parameters() if p.grad is not None]
+                length = torch.cat([known(p.grad).flatten() for p in moved]).norm()
+                deltas = [0.3 * known(p.grad) / length for p in moved]
+                with torch.no_grad():
+                    torch._foreach_add_(moved, deltas)
+                optimizer.zero_grad()
+                F.cross_entropy(model(z), y).backward()
+                with torch.no_grad():
+                    torch._foreach_sub_(moved, deltas)
+                optimizer.step()
+            ends.append(params_of(model))
+        w = mean(ends)
+    agree({n: leaf for n, leaf in step.state.params.items() if n in w}, w)
+    np.testing.assert_allclose(step.state.params["front.amplitude"].numpy(), amplitude, rtol=1e-4)
 
 
 def test_every_bin_of_the_window_changes() -> None:

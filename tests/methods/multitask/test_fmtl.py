@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logsumexp, softmax
+from torch.nn import functional as F
 
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.contrastive import WithContrast
 from polyclinic.learning.tasks.classification import Classification
@@ -19,6 +21,7 @@ from polyclinic.methods.multitask.private_heads import limited, private_heads
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import fedper
 from tests.conftest import little_sites
+from tests.support.agreement import KINDS, agree, entering, in_head, largest_gap, mean, minibatches, place
 from tests.support.few_labels import near, run, same
 
 LINEAR = Classification(Network("mlp", (5,), 3, (("depth", 0),)))
@@ -82,6 +85,52 @@ def test_gates_and_towers_stay_and_experts_travel(task: Classification, sites: d
     assert not near(own[0], own[1])
     scores = evaluate(method, engine, step.state, engine.sites)
     assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("disorders", [(), ("asd", "adhd", "asd")])
+def test_two_rounds_are_those_of_the_equations(disorders: tuple[str, ...], kind: str) -> None:
+    """Gate, experts and tower written out, with the supervised contrast, PyTorch's SGD, and means by disorder."""
+    task, sites = place(kind)
+    local = LocalTraining(epochs=1, batch_size=8, lr=0.1)
+    method = fmtl(task, local, tuple(sites), disorders=disorders, experts=3, width=6, contrast=0.4, temperature=0.5)
+    step, engine = run(method, sites, task.first(), 2)
+
+    mixed = gated(task, 3, 6)
+    models, groups = dict.fromkeys(sites, begin(mixed, task.first())), disorders or tuple(sites)
+    sizes = dict(zip(sites, (12.0, 17.0, 22.0), strict=True))
+    for round in range(2):
+        for name, site in sites.items():
+            model = load(mixed.model(), models[name]).train()
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            for x, y in minibatches(local, site, round):
+                h, _ = entering(model, x)
+                own = {n.partition("head.")[2]: p for n, p in model.named_parameters() if in_head(n)}
+                own = {n.removeprefix("0."): p for n, p in own.items()}
+                share = (h @ own["gate.weight"].T + own["gate.bias"]).exp()
+                share = share / share.sum(1, keepdim=True)
+                experts = [F.relu(h @ own[f"experts.{e}.0.weight"].T + own[f"experts.{e}.0.bias"]) for e in range(3)]
+                answer = sum(share[:, [e]] * experts[e] for e in range(3)) @ own["tower.weight"].T + own["tower.bias"]
+                u = h / h.norm(dim=1, keepdim=True)
+                likeness, others = u @ u.T / 0.5, ~torch.eye(len(x), dtype=torch.bool)
+                log = likeness - (likeness.exp() * others).sum(1, keepdim=True).log()
+                alike = (y[:, None] == y) & others
+                each = torch.stack([log[i][alike[i]].mean() for i in range(len(x)) if alike[i].any()])
+                optimizer.zero_grad()
+                (F.cross_entropy(answer, y) - 0.4 * each.mean()).backward()
+                optimizer.step()
+            models[name] = params_of(model)
+        ends = dict(models)
+        for name, group in zip(sites, groups, strict=True):
+            near_ones = [n for n, g in zip(sites, groups, strict=True) if g == group]
+            of_group = mean([ends[n] for n in near_ones], [sizes[n] for n in near_ones])
+            of_all = mean(list(ends.values()), list(sizes.values()))
+            models[name] = {n: of_group[n] if ".gate." in n or ".tower." in n else of_all[n] for n in of_all}
+    request = method.evaluation_request(step.state)
+    for name, wanted in models.items():
+        found = method.site_model(request.for_site(name), engine.memory.get(name, {}))
+        agree({n: found[n] for n in wanted}, wanted)
+    assert largest_gap(models["site-0"], models["site-1"]) > 1e-3
 
 
 def gates(method: Any, sites: dict[str, Site], first: Any, rounds: int = 3) -> tuple[Any, list[Any]]:

@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.regression import Regression
@@ -18,6 +20,7 @@ from polyclinic.methods.personalization.boundary_features import boundary_contra
 from polyclinic.methods.personalization.feddg import CLAMP, FedDG
 from polyclinic.testing import check_method, equal
 from tests.conftest import Rows, segmentation_sites
+from tests.support.agreement import KINDS, agree, change, minibatches, place, ready, restore, statistics
 
 
 @pytest.mark.parametrize("half", [1, 3])
@@ -68,6 +71,50 @@ def test_one_episode_by_hand(clamp: float, monkeypatch: pytest.MonkeyPatch) -> N
     expected = -0.5 * (g + X2.T @ X2 @ fast / 6)
     result = np.r_[found["head.weight"].double().numpy()[0], found["head.bias"].double().numpy()]
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_minibatches_are_the_published_episodes(kind: str) -> None:
+    """Styles by NumPy's FFT, a trial step of first order, and the sum of both losses at the original weights."""
+    task, sites = place(kind)
+    local, site = LocalTraining(steps=2, batch_size=8, lr=0.05), sites["site-1"]
+    method = FedDG(task, local, window=0.5, step=0.4)
+    dims = len(task.network.inputs) - 1
+    low = torch.rand(5, 1, *[5] * dims, generator=torch.Generator().manual_seed(3)) * 20
+    request = method.request(
+        method.init(task.first())._replace(bank={"site-0": {"low": low[:2]}, "site-2": {"low": low[2:]}})
+    )
+    found = method.site_update(request, {}, site)[0].mean("update").value
+
+    model, styles, axes = ready(task, task.first()), site.rng(0, "styles"), tuple(range(2, 2 + dims))
+    optimizer, few = torch.optim.SGD(model.parameters(), 0.05), np.array([-2, -1, 0, 1, 2])
+    for x, y in minibatches(local, site):
+        taken = low[torch.randint(5, (len(x),), generator=styles)].numpy()
+        lam = torch.rand(len(x), generator=styles).numpy().reshape(-1, *[1] * (dims + 1))
+        spectrum = np.fft.fftn(x.numpy(), axes=axes)
+        amplitude, window = np.abs(spectrum), (..., *np.ix_(*[few] * dims))
+        order = np.argsort(few % 5, kind="stable")  # the bank has frequency 0 first
+        theirs = np.empty_like(taken)
+        theirs[(..., *np.ix_(*[order] * dims))] = taken
+        amplitude[window] = (1 - lam) * amplitude[window] + lam * theirs
+        other = np.fft.ifftn(amplitude * np.exp(1j * np.angle(spectrum)), axes=axes).real
+        z = torch.from_numpy(other).float()
+
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        kept, slopes = statistics(model), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        trial = ready(task, params_of(model))
+        with torch.no_grad():
+            for n, p in trial.named_parameters():
+                if n in slopes:
+                    p -= 0.4 * slopes[n].clamp(-100, 100)
+        F.cross_entropy(trial(z), y).backward()
+        for n, p in trial.named_parameters():
+            if n in slopes:
+                slopes[n] += p.grad
+        optimizer.step()
+        restore(model, kept)
+    agree(found, change(model, task.first()))
 
 
 def test_a_site_without_others_is_fedavg(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:

@@ -19,6 +19,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.fedsm import FedSM, soft_pull
 from polyclinic.testing import close, equal
 from tests.conftest import blobs
+from tests.support.agreement import KINDS, place
 
 NAMES = ("site-0", "site-1", "site-2")
 
@@ -68,10 +69,10 @@ def test_the_threshold_decides_between_the_personal_and_the_global(
     torch.testing.assert_close(found, cached_model(task, task.first(2 if mine else 0)).eval()(x))
 
 
-def test_the_selector_is_trained_by_the_sites_adams_whose_moments_are_averaged(
-    task: Classification, sites: dict[str, Site]
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_selector_is_trained_by_the_sites_adams_whose_moments_are_averaged(kind: str) -> None:
     """Against PyTorch's Adam at each site, started from the averaged model, moments and number of steps."""
+    task, sites = place(kind)
     method = FedSM(task, NAMES, LocalTraining(epochs=2, batch_size=64), selector_lr=0.02)
     state, _ = run(method, task.first(), sites, 3)
     params, moments = method.selecting.first(), list[Any]()

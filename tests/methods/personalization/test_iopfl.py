@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
-from polyclinic.learning.networks.model_tree import cached_model
+from polyclinic.learning.networks.model_tree import cached_model, load
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.segmentation import Segmentation
@@ -22,6 +23,7 @@ from polyclinic.methods.personalization.iopfl import IOPFL
 from polyclinic.methods.personalization.routing_network import Adaptation, Routed
 from polyclinic.testing import check_method, close, equal
 from tests.conftest import blobs, segmentation_sites
+from tests.support.agreement import KINDS, agree, largest_gap, place
 
 NAMES = ("site-0", "site-1", "site-2")
 
@@ -115,6 +117,67 @@ def test_one_pass_is_the_published_step(norm: str) -> None:
     for name, leaf in own.items():
         torch.testing.assert_close(found[name], leaf.detach(), rtol=1e-4, atol=1e-5)
     assert max(float((leaf.detach() - params[name]).abs().max()) for name, leaf in own.items()) > 0.03
+
+
+class Blended(nn.Module):
+    """A layer whose weights are, for each image, the mixture that a small network computes from the mean input."""
+
+    def __init__(self, layer: Any, place: str, models: Any, params: Any) -> None:
+        super().__init__()
+        self.layer, self.linear = layer, isinstance(layer, nn.Linear)
+        self.members = [(model[f"{place}.weight"], model.get(f"{place}.bias")) for model in models]
+        names = [f"body.{place}.router.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")]
+        self.router = {n: params[n].clone().requires_grad_() for n in names}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w1, b1, w2, b2 = self.router.values()
+        outputs = []
+        for image in x:
+            tokens = image.reshape(-1, image.shape[-1]) if self.linear else image.flatten(1).T
+            r = torch.sigmoid(w2 @ (w1 @ tokens.mean(0) + b1) + b2)
+            r = r / r.sum()
+            weight = sum(share * w for share, (w, _) in zip(r, self.members, strict=True))
+            bias = None
+            if self.members[0][1] is not None:
+                bias = sum(share * b for share, (_, b) in zip(r, self.members, strict=True))
+            if self.linear:
+                outputs.append(F.linear(image, weight, bias))
+            else:
+                convolve = F.conv2d if image.ndim == 3 else F.conv3d
+                outputs.append(convolve(image[None], weight, bias, self.layer.stride, self.layer.padding)[0])
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_passes_are_the_published_steps_on_any_network(kind: str) -> None:
+    """As above, with every linear and convolutional layer replaced, and PyTorch's Adam."""
+    task, sites = place(kind)
+    routed, models = Routed(task.network, 3, dropout=0.0), [task.first(k) for k in range(3)]
+    data, rng = sites["site-1"].data["test"], torch.Generator().manual_seed(5)
+    params = routed.filled(models, True)
+    found = Adaptation(passes=2, lr=0.01, batch_size=4)(task.with_network(routed), params, data, rng)
+
+    model = load(task.network(), models[0]).train()
+    adapted = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            blended = Blended(module, name, models, params)
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, blended)
+            adapted |= blended.router
+        elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d | nn.GroupNorm | nn.LayerNorm):
+            adapted |= {f"body.{name}.{n}": p for n, p in module.named_parameters()}
+    optimizer, rng = torch.optim.Adam(adapted.values(), lr=0.01), torch.Generator().manual_seed(5)
+    torch.randint(2**62, (), generator=rng)
+    for _ in range(2):
+        for x in data.x.split(4):
+            p, q = model(x).softmax(1), model(x + 0.5 * torch.randn(x.shape, generator=rng)).softmax(1)
+            loss = 10 * -(p * (p + 1e-6).log()).mean() / math.log(2) + 0.1 * (p - q).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    agree({n: found[n] for n in adapted}, {n: p.detach() for n, p in adapted.items()}, 1e-4)  # Adam divides by √v
+    assert largest_gap({n: p.detach() for n, p in adapted.items()}, params) > 0.03
 
 
 def test_the_first_member_alone_predicts_where_routing_is_off(task: Classification) -> None:

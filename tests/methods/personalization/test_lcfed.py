@@ -1,5 +1,7 @@
 """LC-Fed's two parts against the published steps, its limits, and evaluation inside and outside."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,14 +13,17 @@ from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.latent import represent
-from polyclinic.learning.networks.model_tree import cached_model
+from polyclinic.learning.networks.model_tree import cached_model, load, params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.lcfed import LCFed
 from polyclinic.methods.personalization.lcfed_network import blurred, disagreement, peaks
+from polyclinic.testing import equal
 from tests.conftest import segmentation_sites
+from tests.support.agreement import MASK_KINDS, agree, largest_gap, mean, minibatches, place_of_masks
+from tests.support.few_labels import run
 
 TASK = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
 NAMES = ("site-0", "site-1", "site-2")
@@ -44,11 +49,12 @@ def test_peaks_and_blur_are_scipys() -> None:
     assert peaks(torch.rand(1, 1, 8, 8)).shape == blurred(torch.rand(1, 1, 8, 8)).shape == (1, 1, 8, 8)
 
 
-@pytest.mark.parametrize("dims", [2, 3])
-def test_the_second_head_is_the_published_one(dims: int) -> None:
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_the_second_head_is_the_published_one(kind: str) -> None:
     """Against the published steps in NumPy and SciPy: disagreement, its peaks, two blurred maps and a 3 × 3 filter."""
-    shape = (1, *[16] * dims)
-    task = Segmentation(Network("unet", shape, 2, (("width", 2), ("norm", "batch"))))
+    task, _ = place_of_masks(kind)
+    shape = task.network.inputs
+    dims = len(shape) - 1
     method = LCFed(task, NAMES, LocalTraining())
     state = method.init(task.first())
     rng = torch.Generator().manual_seed(0)
@@ -80,6 +86,63 @@ def test_the_second_head_is_the_published_one(dims: int) -> None:
         expected = conv(torch.cat(weighed, 1).float(), params["calibrate.weight"], params["calibrate.bias"], padding=1)
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert points.sum() > 0
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.slow
+def test_two_rounds_are_the_published_ones(kind: str) -> None:
+    """The head alone in the first steps, then the second head on fixed features; then the mean of the bodies."""
+    task, sites = place_of_masks(kind)
+    local = LocalTraining(epochs=2, batch_size=5, lr=0.001)
+    method = LCFed(task, NAMES, local, head_steps=2)
+    step, engine = run(method, sites, task.first())
+
+    def fitted(of: Any, params: Any, only: Any, site: Site, round: int, slot: str, alone: int = 0) -> Any:
+        model = load(of.model(), params).train()
+        optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if only(n)], 0.001)
+        for i, (x, y) in enumerate(minibatches(local, site, round, slot)):
+            for n, p in model.named_parameters():
+                p.requires_grad_(only(n) and (i >= alone or task.network.in_head(n)))
+            optimizer.zero_grad()
+            task.loss(model, (x, y)).backward()
+            optimizer.step()
+        return params_of(model)
+
+    whole, parts = method.selecting, method.prediction_task
+    shared = {**whole.first(), **task.first()}
+    heads = {n: {k: x for k, x in task.first().items() if task.network.in_head(k)} for n in NAMES}
+    second = {name: {n: x for n, x in parts.first().items() if n.startswith("calibrate.")} for name in NAMES}
+    for round in range(2):
+        ends, flat = {}, torch.stack([torch.cat([x.flatten() for x in heads[n].values()]) for n in NAMES])
+        for k, (name, site) in enumerate(sites.items()):
+            begun = {**shared, **heads[name], "site": torch.eye(3)[k]}
+            end = fitted(whole, begun, lambda n: True, site, round, "", alone=2)
+            both = {f"net.{n}": x for n, x in end.items()} | second[name] | {"heads": flat, "use": torch.ones(())}
+            both = fitted(parts, both, lambda n: n.startswith("calibrate."), site, round, "calibrate")
+            second[name] = {n: x for n, x in both.items() if n.startswith("calibrate.")}
+            ends[name] = end
+        heads = {n: {k: x for k, x in end.items() if task.network.in_head(k)} for n, end in ends.items()}
+        shared = mean([{k: x for k, x in end.items() if k != "site"} for end in ends.values()])
+    agree({n: x for n, x in step.state.params.items() if n in shared}, shared)
+    for name in NAMES:
+        agree({n: engine.memory[name]["own"][n] for n in heads[name]}, heads[name])
+    # Rounding can move a peak of the disagreement to the next pixel, which changes the second head a little.
+    gaps = [largest_gap(engine.memory[name]["calibrate"], second[name]) for name in NAMES]
+    changes = [largest_gap(second[name], parts.first()) for name in NAMES]
+    assert min(gaps) < 1e-5
+    assert all(gap < 5e-3 * change for gap, change in zip(gaps, changes, strict=True))
+
+
+def test_the_head_alone_is_trained_in_at_most_half_of_the_steps() -> None:
+    """With few images the other layers would not be trained at all."""
+    site, few, found = segmentation_sites()["site-0"], LocalTraining(steps=4, batch_size=5, lr=0.05), {}
+    for steps in (0, 2, 1000):
+        method = LCFed(TASK, NAMES, few, head_steps=steps)
+        reply, _ = method.site_update(method.request(method.init(TASK.first())), {}, site)
+        found[steps] = reply.mean("update").value
+    assert equal(found[2], found[1000])
+    assert not equal(found[0], found[2])
+    assert found[1000]["select.gate.0.weight"].any()
 
 
 def test_an_unseen_site_disagrees_with_all_heads_and_one_site_with_none() -> None:

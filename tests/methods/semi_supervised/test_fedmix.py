@@ -9,8 +9,10 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import merge
+from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
-from polyclinic.learning.networks.model_tree import load
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.example_pool import unlabeled
 from polyclinic.learning.tasks.segmentation import Segmentation
@@ -20,6 +22,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.fedmix import FedMix
 from polyclinic.methods.semi_supervised.mixed_annotations import MixedSegmentation
 from tests.conftest import Rows, segmentation_sites
+from tests.support.agreement import MASK_KINDS, agree, mean, minibatches, place_of_masks, ready
 from tests.support.few_labels import near, only_labels, run, same, with_other_targets, without_labels
 
 TASK = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 4), ("norm", "batch"))))
@@ -119,9 +122,9 @@ def boxes(data: Any) -> Any:
     return Rows(data.x, found)
 
 
-def mixed_sites() -> Any:
+def mixed_sites(sites: Any = None) -> Any:
     """One site with masks, one with boxes, one with images alone."""
-    a, b, c = segmentation_sites().values()
+    a, b, c = (sites or segmentation_sites()).values()
     return {
         "site-0": only_labels(a),
         "site-1": replace(b, data={"boxed": boxes(b.data["train"]), "val": b.data["val"], "test": b.data["test"]}),
@@ -154,6 +157,54 @@ def test_masks_are_those_of_the_received_networks_in_evaluation_mode(monkeypatch
         m.numpy().tobytes() for masks in seen[1::2] for m in masks
     } == first  # the second network learns the first's
     assert {m.numpy().tobytes() for masks in seen[::2] for m in masks} == second
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.slow
+def test_two_rounds_are_the_published_ones(kind: str) -> None:
+    """Of sites with masks and without any: masks by both received networks, cross teaching, and weights by loss."""
+    task, sites = place_of_masks(kind)
+    trained = LocalTraining(epochs=8, batch_size=4, optimizer="adam", lr=0.03)  # so that masks are not empty
+    starts = tuple(trained.fit(task, task.first(k), sites["site-1"], k) for k in (0, 1))
+    sites = {"site-0": only_labels(sites["site-0"]), "site-2": without_labels(sites["site-2"])}
+    x = sites["site-2"].data["unlabeled"].x
+    with torch.no_grad():
+        found = [load(task.model(), start).eval()(x).argmax(1) for start in starts]
+    agreed = float(np.median([dice(a, b) for a, b in zip(*found, strict=True)])) - 1e-3  # half of the images agree
+    method = FedMix(task, LOCAL, agree=agreed)
+    both = {**tree.prefixed("first", starts[0]), **tree.prefixed("second", starts[1])}
+    state = method.init(starts[0])._replace(twins=both)
+    for step in train(method, InProcess(method, sites), state, rounds=2):
+        assert not step.lost
+
+    twins, learned = starts, 0
+    for round in range(2):
+        ends, numbers, losses = [], [], []
+        for name, site in sites.items():
+            if name == "site-0":
+                data = Rows(site.data["train"].x, torch.stack([site.data["train"].y] * 2, 1))
+            else:
+                with torch.no_grad():
+                    one, two = (load(task.model(), twin).eval()(x).argmax(1) for twin in twins)
+                fine = [i for i in range(len(x)) if one[i].any() and two[i].any() and dice(one[i], two[i]) >= agreed]
+                learned += len(fine)
+                data = Rows(x[fine], torch.stack([one, two], 1)[fine])
+            first, second = (ready(task, twin) for twin in twins)
+            optimizer, seen = torch.optim.SGD([*first.parameters(), *second.parameters()], LOCAL.lr), []
+            for images, masks in minibatches(LOCAL, site, round, data=data):
+                loss = task.loss(first, (images, masks[:, 1])) + task.loss(second, (images, masks[:, 0]))
+                seen.append((len(images), float(loss.detach())))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            ends.append((params_of(first), params_of(second)))
+            numbers.append(sum(n for n, _ in seen))
+            losses.append((sum(n * loss for n, loss in seen) / max(sum(n for n, _ in seen), 1)) ** 1.5)
+        weights = [n / sum(numbers) + 10 * loss / sum(losses) for n, loss in zip(numbers, losses, strict=True)]
+        twins = tuple(mean([end[k] for end in ends], weights) for k in (0, 1))
+    for part, twin in zip(("first", "second"), twins, strict=True):
+        agree(tree.under(part, step.state.twins), twin)
+    assert 2 <= learned < 2 * len(x)
 
 
 def test_hidden_masks_are_never_used() -> None:

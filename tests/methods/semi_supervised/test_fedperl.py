@@ -1,12 +1,15 @@
 """FedPerl's descriptors, similarities and anonymous peers, written again in numpy; its limits; who sees what."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from polyclinic.core import tree
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import params_of
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.augmentation import STILL
 from polyclinic.learning.training.local import LocalTraining
@@ -14,7 +17,8 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.fedperl import FedPerl, anonymous_peers, descriptor, similarities
 from tests.conftest import little_sites
 from tests.methods.test_features_of_networks import NETWORKS
-from tests.support.few_labels import half_labeled, near, only_labels, run, same, with_other_targets
+from tests.support.agreement import KINDS, agree, minibatches, place, ready
+from tests.support.few_labels import half_labeled, near, only_labels, run, same, with_other_targets, without_labels
 
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
@@ -57,6 +61,40 @@ def test_the_peer_is_the_average_of_the_most_similar_others(task: Classification
         for leaf in found[name]:
             mean = np.mean([found[f"site-{j}"][leaf].double().numpy() for j in nearest], axis=0)
             assert np.allclose(got[name][leaf].numpy(), mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_minibatches_without_labels_are_the_published_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equations 4 to 6: labels by the site and its peer for one view, and the distance of their predictions."""
+    monkeypatch.setattr("polyclinic.methods.semi_supervised.fedperl.two_views", lambda kind, x, rng: (x, x.flip(-1)))
+    task, sites = place(kind)
+    site, local = without_labels(sites["site-2"]), LocalTraining(steps=2, batch_size=8, lr=0.05)
+    start, peer = task.first(0), task.first(1)
+    x, _ = next(minibatches(local, site, data=site.data["unlabeled"]))
+    with torch.no_grad():
+        both = ready(task, start)(x).softmax(1) + ready(task, peer).eval()(x).softmax(1)
+    limit = float(both.max(1).values.sort().values[3:5].mean()) / 2  # four images of the first minibatch are below
+    method = FedPerl(task, 10, local, threshold=limit, trust=0.7, agreement=2.0)
+    request = method.request(method.init(start))
+    request = replace(request, trees={**request.trees, "peer": peer})
+    found = tree.under("model", method.site_update(request, {}, site)[0].gather("model")["site-2"])
+
+    model, other = ready(task, start), ready(task, peer).eval()
+    optimizer, used = torch.optim.SGD(model.parameters(), 0.05), 0
+    for x, _ in minibatches(local, site, data=site.data["unlabeled"]):
+        p = model(x).softmax(1)
+        with torch.no_grad():
+            q = other(x).softmax(1)
+            likely, label = ((p + q) / 2).max(1)
+            sure = (likely >= limit).nonzero().flatten()
+        used += len(sure)
+        scores = model(x.flip(-1)).log_softmax(1)
+        loss = 0.7 * -scores[sure, label[sure]].sum() / len(x) + 2.0 * ((p - q) ** 2).sum() / p.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    agree(found, params_of(model))
+    assert 0 < used < 16
 
 
 def test_no_site_receives_another_sites_model(task: Classification) -> None:

@@ -241,7 +241,9 @@ def main() -> None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         metrics = {title: study.metric for title, study in STUDIES.items()}
         kept = {title: found[title] for title in STUDIES if title in found}
-        given.out.write_text(page(kept, metrics, [m for members in FAMILIES.values() for m in members]))
+        before = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
+        order = [m for members in FAMILIES.values() for m in members]
+        given.out.write_text(page(kept, metrics, order, before), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from polyclinic.statistics.intervals import proportion
 NODULES = {"use": "lidc-nodules", "size": 16, "mm": 2.5, "sites": {"partition": "iid", "count": 2}}
 FEDERATION = NODULES | {"sites": {"partition": "iid", "count": 4}}
 ROUNDS, EPOCHS, BATCH, DELTA = 10, 6, 32, 1e-3
-EPSILONS = (None, 8.0)
+TRAININGS = {None: 32, 8.0: 16}  # ε, and the number of federations
 CONTROL, CNN, CNN_BN = "sigmoids, known to leak", "convolutions", "convolutions with batch normalization"
 NETWORKS, SIZES, IMAGES = (CONTROL, CNN, CNN_BN), (1, 4, 16), 64
 BEYOND_DB = 3.0  # of PSNR above the guess, from which an outline counts as recovered
@@ -253,7 +253,7 @@ def recovered(name: str, size: int) -> list[list[list[float]]]:
     places = one_each(data)
     prior = data[places[IMAGES:]][0].mean(0)
     model, loss = network(name)
-    how = Inversion(steps=20, restarts=1) if name == CONTROL else Inversion("cosine", 300, 0.1, 1, 0.01, 1.0)
+    how = Inversion(steps=20, restarts=1) if name == CONTROL else Inversion("cosine", 200, 0.1, 1, 0.01, 1.0)
     batches: list[list[list[float]]] = []
     for chunk in places[:IMAGES].split(size):
         x, y = data[chunk]
@@ -322,9 +322,9 @@ def second_table(inversions: Mapping[str, list[list[list[float]]]]) -> list[str]
 def third_table(members: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Membership by training and by what the attacker has."""
     lines = [
-        "| training | the attacker has | LiRA, AUC: mean over targets | TPR at 1 % FPR: mean over targets | of the first target "
-        "| accuracy on other patients, % |",
-        "|---|---|---|---|---|---|",
+        "| training | federations | the attacker has | AUC: mean over targets | TPR at 1 % FPR, %: mean over targets "
+        "| of the first target | accuracy on other patients, % |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, one in members.items():
         count = one["models"]
@@ -333,13 +333,13 @@ def third_table(members: Mapping[str, Mapping[str, Any]]) -> list[str]:
             error = [2 * values.std(ddof=1) / count**0.5 for values in (auc, rate)]
             first, low, high = (100 * (value or 0.0) for value in of["first"])
             lines.append(
-                f"| {name} | {view} | {auc.mean():.3f} ± {error[0]:.3f} | {rate.mean():.1f} ± {error[1]:.1f} "
+                f"| {name} | {count} | {view} | {auc.mean():.3f} ± {error[0]:.3f} | {rate.mean():.1f} ± {error[1]:.1f} "
                 f"| {first:.1f} ({low:.1f} to {high:.1f}) | {100 * one['accuracy']:.1f} |"
             )
         auc = np.array(one["by loss"])
         error = 2 * auc.std(ddof=1) / count**0.5
         lines.append(
-            f"| {name} | final model, loss attack | {auc.mean():.3f} ± {error:.3f} | | | {100 * one['accuracy']:.1f} |"
+            f"| {name} | {count} | final model, loss attack | {auc.mean():.3f} ± {error:.3f} | | | {100 * one['accuracy']:.1f} |"
         )
     return lines
 
@@ -386,7 +386,7 @@ with and without batch normalization, and how does the size of the batch change 
 **Design.** One outline of each of 64 patients; the patients of a batch share one gradient of the untrained network. The attacker knows the
 labels and the size of the batch, and with batch normalization also the statistics of the batch, which a model update reveals. The network
 of sigmoids is attacked by DLG (20 steps of L-BFGS, one start), the others by the cosine distance with total variation (Geiping et al.,
-300 steps, one start; the weights were chosen on other outlines). Published attacks take thousands of steps and several starts, so that
+200 steps, one start; the weights were chosen on other outlines). Published attacks take thousands of steps and several starts, so that
 a failure here is no evidence of safety. Reconstructions of a batch are assigned to its outlines so that the sum of the PSNR is largest.
 
 **Analysis plan**, fixed before the runs. An outline counts as recovered if its PSNR is at least 3 dB above that of the guess, the mean outline
@@ -398,7 +398,7 @@ BETWEEN = """
 
 **Question.** Can the server, or a receiver of the model, infer whether a patient took part in the training of a federation?
 
-**Design.** Four sites with the outlines of {patients} patients together. {models} federations are trained with FedAvg (10 rounds of six local
+**Design.** Four sites with the outlines of {patients} patients together. Federations (32 plain, 16 private ones) are trained with FedAvg (10 rounds of six local
 epochs, a fully connected network with 32 hidden units), each on a random half of every site's patients: all outlines of a patient or
 none. Each federation is the target once ({members} members and {others} other patients for the first), with all the others as shadow models of
 LiRA, which has the label. The receiver of the model has the final one. A server without secure aggregation also has every message; one
@@ -418,7 +418,6 @@ END = """
 def main() -> None:
     """Attacks, and writes the page, keeping what is done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", type=int, default=32)
     parser.add_argument("--keep", type=Path, default=Path("leakage.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -434,10 +433,10 @@ def main() -> None:
         picture(x, prior, drawn, DOCS / "pictures" / "inversion.png")
         keep("one", "prior", decibels(prior, x))
         keep("one", "drawn", {n: [decibels(d, x), relative_leakage(x, d, prior)] for n, d in drawn.items()})
-    for epsilon in EPSILONS:
+    for epsilon, count in TRAININGS.items():
         name = "plain" if epsilon is None else f"DP-SGD, ε = {epsilon:g} for each patient at δ = {DELTA:g}"
         if name not in kept.get("members", {}):
-            keep("members", name, attacked(epsilon, given.models))
+            keep("members", name, attacked(epsilon, count))
     for size in SIZES:
         for network_name in NETWORKS:
             if f"{network_name}|{size}" not in kept.get("inversions", {}):

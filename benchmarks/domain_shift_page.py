@@ -38,20 +38,20 @@ intervals, twelve were.
 
 Conclusions:
 
-- **No method is shown to differ from FedAvg**, within sites or at unseen scanners. That is no evidence of equality: intervals are up
-  to 21 points wide.
+- **No method is shown to differ from FedAvg**, within sites, at unseen scanners or at unseen cameras. That is no evidence of equality:
+  intervals within sites and at scanners are up to 21 points wide.
 - **What federation is worth depends on the baseline.** An earlier version of this page stated that "federation matters more than the
   choice of method", because this network, trained alone without early stopping, had an AUC 2 to 6 points lower than FedAvg. That
   conclusion is withdrawn: a logistic regression of each hospital alone is not shown to be worse than FedAvg. A regularized logistic regression, with one setting for
   each table that was fixed before, is compared below.
 - **Harmonization** removes the scanner from the features (a test shows that a classifier no longer finds it); a gain or a loss
   in AUC by ComBat or per-site scaling is not shown, neither at brain scanners nor at the heart hospitals.
-- **An unseen camera**: three cameras are three cases, however often the other patients are split, and with three cases no interval
-  excludes 0. FedDG and IOP-FL had a higher Dice than FedAvg at all three, which is no test. In one seed of 25 rounds (an audit, not part of the tables), FedAvg had a Dice of .543, .512 and .558 at
-  STARE, CHASEDB1 and DRIVE; FedAvg with the statistics of batch normalization computed from the camera's images had .604, .644 and
-  .588, and IOP-FL's mixture of models with the same statistics .604, .645 and .590 before and .608, .647 and .592 after its
-  adaptation. The row of IOP-FL is that of an earlier adaptation, which started anew for every batch, and the row of
-  `fedavg-recomputed`, the baseline for such methods, is still to be measured.
+- **An unseen camera**: no difference is shown after Holm's correction. Three cameras are three cases, however often the other patients are
+  split, and intervals are 2 to 60 points wide. `fedavg-recomputed`, FedAvg with statistics of batch normalization from the new camera's
+  images, had a higher Dice than FedAvg at all three cameras (10.0 points, 0.2 to 19.9, before the correction), and so had `iop-fl` (9.0, 1.3 to
+  16.6), which uses such statistics too. Compared with `fedavg-recomputed`, `iop-fl` was higher at one of three (-1.1, -8.4 to +6.2): that
+  its mixture and adaptation add to the statistics is not shown. `feddg` was not higher than `fedavg-recomputed` on average either. The
+  table is one split; the earlier one, of four, had an earlier adaptation of `iop-fl` and no `fedavg-recomputed`, and is withdrawn.
 - **Unseen scanners**: methods with private layers have no model for an unseen site and are not listed. One of the ten sites, Newark,
   has an AUC below 0.5 with most methods.
 - The table of three cameras together was one split and is withdrawn.
@@ -119,22 +119,26 @@ def left_out(found: Mapping[str, Mapping[str, Splits]], order: Sequence[str], me
     titles = sorted(found)
     names = [title.removesuffix(" never seen").rpartition(", ")[2] for title in titles]
     labels = [m for m in order if all(found[title].get(m) for title in titles)]
-    splits = min(len(found[title][m]) for title in titles for m in labels)
-    scores = {m: np.array([[mean_of(s, False) for s in found[t][m][:splits]] for t in titles]).mean(1) for m in labels}
+    splits = {m: min(len(found[title][m]) for title in titles) for m in labels}
+
+    def scores(m: str, count: int) -> np.ndarray:
+        return np.array([[mean_of(s, False) for s in found[title][m][:count]] for title in titles]).mean(1)
+
     bases = [base for base in BASES if base in labels]
-    gaps = {
-        (m, base): scores[m] - scores[base] for base in bases for m in labels if m not in BASES[: BASES.index(base) + 1]
-    }
+    pairs = [(m, base) for base in bases for m in labels if m not in BASES[: BASES.index(base) + 1]]
+    common = {(m, base): min(splits[m], splits[base]) for m, base in pairs}
+    gaps = {(m, base): scores(m, n) - scores(base, n) for (m, base), n in common.items()}
     tests = over_sites(gaps)
-    head = [*names, f"{metric}, mean", *(f"compared with {base}, points | better at" for base in bases)]
-    out = [f"| method | {' | '.join(head)} |", "|---" * (len(names) + 2 + 2 * len(bases)) + "|"]
+    head = ["splits", *names, f"{metric}, mean", *(f"compared with {base}, points | higher at" for base in bases)]
+    out = [f"| method | {' | '.join(head)} |", "|---" * (len(names) + 3 + 2 * len(bases)) + "|"]
     for m in labels:
-        cells = [f"{x:.1f}" for x in (*scores[m], scores[m].mean())]
+        own = scores(m, splits[m])
+        cells = [str(splits[m]), *(f"{x:.1f}" for x in (*own, own.mean()))]
         for base in bases:
             gap = gaps.get((m, base))
             cells += ["", ""] if gap is None else [text_of(tests[m, base]), f"{int((gap > 0).sum())} of {len(gap)}"]
         out.append(f"| {m} | {' | '.join(cells)} |")
-    return [f"{splits} splits of the other cameras' patients.", "", *out, ""]
+    return [*out, ""]
 
 
 def over_sites(gaps: Mapping[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], Difference]:

@@ -122,7 +122,7 @@ def left_out(found: Mapping[str, Mapping[str, Splits]], order: Sequence[str], me
     splits = {m: min(len(found[title][m]) for title in titles) for m in labels}
 
     def scores(m: str, count: int) -> np.ndarray:
-        return np.array([[mean_of(s, False) for s in found[title][m][:count]] for title in titles]).mean(1)
+        return np.array([np.mean([mean_of(s, False) for s in found[title][m][:count]]) for title in titles])
 
     bases = [base for base in BASES if base in labels]
     pairs = [(m, base) for base in bases for m in labels if m not in BASES[: BASES.index(base) + 1]]

@@ -113,7 +113,7 @@ def test_assignments_are_averaged_within_a_split(script: Any) -> None:
         ]
         for w in (way, unequal.FIRST)
     ]
-    d = np.subtract(*values)
+    d = np.array(values[0]) - np.array(values[1])
     half = 2.7764451 * np.sqrt((1 / 5 + 0.25 / 0.6) * d.var(ddof=1))  # t(4)
     row = [line for line in unequal.tables(setting, found) if line.startswith(f"| {way} |")][1]
     assert f"{d.mean():+.1f} ({d.mean() - half:+.1f} to {d.mean() + half:+.1f})" in row

@@ -218,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--only", default="", help="a part of the studies' titles")
+    parser.add_argument("--methods", default="", help="those to run, separated by commas; all of a study by default")
     parser.add_argument("--quick", action="store_true", help="one split of the first study, printed only")
     parser.add_argument("--keep", type=Path, default=Path("domain_shift.json"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/results/domain-shift.md")
@@ -229,6 +230,8 @@ def main() -> None:
     for seed in range(1 if given.quick else given.splits):
         for title, study in list(STUDIES.items())[: 1 if given.quick else None]:
             for label in study.methods if given.only in title else ():
+                if given.methods and label not in given.methods.split(","):
+                    continue
                 done = found.setdefault(title, {}).setdefault(label, [])
                 if len(done) <= seed:
                     begun = time.perf_counter()
@@ -241,7 +244,9 @@ def main() -> None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         metrics = {title: study.metric for title, study in STUDIES.items()}
         kept = {title: found[title] for title in STUDIES if title in found}
-        given.out.write_text(page(kept, metrics, [m for members in FAMILIES.values() for m in members]))
+        before = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
+        order = [m for members in FAMILIES.values() for m in members]
+        given.out.write_text(page(kept, metrics, order, before), encoding="utf-8")
 
 
 if __name__ == "__main__":

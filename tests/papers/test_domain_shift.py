@@ -66,16 +66,14 @@ def gaps(study: Any, title: str, label: str, other: str, seen: bool = True, spli
     return np.array(found)
 
 
-def test_ten_scanners_together_beat_each_alone(study: Any) -> None:
-    """Sex from brain regions: what federating is for, where sites are small."""
+def test_ten_scanners_together_have_a_higher_mean_than_each_alone(study: Any) -> None:
+    """This network without early stopping. A linear model alone is not shown to be worse (docs/results/domain-shift.md)."""
     found = gaps(study, "Sex from brain regions, 10 scanners", "fedavg", "local", splits=5)
-    from domain_shift_page import interval
-
-    assert interval(found)[1] > 0
+    assert found.mean() > 0.02
 
 
-def test_harmonizing_did_not_help_to_predict_sex(study: Any) -> None:
-    """The scanner is gone from the features, and yet the model is no better: within two points of FedAvg either way."""
+def test_harmonizing_leaves_the_mean_near_that_of_fedavg(study: Any) -> None:
+    """The scanner is gone from the features, and the mean AUC is within three points of FedAvg either way."""
     for label in ("combat", "zscore of each site"):
         found = gaps(study, "Sex from brain regions, 10 scanners", label, "fedavg")
         assert abs(float(found.mean())) < 0.03

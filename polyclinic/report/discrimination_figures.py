@@ -62,7 +62,7 @@ def confusion_plot(name: str, alt: str, classes: Sequence[str], shares: Array) -
             plot.rectangle((k - 0.5, k + 0.5), (i - 0.5, i + 0.5), f"#{3 * gray}")
             if len(classes) <= 10:
                 color = "white" if share > 0.55 else INK
-                plot.beside(plot.px(k), plot.py(i), f"{100 * share:.0f}", 8.5, "middle", color)
+                plot.centered(plot.px(k), plot.py(i), f"{100 * share:.0f}", 8.5, "middle", color)
     plot.named_rows(classes, 8.5)
     for k, title in enumerate(classes):
         if turned:

@@ -156,7 +156,7 @@ def _named_points(name: str, alt: str, rows: tuple[Point, ...], label: str, line
             if row.low is not None and row.high is not None:
                 plot.segments([(y, row.low, row.high)], color, 1.6)
             plot.markers([row.value], [y], mark, 6.5, color, color if filled else "white", 1.4)
-        plot.beside(plot.share(1.03), plot.py(y), row.text, 8.5)
+        plot.centered(plot.share(1.03), plot.py(y), row.text, 8.5)
     plot.named_rows([r.name for r in rows])
     plot.x_axis(label, most=5)
     return plot.svg()
@@ -230,7 +230,7 @@ def curves(
     for value, title, color, mark in sorted(ends):
         at = max(value, at + gap)
         plot.marker_at(plot.share(1.035), plot.py(at), mark, 3.6, color)
-        plot.beside(plot.share(1.06), plot.py(at), title, 8, color=color)
+        plot.centered(plot.share(1.06), plot.py(at), title, 8, color=color)
     plot.x_axis("Round", integer=True)
     plot.y_axis(label)
     return plot.svg()
@@ -290,7 +290,7 @@ def scatter(name: str, alt: str, rows: Sequence[tuple[str, float, float, str]], 
         plot.markers([x], [y], mark, 6.5, color, color if filled else "white", 1.4)
         height = max([y, *(b + 0.065 * (high - low) for a, b in at if a == x)])
         at.append((x, height))
-        plot.beside(plot.px(x) + 7, plot.py(height), title, 8)
+        plot.centered(plot.px(x) + 7, plot.py(height), title, 8)
     plot.x_axis(xlabel)
     plot.y_axis(ylabel)
     return plot.svg()
@@ -305,7 +305,7 @@ def agreement_plot(
     plot.markers(mean, error, "o", 2.6, TEAL, edge=0, opacity=0.55)
     for value, text in zip(limits, ("lower limit", "bias", "upper limit"), strict=True):
         plot.reference(INK, 0.9, "-" if text == "bias" else "--", y=value)
-        plot.beside(plot.share(1.01), plot.py(value), text, 8)
+        plot.centered(plot.share(1.01), plot.py(value), text, 8)
     plot.x_axis(f"Mean of prediction and truth{unit}")
     plot.y_axis(f"Prediction − truth{unit}")
     return plot.svg()
@@ -363,7 +363,7 @@ def ranks_plot(name: str, alt: str, ranking: Ranking, titles: Mapping[str, str],
         y = 0.6 + 0.5 * bars + i
         plot.line([rank, rank, k + 0.3], [0, y, y], FAINT, 0.8, clip=False)
         text = f"{titles.get(method, method)}  {rank:.2f}"
-        plot.beside(plot.px(k + 0.4), plot.py(y), text, 8.5)
+        plot.centered(plot.px(k + 0.4), plot.py(y), text, 8.5)
     plot.x_axis(
         f"Mean rank over {over} (1 is best)", Ticks(range(1, k + 1), [str(r) for r in range(1, k + 1)]), top=True
     )

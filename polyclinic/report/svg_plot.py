@@ -256,7 +256,7 @@ class Plot:
             f'<text x="{_n(x)}" y="{_n(y)}" {font} fill="{color}"{more}>{escape(text, quote=False)}</text>'
         )
 
-    def beside(self, x: float, y: float, text: str, size: float, anchor: str = "start", color: str = INK) -> None:
+    def centered(self, x: float, y: float, text: str, size: float, anchor: str = "start", color: str = INK) -> None:
         """Write text that is vertically centered at the position ``y`` in points."""
         self.text(x, y + 0.36 * size, text, size, anchor, color)
 
@@ -283,12 +283,12 @@ class Plot:
         path = f"M{_at(self.left, self.bottom)}V{_n(self.top)}"
         for v, text in zip(marks.at, marks.labels, strict=True):
             path += f"M{_at(self.left, self.py(v))}h-{TICK}"
-            self.beside(self.left - 2 * TICK, self.py(v), text, 9, "end")
+            self.centered(self.left - 2 * TICK, self.py(v), text, 9, "end")
         self._path(path, INK, 0.8, clip=False, cap="square")
         self.y_label(label, max((text_width(text, 9) for text in marks.labels), default=0.0))
 
     def y_label(self, label: str, wide: float = 0.0) -> None:
-        """Write the label of the vertical axis beside tick labels of the given width."""
+        """Write the label of the vertical axis left of tick labels of the given width."""
         if label:
             x = max(self.left - 2 * TICK - wide - 5, 10.0) if wide else max(self.left - 6, 10.0)
             self.text(x, (self.top + self.bottom) / 2, label, anchor="middle", turn=-90)
@@ -296,7 +296,7 @@ class Plot:
     def named_rows(self, names: Sequence[str], size: float = 9) -> None:
         """Write names at the whole numbers of the vertical axis, and draw the axis without ticks."""
         for y, name in enumerate(names):
-            self.beside(self.left - TICK, self.py(y), name, size, "end")
+            self.centered(self.left - TICK, self.py(y), name, size, "end")
         self._path(f"M{_at(self.left, self.bottom)}V{_n(self.top)}", INK, 0.8, clip=False, cap="square")
 
     def frame(self) -> None:
@@ -315,7 +315,7 @@ class Plot:
                     self._path(f"M{_at(x, at)}h16", key.color, key.width, key.style, clip=False)
                 if key.mark:
                     self.marker_at(x + 8, at, key.mark, 4.5, key.color, key.face)
-                self.beside(x + 21, at, key.title, 8)
+                self.centered(x + 21, at, key.title, 8)
             x += 21 + max((text_width(key.title, 8) for key in own), default=0.0) + 12
 
     def _clip(self) -> str:

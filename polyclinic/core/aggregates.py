@@ -5,7 +5,9 @@ can therefore run synchronously, with a buffer, over a hierarchy of servers, or 
 mean as two sums follows TensorFlow Federated.
 """
 
-from collections.abc import Iterable, Mapping
+import functools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self, TypeAlias, TypeVar
 
@@ -131,6 +133,8 @@ class PerSiteUniform(PerSite):
     """Per-site contributions with the same leaves: names, shapes and types are checked as those of a mean."""
 
 
+SECOND_BUFFER = 2**24
+"""Largest size in bytes of a sum for which a second buffer is allocated."""
 Stat: TypeAlias = WeightedMean | ElementwiseMean | PerSite
 S = TypeVar("S", WeightedMean, ElementwiseMean, PerSite)
 
@@ -188,6 +192,7 @@ class RunningSum:
         """Create an empty sum."""
         self.total = Reply()
         self._own = set[str]()  # the parts of `total` whose buffers were allocated here
+        self._spare = dict[str, Tree]()  # buffers of an earlier sum
 
     def add(self, reply: Reply) -> None:
         """Add ``reply``, which is read once."""
@@ -200,6 +205,50 @@ class RunningSum:
                 stat = sum_ + stat  # type: ignore[operator]
                 self._own.add(part)
             self.total = Reply({**self.total.parts, part: stat})
+
+    def add_if_finite(self, replies: Sequence[Reply]) -> bool:
+        """Add ``replies`` if all their values are finite and ``total`` stays so; return whether they were added.
+
+        If ``total`` is large, the replies are checked before they are added to it. Otherwise the sum is written to a
+        second buffer and checked block by block, so that values are read once; allocating a large buffer would take
+        longer than reading them twice.
+
+        Args:
+            replies: Replies of the same form as ``total`` and as each other, all parts weighted means.
+        """
+        if self._own and self.total.nbytes > SECOND_BUFFER:
+            return self._add_checked(replies)
+        parts, own = dict[str, Stat](), set[str]()
+        for part in replies[0].parts:
+            means = [r.mean(part) for r in ((self.total, *replies) if self.total.parts else replies)]
+            if len(means) == 1:
+                leaves, finite = means[0].total, tree.finite(means[0].total)
+            else:
+                leaves, finite = tree.sum_of([mean.total for mean in means], self._spare.pop(part, None))
+                own.add(part)
+            if not finite:
+                return False
+            parts[part] = _mean_of(leaves, means)
+        self._spare = {part: self.total.mean(part).total for part in self._own}
+        self.total, self._own = Reply(parts), own
+        return True
+
+    def _add_checked(self, replies: Sequence[Reply]) -> bool:
+        """Add ``replies`` in place if all their values are finite, and return whether they are."""
+        if not all(tree.finite(leaves) for reply in replies for stat in reply.parts.values() for leaves in stat.trees):
+            return False
+        parts = dict[str, Stat]()
+        for part in self.total.parts:
+            means = [reply.mean(part) for reply in (self.total, *replies)]
+            tree.add_all_(means[0].total, [mean.total for mean in means[1:]])
+            parts[part] = _mean_of(means[0].total, means)
+        self.total = Reply(parts)
+        return True
+
+
+def _mean_of(total: Tree, means: Sequence[WeightedMean]) -> WeightedMean:
+    """Return the mean with the sum ``total`` of ``means``, whose weights are added from left to right."""
+    return WeightedMean(total, functools.reduce(operator.add, [mean.weight for mean in means]))
 
 
 def merge(replies: Iterable[Reply]) -> Reply:

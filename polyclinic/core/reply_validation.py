@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -78,29 +78,34 @@ class ReplyValidator:
         forms, the one whose leaves agree with the request is expected. ``before`` holds the figures of other sites'
         earlier replies, with which replies that arrive one by one are compared.
         """
-        return self._refuse(request, replies, before or {}, finite=False)
+        forms = {site: _form(reply) for site, reply in replies.items()}
+        return self._refuse(request, replies, before or {}, False, forms)
 
     def merge(self, request: Request, replies: Mapping[str, Reply]) -> tuple[dict[str, str], Reply]:
         """Return the sites that ``refuse`` names, and the sum of all other replies.
 
         The sum of weighted means shows whether all of them are finite, which saves a pass over every reply.
         """
-        means = all(type(stat) is WeightedMean for reply in replies.values() for stat in reply.parts.values())
-        alike = means and len({_form(reply) for reply in replies.values()}) == 1
-        total = merge(replies.values()) if alike else Reply()
-        finite = alike and all(tree.finite(leaves) for stat in total.parts.values() for leaves in stat.trees)
-        reasons = self._refuse(request, replies, {}, finite)
-        if not alike or reasons:
-            total = merge(reply for site, reply in replies.items() if site not in reasons)
-        return reasons, total
+        forms = {site: _form(reply) for site, reply in replies.items()}
+        alike = _means(replies.values()) and len(set(forms.values())) == 1
+        sum_ = RunningSum()
+        finite = alike and sum_.add_if_finite(list(replies.values()))
+        reasons = self._refuse(request, replies, {}, finite, forms)
+        if finite and not reasons:
+            return reasons, sum_.total
+        return reasons, merge(reply for site, reply in replies.items() if site not in reasons)
 
     def _refuse(
-        self, request: Request, replies: Mapping[str, Reply], before: Mapping[str, Figures], finite: bool
+        self,
+        request: Request,
+        replies: Mapping[str, Reply],
+        before: Mapping[str, Figures],
+        finite: bool,
+        forms: Mapping[str, Form],
     ) -> dict[str, str]:
         """Return the sites to refuse; ``finite`` says that all numbers of ``replies`` are known to be finite."""
         reasons = {site: reason for site, reply in replies.items() if (reason := self.refused(site, reply, finite))}
-        forms = {site: _form(reply) for site, reply in replies.items() if site not in reasons}
-        reasons |= _of_other_form(request, forms)
+        reasons |= _of_other_form(request, {site: form for site, form in forms.items() if site not in reasons})
         figures = {site: self.figures(reply) for site, reply in replies.items() if site not in reasons}
         everyone = {**before, **figures}
         reasons |= {site: reason for site in figures if (reason := self._compared(site, everyone))}
@@ -188,8 +193,8 @@ class ReplyValidator:
 class ReplySum:
     """The sum of the valid replies to one request, which is that of ``ReplyValidator.merge``, to the bit.
 
-    Replies are held while they are small together. If they exceed ``HELD`` bytes, and no limit compares them,
-    each is validated, added and released instead, so that memory does not grow with the number of sites. Replies of
+    Replies are held while they are small together. When they exceed ``HELD`` bytes, and no limit compares them,
+    they are validated, added and released together, so that memory does not grow with the number of sites. Replies of
     different forms then have separate sums, because the majority is known at the end.
     """
 
@@ -206,23 +211,48 @@ class ReplySum:
         """Add the reply of ``site``. Sites have one order in every engine."""
         self._held[site] = reply
         self._size += reply.nbytes
-        while self._size > HELD and self._held and not self._validator.compares:
-            self._release(first := next(iter(self._held)), self._held.pop(first))
+        if self._size > HELD and not self._validator.compares:
+            self._release()
 
-    def _release(self, site: str, reply: Reply) -> None:
-        if reason := self._validator.refused(site, reply):
-            self._reasons[site] = reason
-        else:
-            form = self._forms[site] = _form(reply)
-            self._sums.setdefault(form, RunningSum()).add(reply)
+    def _release(self) -> None:
+        """Validate and add the replies that are held, and release them."""
+        groups: dict[Form, dict[str, Reply]] = {}
+        for site, reply in self._held.items():
+            groups.setdefault(_form(reply), {})[site] = reply
+        reasons: dict[str, str] = {}
+        for form, replies in groups.items():
+            reasons |= self._add(form, replies)
+        forms = {site: form for form, replies in groups.items() for site in replies}
+        self._forms |= {site: forms[site] for site in self._held if site not in reasons}
+        self._reasons |= reasons
+        self._held, self._size = {}, 0
+
+    def _add(self, form: Form, replies: Mapping[str, Reply]) -> dict[str, str]:
+        """Add replies of one form, and return the sites that are refused, each with the reason."""
+        valid, sum_ = self._validator, self._sums.setdefault(form, RunningSum())
+        sound = not any(valid.refused(site, reply, finite=True) for site, reply in replies.items())
+        if sound and _means(replies.values()) and sum_.add_if_finite(list(replies.values())):
+            return {}
+        reasons = {site: reason for site, reply in replies.items() if (reason := valid.refused(site, reply))}
+        for site, reply in replies.items():
+            if site not in reasons:
+                sum_.add(reply)
+        return reasons
 
     def result(self) -> tuple[dict[str, str], Reply]:
         """Return the sites that were refused, each with the reason, and the sum of all other replies."""
-        if self._held:
+        if not self._sums:
             return self._validator.merge(self._request, self._held)
+        self._release()
         others = _of_other_form(self._request, self._forms)
         agreed = next((self._sums[form].total for site, form in self._forms.items() if site not in others), Reply())
         return dict(sorted((self._reasons | others).items())), agreed
+
+
+def _means(replies: Iterable[Reply]) -> bool:
+    """Return whether all parts are weighted means, and there is at least one."""
+    stats = [stat for reply in replies for stat in reply.parts.values()]
+    return bool(stats) and all(type(stat) is WeightedMean for stat in stats)
 
 
 def _of_other_form(request: Request, forms: Mapping[str, Form]) -> dict[str, str]:
@@ -255,8 +285,9 @@ def _form(reply: Reply) -> Form:
     leaves: list[tuple[object, ...]] = []
     for part, stat in sorted(reply.parts.items()):
         leaves.append((part, type(stat).__name__))
-        if isinstance(stat, WeightedMean | ElementwiseMean | PerSiteUniform):
-            leaves += [(part, name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in sorted(stat.trees[0].items())]
+        if isinstance(stat, (WeightedMean, ElementwiseMean, PerSiteUniform)):
+            for tensors in stat.trees[:1]:  # a reply that is not validated yet may have none
+                leaves += [(part, name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in sorted(tensors.items())]
     return tuple(leaves)
 
 

@@ -5,7 +5,7 @@ except those whose names end in ``_``, as in PyTorch.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 Tree: TypeAlias = Mapping[str, Tensor]
 Trees: TypeAlias = Mapping[str, Tree]
+CACHED = 2**20
+"""Bytes of a block of a sum, so that it stays in the cache of a core while all summands are added."""
 
 
 def zip_with(f: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
@@ -32,6 +34,52 @@ def add_(a: Tree, b: Tree, by: float = 1.0) -> None:
     _require_same_names(a, b)
     for name, leaf in a.items():
         leaf.add_(b[name], alpha=by)
+
+
+def add_all_(a: Tree, trees: Sequence[Tree]) -> None:
+    """Add ``trees`` to ``a`` in place, from left to right. Each block of ``a`` is read and written once."""
+    for other in trees:
+        _require_same_names(a, other)
+    for name, leaf in a.items():
+        for block, *others in _blocks(leaf, [tree[name] for tree in trees]):
+            for summand in others:
+                block.add_(summand)
+
+
+def sum_of(trees: Sequence[Tree], buffer: Tree | None = None) -> tuple[Tree, bool]:
+    """Return the sum of at least two trees of the same form, and whether it is finite, in one pass over memory.
+
+    Blocks that fit the processor's cache are summed from left to right and checked while they are there. The bits are
+    those of ``add``. A sum that is finite has finite summands.
+
+    Args:
+        trees: The trees, on one device.
+        buffer: A tree of the same form, to which the sum is written; it must share no memory with ``trees``.
+    """
+    for other in trees[1:]:
+        _require_same_names(trees[0], other)
+    total: dict[str, Tensor] = {}
+    finite = True
+    for name, first in trees[0].items():
+        leaf = torch.empty(first.shape, dtype=first.dtype, device=first.device) if buffer is None else buffer[name]
+        checks = []
+        for block, one, two, *others in _blocks(leaf, [tree[name] for tree in trees]):
+            torch.add(one, two, out=block)
+            for summand in others:
+                block.add_(summand)
+            if leaf.is_floating_point() or leaf.is_complex():
+                checks.append(bool(block.sum().isfinite()))
+        finite = finite and (all(checks) or finite_leaf(leaf))
+        total[name] = leaf
+    return total, finite
+
+
+def _blocks(leaf: Tensor, others: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
+    """Return the blocks of ``leaf``, each with those of ``others``."""
+    if leaf.nbytes <= CACHED or not leaf.is_contiguous():
+        return [(leaf, *others)]
+    size = max(CACHED // leaf.element_size(), 1)
+    return zip(leaf.view(-1).split(size), *(other.reshape(-1).split(size) for other in others), strict=True)
 
 
 def sub(a: Tree, b: Tree) -> Tree:
@@ -130,7 +178,7 @@ def size(a: Tree) -> int:
 
 def nbytes(a: Tree) -> int:
     """Return the size of the elements of ``a`` in bytes."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in a.values())
+    return sum(leaf.nbytes for leaf in a.values())
 
 
 def finite(a: Tree) -> bool:

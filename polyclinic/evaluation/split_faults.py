@@ -65,14 +65,16 @@ def _by_identity(file: Path) -> Leak | None:
     seen = [value for (_, _, role), value in rows.items() if role not in ("test", "public") and value.ndim == 2]
     if not tested or not seen:
         return None
-    known = np.concatenate(seen)
-    shared = {site: [np.isin(value[:, c], known[:, c]) for c in (_PATIENT, _INPUT)] for site, value in tested.items()}
-    patients = {int(i) for site, (same, _) in shared.items() for i in tested[site][same, _PATIENT]}
+    known, asked = np.concatenate(seen), np.concatenate(list(tested.values()))
+    ends = np.cumsum([len(value) for value in tested.values()])[:-1]  # all sites at once: each search sorts ``known``
+    same = [np.split(np.isin(asked[:, c], known[:, c]), ends) for c in (_PATIENT, _INPUT)]
+    shared = dict(zip(tested, zip(*same, strict=True), strict=True))
+    patients = {int(i) for site, (again, _) in shared.items() for i in tested[site][again, _PATIENT]}
     return Leak(
         len(patients),
         sum(int(inputs.sum()) for _, inputs in shared.values()),
         sum(map(len, tested.values())),
-        tuple(sorted(site for site, found in shared.items() if any(same.any() for same in found))),
+        tuple(sorted(site for site, found in shared.items() if any(again.any() for again in found))),
     )
 
 

@@ -2,7 +2,11 @@
 
 The model minimizes the task's loss on the training examples plus λ/2·‖W‖², without a penalty for the intercept. Inputs
 are scaled to mean 0 and deviation 1 over these examples. The loss of every task here is convex in a linear model, so
-L-BFGS finds its minimum, and neither rounds nor learning rates matter. λ is chosen on validation examples.
+Newton's method finds its minimum, and neither rounds nor learning rates matter. λ is chosen on validation examples.
+
+Steps are damped after Levenberg and Marquardt: if a step does not lower the loss, a larger multiple of the identity is
+added to the Hessian. Models of more than ``WIDE`` parameters are fitted by L-BFGS, whose first use makes PyTorch import
+its compiler, more CPU time than all fits of a small table.
 """
 
 from typing import Any
@@ -20,7 +24,11 @@ PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 KINDS = ("classification", "multilabel", "regression", "survival")
 """Kinds of tasks that a linear model of a table can learn."""
 STEPS = 200
-"""Largest number of L-BFGS steps for each λ."""
+"""Largest number of steps for each λ."""
+WIDE = 512
+"""Largest number of parameters for which the Hessian is computed."""
+FLAT = 1e-10
+"""Largest entry of the gradient at a minimum."""
 
 
 def linear_task(task: Task) -> Task | None:
@@ -79,6 +87,80 @@ def fit_linear(task: Task, train: Any, validation: Any | None) -> Tree | None:
 
 def _minimize(task: Task, model: nn.Module, layer: nn.Linear, batch: Batch, penalty: float) -> None:
     """Move the model to the minimum of the penalized loss, from where it is."""
+    if sum(leaf.numel() for leaf in layer.parameters()) > WIDE:
+        _minimize_wide(task, model, layer, batch, penalty)
+        return
+    design = torch.cat([batch[0], batch[0].new_ones(len(batch[0]), 1)], 1)
+    ridge = penalty * (torch.arange(design.shape[1]) < design.shape[1] - 1).double()[:, None]
+    theta = torch.cat([layer.weight.detach().T, layer.bias.detach()[None]])  # [d + 1, outputs]
+    damping, (loss, gradient, hessian) = 0.0, _expanded(task, design, batch[1], theta, ridge)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype)
+    for _ in range(STEPS):
+        if float(gradient.abs().max()) <= FLAT:
+            break
+        floor = 1e-12 * float(hessian.diagonal().max().clamp_min(1e-12))  # equal shifts of all classes change nothing
+        factor, failed = torch.linalg.cholesky_ex(hessian + (floor + damping) * identity)
+        moved = theta - torch.cholesky_solve(gradient.reshape(-1, 1), factor).reshape(theta.shape)
+        ahead = None if failed else _expanded(task, design, batch[1], moved, ridge)
+        if ahead is not None and ahead[0] <= loss:
+            theta, (loss, gradient, hessian) = moved, ahead
+            damping = damping / 10 if damping > 1e-9 else 0.0
+        elif damping > 1e6:  # rounding hides what a smaller step could gain
+            break
+        else:
+            damping = max(10 * damping, 1e-6)
+    with torch.no_grad():
+        layer.weight.copy_(theta[:-1].T)
+        layer.bias.copy_(theta[-1])
+
+
+class _Outputs(nn.Module):
+    """A model with given outputs, so that the loss is a function of them."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__()
+        self.given = outputs
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.given
+
+
+def _expanded(
+    task: Task, design: Tensor, targets: Tensor, theta: Tensor, ridge: Tensor
+) -> tuple[float, Tensor, Tensor]:
+    """Return the penalized loss, its gradient [d + 1, outputs], and its Hessian over the flat parameters."""
+    outputs = (design @ theta).requires_grad_()
+    value = task.loss(_Outputs(outputs), (design, targets))
+    (slope,) = torch.autograd.grad(value, outputs, create_graph=True)
+    (p, k), n = theta.shape, len(design)
+
+    def curvature(along: Tensor) -> Tensor:
+        """Return the Hessian of the loss over outputs, times a vector [n, outputs]."""
+        if not slope.requires_grad:
+            return torch.zeros_like(outputs)
+        # of a scalar: given a vector, PyTorch imports its symbolic algebra to compare shapes
+        (product,) = torch.autograd.grad((slope * along).sum(), outputs, retain_graph=True)
+        return product
+
+    if _couples_examples(task):
+        basis = torch.eye(p * k, dtype=theta.dtype).reshape(p * k, p, k)
+        hessian = torch.stack([design.T @ curvature(design @ one) for one in basis])
+    else:
+        rows = torch.stack([curvature(column.expand(n, k)) for column in torch.eye(k, dtype=theta.dtype)], 1)
+        weighted = rows.reshape(n, k * k, 1) * design[:, None]  # [n, output, output, feature]
+        hessian = (design.T @ weighted.reshape(n, -1)).reshape(p, k, k, p).transpose(2, 3)
+    hessian = hessian.reshape(p * k, p * k) + torch.diag(ridge.expand(p, k).reshape(-1))
+    gradient = design.T @ slope.detach() + ridge * theta
+    return float(value.detach()) + float((ridge * theta.square()).sum()) / 2, gradient, (hessian + hessian.T) / 2
+
+
+def _couples_examples(task: Task) -> bool:
+    """Return whether the loss of an example depends on the outputs of others, as Cox's partial likelihood does."""
+    return getattr(task, "hazards", None) == "proportional"
+
+
+def _minimize_wide(task: Task, model: nn.Module, layer: nn.Linear, batch: Batch, penalty: float) -> None:
+    """Move a model with many parameters to the minimum of the penalized loss."""
     optimizer = torch.optim.LBFGS(
         layer.parameters(), max_iter=STEPS, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.report.figures import CURVES, INK, WIDTH, drawing, svg
+from polyclinic.report.figures import CURVES, WIDTH, drawing, svg
+from polyclinic.report.svg_plot import INK
 from polyclinic.studies.records.pictured_cases import PicturedCase, Plane
 
 

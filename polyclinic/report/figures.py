@@ -2,6 +2,7 @@
 
 No information is encoded by color alone: baselines are hollow, external sites are diamonds, curves have markers and are
 labeled at their ends. Text remains text, so that it can be searched, selected and read by a screen reader.
+Figures that contain images or contours are drawn with matplotlib, by ``drawing``; the others are not.
 """
 
 import io
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from html import escape
 from typing import Any
 
@@ -18,11 +19,13 @@ import numpy as np
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.calibration import Bin
 from polyclinic.evaluation.net_benefit import NetBenefit
+from polyclinic.report.svg_plot import INK as INK
+from polyclinic.report.svg_plot import LEGEND_ROW, Key, Plot, Ticks, text_width
 from polyclinic.statistics.intervals import Estimate
 from polyclinic.statistics.paired_tests import Difference, Ranking
 from polyclinic.statistics.undefined import Array
 
-TEAL, ORANGE, GRAY, INK, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#1c2733", "#9aa4b0"
+TEAL, ORANGE, GRAY, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#9aa4b0"
 CURVES = (TEAL, ORANGE, "#3b5fa8", "#8a3f8f", "#7a6a00", "#a8324a", "#2f7d32", "#5b5b5b")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_NAMED = 60
@@ -58,7 +61,7 @@ STYLE = {  # marker, color, filled
 
 @contextmanager
 def drawing(height: float, width: float = WIDTH) -> Iterator[tuple[Any, Any]]:
-    """Create an empty figure and its axes, in the report's style.
+    """Create an empty figure of matplotlib and its axes, in the report's style, for images and contours.
 
     Raises:
         ConfigError: If matplotlib is not installed.
@@ -67,7 +70,9 @@ def drawing(height: float, width: float = WIDTH) -> Iterator[tuple[Any, Any]]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("the report needs matplotlib, which is not installed: pip install matplotlib") from None
+        raise ConfigError(
+            "figures with images need matplotlib, which is not installed: pip install matplotlib"
+        ) from None
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "polyclinic",
@@ -111,14 +116,9 @@ def _span(values: Sequence[float | None], pad: float = 0.06) -> tuple[float, flo
     return low - pad * wide, high + pad * wide
 
 
-@cache
 def inches(text: str, points: float) -> float:
     """Return the width of ``text`` in inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(family="DejaVu Sans", size=points)
-    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
+    return text_width(text, points) / 72
 
 
 def points(
@@ -144,53 +144,50 @@ def points(
 @lru_cache(maxsize=32)  # the page and its summary have figures in common
 def _named_points(name: str, alt: str, rows: tuple[Point, ...], label: str, line: float | None, zero: bool) -> str:
     height = 0.62 + 0.29 * len(rows)
-    with drawing(height) as (figure, axes):
-        left = 0.03 + min(max((inches(r.name, 9) for r in rows), default=0.0) / WIDTH, 0.4)
-        right = 1 - max((inches(r.text, 8.5) for r in rows), default=0.0) / WIDTH
-        wide = max((right - left) / 1.03, 0.2)
-        axes.set_position((left, 0.5 / height, wide, 1 - 0.56 / height))
-        for y, row in enumerate(rows):
-            mark, color, filled = STYLE[row.kind]
-            if row.value is not None:
-                if row.low is not None and row.high is not None:
-                    axes.plot([row.low, row.high], [y, y], color=color, lw=1.6, solid_capstyle="butt")
-                face = color if filled else "white"
-                axes.plot([row.value], [y], mark, color=color, mfc=face, ms=6.5, mew=1.4)
-            axes.text(1.03, y, row.text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
-        _limits(axes, rows, line, zero)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_yticks(range(len(rows)), [r.name for r in rows])
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(label)
-        return svg(figure, name, alt)
+    left = 0.03 + min(max((inches(r.name, 9) for r in rows), default=0.0) / WIDTH, 0.4)
+    right = 1 - max((inches(r.text, 8.5) for r in rows), default=0.0) / WIDTH
+    wide = max((right - left) / 1.03, 0.2)
+    place = (left, 0.5 / height, wide, 1 - 0.56 / height)
+    plot = Plot(name, alt, (WIDTH, height), place, _limits(rows, line, zero), (len(rows) - 0.4, -0.6))
+    _reference(plot, line, zero)
+    for y, row in enumerate(rows):
+        mark, color, filled = STYLE[row.kind]
+        if row.value is not None:
+            if row.low is not None and row.high is not None:
+                plot.segments([(y, row.low, row.high)], color, 1.6)
+            plot.markers([row.value], [y], mark, 6.5, color, color if filled else "white", 1.4)
+        plot.centered(plot.share(1.03), plot.py(y), row.text, 8.5)
+    plot.named_rows([r.name for r in rows])
+    plot.x_axis(label, most=5)
+    return plot.svg()
 
 
 @lru_cache(maxsize=32)
 def _many_points(name: str, alt: str, rows: tuple[Point, ...], label: str, line: float | None, zero: bool) -> str:
     known = sorted((r for r in rows if r.value is not None), key=lambda r: r.value or 0.0)
-    with drawing(4.6) as (figure, axes):
-        axes.set_position((0.06, 0.11, 0.91, 0.87))
-        for kind, (mark, color, filled) in STYLE.items():
-            own = [(i, r) for i, r in enumerate(known) if r.kind == kind]
-            ranges = [(i, r.low, r.high) for i, r in own if r.low is not None and r.high is not None]
-            if ranges:
-                axes.hlines(*zip(*ranges, strict=True), color=color, lw=0.7, alpha=0.6)
-            face = color if filled else "white"
-            axes.plot([r.value for _, r in own], [i for i, _ in own], mark, color=color, mfc=face, ms=2.6, mew=0.6)
-        _limits(axes, rows, line, zero)
-        axes.set_yticks([])
-        axes.set_ylabel(f"{len(known)} rows of the table, in order of their values")
-        axes.set_xlabel(label)
-        return svg(figure, name, alt)
+    limits = (-0.03 * len(known) - 0.5, 1.03 * len(known) - 0.5)
+    plot = Plot(name, alt, (WIDTH, 4.6), (0.06, 0.11, 0.91, 0.87), _limits(rows, line, zero), limits)
+    _reference(plot, line, zero)
+    for kind, (mark, color, filled) in STYLE.items():
+        own = [(i, r) for i, r in enumerate(known) if r.kind == kind]
+        ranges = [(i, r.low, r.high) for i, r in own if r.low is not None and r.high is not None]
+        plot.segments(ranges, color, 0.7, 0.6)
+        values = [r.value for _, r in own if r.value is not None]
+        plot.markers(values, [i for i, _ in own], mark, 2.6, color, color if filled else "white", 0.6)
+    plot.y_axis(f"{len(known)} rows of the table, in order of their values", Ticks((), ()))
+    plot.x_axis(label, most=5)
+    return plot.svg()
 
 
-def _limits(axes: Any, rows: Sequence[Point], line: float | None, zero: bool) -> None:
-    """Set the limits and ticks of the horizontal axis so that it shows all intervals, and draw the reference line."""
+def _limits(rows: Sequence[Point], line: float | None, zero: bool) -> tuple[float, float]:
+    """Return limits of the horizontal axis so that it shows all intervals and the reference line."""
     ends = [v for r in rows for v in (r.value, r.low, r.high)]
-    axes.set_xlim(*_span([*ends, line, 0.0 if zero else None]))
+    return _span([*ends, line, 0.0 if zero else None])
+
+
+def _reference(plot: Plot, line: float | None, zero: bool) -> None:
     if line is not None:
-        axes.axvline(line, color=FAINT if not zero else INK, lw=1.0, ls=":" if not zero else "-", zorder=0)
-    axes.locator_params(axis="x", nbins=5)
+        plot.reference(INK if zero else FAINT, 1.0, "-" if zero else ":", x=line, behind=True)
 
 
 def curves(
@@ -211,98 +208,107 @@ def curves(
         first: The title to draw in the first color and with a thick line.
         behind: Titles to draw in gray, with dashed lines.
     """
-    with drawing(2.9) as (figure, axes):
-        widest = max((inches(title, 8) for title in lines), default=0.0) / WIDTH
-        axes.set_position((0.165, 0.16, (0.815 - widest) / 1.07, 0.8))
-        ends = []
-        order = sorted((t for t in lines if t not in behind), key=lambda t: t != first)
-        for i, title in enumerate([*behind, *order]):
-            if title not in lines:
-                continue
-            (x, y), gray, turn = lines[title], title in behind, max(i - len(behind), 0)
-            color = GRAY if gray else CURVES[turn % len(CURVES)]
-            mark, wide = MARKS[-1 - i % 4] if gray else MARKS[turn % 4], 2.2 if title == first else 1.4
-            style = "--" if gray else "-"
-            axes.plot(x, y, style, color=color, lw=wide, marker=mark, ms=3.6, markevery=max(len(x) // 6, 1))
-            if len(x):
-                ends.append((y[-1], title, color, mark))
-        low, high = axes.get_ylim()
-        gap, at = 0.062 * (high - low), -np.inf
-        for value, title, color, mark in sorted(ends):
-            at = max(value, at + gap)
-            axes.plot([1.035], [at], mark, color=color, ms=3.6, transform=axes.get_yaxis_transform(), clip_on=False)
-            axes.text(1.06, at, title, color=color, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-        axes.set_ylim(low, high)
-        axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("Round")
-        axes.set_ylabel(label)
-        return svg(figure, name, alt)
+    widest = max((inches(title, 8) for title in lines), default=0.0) / WIDTH
+    place = (0.165, 0.16, max((0.815 - widest) / 1.07, 0.2), 0.8)
+    low, high = _span([v for _, y in lines.values() for v in y], 0.05)
+    limits = _span([float(v) for x, _ in lines.values() for v in x], 0.05)
+    plot = Plot(name, alt, (WIDTH, 2.9), place, limits, (low, high))
+    ends = []
+    order = sorted((t for t in lines if t not in behind), key=lambda t: t != first)
+    for i, title in enumerate([*behind, *order]):
+        if title not in lines:
+            continue
+        (x, y), gray, turn = lines[title], title in behind, max(i - len(behind), 0)
+        color = GRAY if gray else CURVES[turn % len(CURVES)]
+        mark, wide = MARKS[-1 - i % 4] if gray else MARKS[turn % 4], 2.2 if title == first else 1.4
+        plot.line(x, y, color, wide, "--" if gray else "-")
+        every = max(len(x) // 6, 1)
+        plot.markers(x[::every], y[::every], mark, 3.6, color)
+        if len(x):
+            ends.append((y[-1], title, color, mark))
+    gap, at = 0.062 * (high - low), -np.inf
+    for value, title, color, mark in sorted(ends):
+        at = max(value, at + gap)
+        plot.marker_at(plot.share(1.035), plot.py(at), mark, 3.6, color)
+        plot.centered(plot.share(1.06), plot.py(at), title, 8, color=color)
+    plot.x_axis("Round", integer=True)
+    plot.y_axis(label)
+    return plot.svg()
 
 
 def reliability_plot(name: str, alt: str, groups: Mapping[str, Sequence[Bin]]) -> str:
     """Draw observed against predicted frequencies, with the diagonal. Markers grow with the number of cases."""
-    with drawing(3.3, 3.9) as (figure, axes):
-        axes.set_position((0.16, 0.15, 0.8, 0.81))
-        axes.plot([0, 1], [0, 1], ":", color=FAINT, lw=1)
-        most = max((b.n for bins in groups.values() for b in bins), default=1)
-        for (title, bins), color, mark in zip(groups.items(), (TEAL, ORANGE), ("o", "D"), strict=False):
-            axes.plot([b.predicted for b in bins], [b.observed for b in bins], color=color, lw=1.2, label=title)
-            sizes = [12 + 60 * b.n / most for b in bins]
-            axes.scatter([b.predicted for b in bins], [b.observed for b in bins], s=sizes, color=color, marker=mark)
-        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="Predicted probability", ylabel="Observed frequency")
-        axes.legend(frameon=False, loc="upper left", fontsize=8)
-        return svg(figure, name, alt)
+    plot = Plot(name, alt, (3.9, 3.3), (0.16, 0.15, 0.8, 0.81), (-0.03, 1.03), (-0.03, 1.03))
+    plot.line([0, 1], [0, 1], FAINT, 1, ":")
+    most, keys = max((b.n for bins in groups.values() for b in bins), default=1), list[Key]()
+    for (title, bins), color, mark in zip(groups.items(), (TEAL, ORANGE), ("o", "D"), strict=False):
+        plot.line([b.predicted for b in bins], [b.observed for b in bins], color, 1.2)
+        for b in bins:
+            area = 12 + 60 * b.n / most
+            plot.markers([b.predicted], [b.observed], mark, round(area**0.5, 2), color)
+        keys.append(Key(title, color, "-", mark, width=1.2))
+    plot.x_axis("Predicted probability", most=6)
+    plot.y_axis("Observed frequency", most=6)
+    plot.legend(keys, plot.left + 8, plot.top + 11)
+    return plot.svg()
 
 
 def decision_plot(name: str, alt: str, curve: Sequence[NetBenefit]) -> str:
     """Draw net benefit over thresholds, against the strategies to treat all patients and none (decision curve)."""
-    with drawing(3.3, 3.9) as (figure, axes):
-        axes.set_position((0.18, 0.15, 0.78, 0.81))
-        known = [(p.threshold, p.model.value, p.model.low, p.model.high) for p in curve if p.model.value is not None]
-        bands = [(t, low, high) for t, _, low, high in known if low is not None and high is not None]
-        axes.fill_between(*zip(*bands, strict=True), color=TEAL, alpha=0.15, lw=0) if bands else None
-        axes.plot(
-            [t for t, *_ in known], [v for _, v, *_ in known], color=TEAL, lw=1.7, marker="o", ms=3.2, label="Model"
-        )
-        every = [(p.threshold, p.treat_all.value) for p in curve if p.treat_all.value is not None]
-        axes.plot([t for t, _ in every], [v for _, v in every], color=ORANGE, lw=1.2, ls="--", label="Treat all")
-        axes.axhline(0, color=INK, lw=0.9, ls=":", label="Treat none")
-        top = max([high for *_, high in bands] + [v for _, v, *_ in known if v is not None] + [0.05])
-        axes.set(xlim=(0, 1), ylim=(-0.35 * top, 1.1 * top), xlabel="Threshold probability", ylabel="Net benefit")
-        axes.legend(frameon=False, loc="upper right", fontsize=8)
-        return svg(figure, name, alt)
+    known = [(p.threshold, p.model.value, p.model.low, p.model.high) for p in curve if p.model.value is not None]
+    bands = [(t, low, high) for t, _, low, high in known if low is not None and high is not None]
+    top = max([high for *_, high in bands] + [v for _, v, *_ in known if v is not None] + [0.05])
+    plot = Plot(name, alt, (3.9, 3.3), (0.18, 0.15, 0.78, 0.81), (0, 1), (-0.35 * top, 1.1 * top))
+    plot.band([t for t, *_ in bands], [a for _, a, _ in bands], [b for *_, b in bands], TEAL, 0.15)
+    at, values = [t for t, *_ in known], [v for _, v, *_ in known if v is not None]
+    plot.line(at, values, TEAL, 1.7)
+    low, high = -0.35 * top, 1.1 * top
+    inside = [(t, v) for t, v in zip(at, values, strict=True) if low <= v <= high]
+    plot.markers([t for t, _ in inside], [v for _, v in inside], "o", 3.2, TEAL)
+    every = [(p.threshold, p.treat_all.value) for p in curve if p.treat_all.value is not None]
+    plot.line([t for t, _ in every], [v for _, v in every], ORANGE, 1.2, "--")
+    plot.reference(INK, 0.9, ":", y=0.0)
+    plot.x_axis("Threshold probability", most=6)
+    plot.y_axis("Net benefit")
+    keys = [
+        Key("Model", TEAL, "-", "o", width=1.7),
+        Key("Treat all", ORANGE, "--", width=1.2),
+        Key("Treat none", INK, ":", width=0.9),
+    ]
+    plot.legend(keys, plot.right - 29 - text_width("Treat none", 8), plot.top + 11)
+    return plot.svg()
 
 
 def scatter(name: str, alt: str, rows: Sequence[tuple[str, float, float, str]], xlabel: str, ylabel: str) -> str:
     """Draw two quantities against each other, one labeled point per method: (name, x, y, kind)."""
-    with drawing(2.9) as (figure, axes):
-        axes.set_position((0.19, 0.16, 0.76, 0.8))
-        axes.set(xlim=_span([r[1] for r in rows], 0.22), ylim=_span([r[2] for r in rows], 0.14))
-        low, high = axes.get_ylim()
-        at: list[tuple[float, float]] = []
-        for title, x, y, kind in sorted(rows, key=lambda r: r[2]):
-            mark, color, filled = STYLE[kind]
-            axes.plot([x], [y], mark, color=color, mfc=color if filled else "white", ms=6.5, mew=1.4)
-            height = max([y, *(b + 0.065 * (high - low) for a, b in at if a == x)])
-            at.append((x, height))
-            axes.annotate(title, (x, height), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.locator_params(axis="x", nbins=6)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        return svg(figure, name, alt)
+    low, high = _span([r[2] for r in rows], 0.14)
+    limits = _span([r[1] for r in rows], 0.22)
+    plot = Plot(name, alt, (WIDTH, 2.9), (0.19, 0.16, 0.76, 0.8), limits, (low, high))
+    at: list[tuple[float, float]] = []
+    for title, x, y, kind in sorted(rows, key=lambda r: r[2]):
+        mark, color, filled = STYLE[kind]
+        plot.markers([x], [y], mark, 6.5, color, color if filled else "white", 1.4)
+        height = max([y, *(b + 0.065 * (high - low) for a, b in at if a == x)])
+        at.append((x, height))
+        plot.centered(plot.px(x) + 7, plot.py(height), title, 8)
+    plot.x_axis(xlabel)
+    plot.y_axis(ylabel)
+    return plot.svg()
 
 
 def agreement_plot(
     name: str, alt: str, mean: Array, error: Array, limits: tuple[float, float, float], unit: str
 ) -> str:
     """Draw a Bland-Altman plot: error against the mean of prediction and truth, with bias and limits of agreement."""
-    with drawing(3.0) as (figure, axes):
-        axes.set_position((0.165, 0.16, 0.665, 0.8))
-        axes.plot(mean, error, "o", color=TEAL, ms=2.6, alpha=0.55, mew=0)
-        for value, text in zip(limits, ("lower limit", "bias", "upper limit"), strict=True):
-            axes.axhline(value, color=INK, lw=0.9, ls="-" if text == "bias" else "--")
-            axes.text(1.01, value, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-        axes.set(xlabel=f"Mean of prediction and truth{unit}", ylabel=f"Prediction − truth{unit}")
-        return svg(figure, name, alt)
+    across, down = _span(mean.tolist(), 0.05), _span([*error.tolist(), *limits], 0.05)
+    plot = Plot(name, alt, (WIDTH, 3.0), (0.165, 0.16, 0.665, 0.8), across, down)
+    plot.markers(mean, error, "o", 2.6, TEAL, edge=0, opacity=0.55)
+    for value, text in zip(limits, ("lower limit", "bias", "upper limit"), strict=True):
+        plot.reference(INK, 0.9, "-" if text == "bias" else "--", y=value)
+        plot.centered(plot.share(1.01), plot.py(value), text, 8)
+    plot.x_axis(f"Mean of prediction and truth{unit}")
+    plot.y_axis(f"Prediction − truth{unit}")
+    return plot.svg()
 
 
 @dataclass(frozen=True)
@@ -317,23 +323,25 @@ class Curve:
 
 def survival_plot(name: str, alt: str, times: Array, groups: Mapping[str, Sequence[Curve]], label: str) -> str:
     """Draw survival probabilities over time, the curves of one group in one color with one marker."""
-    with drawing(3.3, 3.9) as (figure, axes):
-        axes.set_position((0.16, 0.15, 0.8, 0.81))
-        x = np.concatenate([[0.0], times])
-        for i, (title, curves_) in enumerate(groups.items()):
-            color, mark = CURVES[i % len(CURVES)], MARKS[i % len(MARKS)]
-            for k, curve in enumerate(curves_):
-                y, style = np.concatenate([[1.0], curve.values]), "--" if curve.dashed else "-"
-                face = "white" if curve.dashed else color
-                axes.plot(
-                    x, y, style, color=color, lw=1.4, marker=mark, ms=3.6, mfc=face, label=title if not k else None
-                )
-                if curve.low is not None and curve.high is not None:
-                    low, high = (np.concatenate([[1.0], v]) for v in (curve.low, curve.high))
-                    axes.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
-        axes.set(xlim=(0, 1.03 * float(x[-1])), ylim=(0, 1.03), xlabel=label, ylabel="Survival probability")
-        axes.legend(frameon=False, loc="lower left", fontsize=8)
-        return svg(figure, name, alt)
+    x = np.concatenate([[0.0], times])
+    plot = Plot(name, alt, (3.9, 3.3), (0.16, 0.15, 0.8, 0.81), (0, 1.03 * float(x[-1])), (0, 1.03))
+    keys = []
+    for i, (title, curves_) in enumerate(groups.items()):
+        color, mark = CURVES[i % len(CURVES)], MARKS[i % len(MARKS)]
+        for k, curve in enumerate(curves_):
+            y, style = np.concatenate([[1.0], curve.values]), "--" if curve.dashed else "-"
+            face = "white" if curve.dashed else color
+            if curve.low is not None and curve.high is not None:
+                low, high = (np.concatenate([[1.0], v]) for v in (curve.low, curve.high))
+                plot.band(x, low, high, color, 0.12)
+            plot.line(x, y, color, 1.4, style)
+            plot.markers(x, y, mark, 3.6, color, face)
+            if not k:
+                keys.append(Key(title, color, style, mark, face))
+    plot.x_axis(label)
+    plot.y_axis("Survival probability", most=6)
+    plot.legend(keys, plot.left + 8, plot.bottom - 9 - LEGEND_ROW * (len(keys) - 1))
+    return plot.svg()
 
 
 def ranks_plot(name: str, alt: str, ranking: Ranking, titles: Mapping[str, str], over: str = "sites") -> str:
@@ -346,26 +354,21 @@ def ranks_plot(name: str, alt: str, ranking: Ranking, titles: Mapping[str, str],
         titles: Names of methods as the reader knows them.
         over: What the methods are ranked over, in the plural.
     """
-    k = len(ranking.methods)
-    height = 0.75 + 0.24 * k + 0.14 * len(ranking.cliques)
-    with drawing(height) as (figure, axes):
-        axes.set_position((0.04, 0.02, 0.56, 1 - 0.42 / height))
-        axes.set(xlim=(0.8, k + 0.2), ylim=(k + 0.6 + 0.5 * len(ranking.cliques), 0))
-        axes.xaxis.tick_top()
-        axes.xaxis.set_label_position("top")
-        axes.set_xticks(range(1, k + 1))
-        axes.set_xlabel(f"Mean rank over {over} (1 is best)")
-        axes.spines["bottom"].set_visible(False)
-        axes.spines["left"].set_visible(False)
-        axes.spines["top"].set_visible(True)
-        axes.set_yticks([])
-        place = dict(zip(ranking.methods, ranking.ranks, strict=True))
-        for i, (method, rank) in enumerate(place.items()):
-            y = 0.6 + 0.5 * len(ranking.cliques) + i
-            axes.plot([rank, rank, k + 0.3], [0, y, y], color=FAINT, lw=0.8, clip_on=False, zorder=0)
-            axes.plot([rank], [0], "o", color=TEAL, ms=5, clip_on=False)
-            axes.text(k + 0.4, y, f"{titles.get(method, method)}  {rank:.2f}", va="center", fontsize=8.5)
-        for j, clique in enumerate(ranking.cliques):
-            y, ends = 0.45 + 0.5 * j, [place[m] for m in clique]
-            axes.plot([min(ends) - 0.05, max(ends) + 0.05], [y, y], color=ORANGE, lw=3, solid_capstyle="butt")
-        return svg(figure, name, alt)
+    k, bars = len(ranking.methods), len(ranking.cliques)
+    height = 0.75 + 0.24 * k + 0.14 * bars
+    place = (0.04, 0.02, 0.56, 1 - 0.42 / height)
+    plot = Plot(name, alt, (WIDTH, height), place, (0.8, k + 0.2), (k + 0.6 + 0.5 * bars, 0))
+    ranks = dict(zip(ranking.methods, ranking.ranks, strict=True))
+    for i, (method, rank) in enumerate(ranks.items()):
+        y = 0.6 + 0.5 * bars + i
+        plot.line([rank, rank, k + 0.3], [0, y, y], FAINT, 0.8, clip=False)
+        text = f"{titles.get(method, method)}  {rank:.2f}"
+        plot.centered(plot.px(k + 0.4), plot.py(y), text, 8.5)
+    plot.x_axis(
+        f"Mean rank over {over} (1 is best)", Ticks(range(1, k + 1), [str(r) for r in range(1, k + 1)]), top=True
+    )
+    plot.markers(list(ranks.values()), [0.0] * k, "o", 5, TEAL)
+    for j, clique in enumerate(ranking.cliques):
+        y, ends = 0.45 + 0.5 * j, [ranks[m] for m in clique]
+        plot.segments([(y, min(ends) - 0.05, max(ends) + 0.05)], ORANGE, 3)
+    return plot.svg()

@@ -62,7 +62,7 @@ def build_report(run_dir: str | Path, out: str | Path | None = None, options: Op
         NotARun: If the folder is not a run or contains damaged files; then nothing is written.
         ReportNotWritten: If the files cannot be written, for example because the disk is full; an earlier report is
             then unchanged.
-        ConfigError: If matplotlib is not installed.
+        ConfigError: If a figure contains images and matplotlib is not installed.
     """
     with _garbage_kept():
         run = read_run(run_dir)

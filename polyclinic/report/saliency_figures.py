@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from polyclinic.report.figures import CURVES, INK, MARKS, WIDTH, drawing, inches, svg
+from polyclinic.report.figures import CURVES, MARKS, WIDTH, drawing, inches, svg
+from polyclinic.report.svg_plot import INK, LEGEND_ROW, Key, Plot
 from polyclinic.statistics.undefined import Array
 
 ACROSS = 3
@@ -36,21 +37,21 @@ def features(name: str, alt: str, names: Sequence[str], shares: Mapping[str, Seq
     """Draw the features with the largest attribution, one per row, with a marker for each site."""
     legend = 0.2 * -(-len(shares) // 3) if len(shares) <= 8 else 0.0
     height = 0.6 + legend + 0.26 * len(names)
-    with drawing(height) as (figure, axes):
-        left = 0.03 + min(max(inches(n, 9) for n in names) / WIDTH, 0.45)
-        axes.set_position((left, 0.5 / height, 0.97 - left, 1 - (0.58 + legend) / height))
-        for k, (site, values) in enumerate(shares.items()):
-            color, mark = CURVES[k % len(CURVES)], MARKS[k % len(MARKS)]
-            axes.plot(values, range(len(names)), mark, color=color, mfc="none", ms=5.5, mew=1.3, label=site)
-        axes.set_yticks(range(len(names)), list(names))
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlim(left=0)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", color="#dfe5ea", lw=0.6)
-        axes.set_xlabel("Mean share of the attribution")
-        if legend:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False, borderpad=0)
-        return svg(figure, name, alt)
+    left = 0.03 + min(max(inches(n, 9) for n in names) / WIDTH, 0.45)
+    place = (left, 0.5 / height, 0.97 - left, 1 - (0.58 + legend) / height)
+    most, keys = 1.05 * max((v for values in shares.values() for v in values), default=1.0), list[Key]()
+    plot = Plot(name, alt, (WIDTH, height), place, (0.0, most or 1.0), (len(names) - 0.5, -0.5))
+    for y in range(len(names)):
+        plot.reference("#dfe5ea", 0.6, "-", y=y)
+    for k, (site, values) in enumerate(shares.items()):
+        color, mark = CURVES[k % len(CURVES)], MARKS[k % len(MARKS)]
+        plot.markers(values, range(len(names)), mark, 5.5, color, "none", 1.3)
+        keys.append(Key(site, color, None, mark, "none"))
+    plot.named_rows(names)
+    plot.x_axis("Mean share of the attribution", most=5)
+    if legend:
+        plot.legend(keys, plot.left, plot.top - 6 - LEGEND_ROW * (-(-len(keys) // 3) - 1), columns=3)
+    return plot.svg()
 
 
 def _coarse(values: Array) -> Array:

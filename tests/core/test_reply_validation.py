@@ -1,5 +1,6 @@
 """The gate before a merge: which replies are refused, exactly at the limits, and in which words."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -215,6 +216,45 @@ def test_the_sum_is_of_the_replies_that_are_not_refused(bad: tuple[float, ...]) 
     expected = merge(good.values()).mean("update")
     assert torch.equal(total.mean("update").total["w"], expected.total["w"])
     assert total.mean("update").weight == expected.weight == 2
+
+
+@pytest.mark.parametrize("second_buffer", [0, 2**30], ids=["in place", "second buffer"])
+@pytest.mark.parametrize("held", [0, 100, 250, 2**30])
+@pytest.mark.parametrize("hostile", [(), (0,), (6,), (3, 4), (0, 1, 2, 3, 4, 5, 6)])
+def test_sums_of_blocks_are_those_of_plus_whoever_is_refused(
+    hostile: tuple[int, ...], held: int, second_buffer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaves of one element, of several blocks, and not contiguous; the number that is not finite is in the last block."""
+    monkeypatch.setattr("polyclinic.core.reply_validation.HELD", held)
+    monkeypatch.setattr("polyclinic.core.aggregates.SECOND_BUFFER", second_buffer)
+    monkeypatch.setattr("polyclinic.core.tree.CACHED", 16)
+    rng = torch.Generator().manual_seed(0)
+    replies, before = {}, {}
+    for i in range(7):
+        leaves = {"a": torch.randn((), generator=rng), "b": torch.randn(3, 5, generator=rng).T}
+        leaves["c"] = torch.randn(11, generator=rng).half()
+        if i in hostile:
+            leaves["c"][-1] = (math.nan, math.inf, -math.inf)[i % 3]
+        replies[f"s{i}"] = Reply({"update": WeightedMean(leaves, 0.1 * (i + 1))})
+        before[f"s{i}"] = {name: leaf.clone() for name, leaf in leaves.items()}
+    reasons, total = summed(ReplyValidator(), replies)
+    assert reasons == {f"s{i}": "update: c contains NaN or infinity" for i in hostile}
+    good = [reply for site, reply in replies.items() if site not in reasons]
+    if good:
+        expected = functools.reduce(lambda a, b: a + b, good).mean("update")
+        assert total.mean("update").weight == expected.weight
+        assert all(torch.equal(total.mean("update").total[k], leaf) for k, leaf in expected.total.items())
+    for site, reply in replies.items():
+        found = reply.mean("update").total
+        assert all(torch.equal(found[k], leaf) or site in reasons for k, leaf in before[site].items())
+
+
+@pytest.mark.usefixtures("_size")
+def test_a_reply_without_the_tensors_that_its_kind_has_is_refused() -> None:
+    usual = Reply({"all": PerSiteUniform({"b": tensors(1.0)})})
+    reasons, total = summed(ReplyValidator(), {"a": Reply({"all": PerSiteUniform({})}), "b": usual})
+    assert reasons == {"a": "all: contains values of [], not of a alone"}
+    assert list(total.gather("all")) == ["b"]
 
 
 @pytest.mark.usefixtures("_size")

@@ -1,5 +1,7 @@
 """The linear baseline: the minimum of the penalized loss, the penalty chosen on validation data."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -77,9 +79,35 @@ TASKS: dict[str, tuple[Task, Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_the_penalized_loss_is_at_its_minimum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("classes_", [2, 3])
+@pytest.mark.parametrize("penalty", [3.0, 0.001])
+def test_the_minimum_is_that_of_scikit_learn(classes_: int, penalty: float) -> None:
+    """Before parameters are rounded to single precision; only differences between classes are determined."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(80, FEATURES, generator=rng, dtype=torch.double)
+    y = torch.randint(0, classes_, (80,), generator=rng)
+    y[:classes_] = torch.arange(classes_)
+    model = linear(Classification(mlp(classes_))).model().double()
+    layer: Any = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    linear_model._minimize(linear(Classification(mlp(classes_))), model, layer, (x, y), penalty)
+    factor = 2 if classes_ == 2 else 1  # of two classes, the library penalizes the difference
+    known = LogisticRegression(C=factor / (penalty * 80), tol=1e-12, max_iter=10_000, solver="newton-cholesky")
+    known.fit(x.numpy(), y.numpy())
+    weight = layer.weight.detach().numpy()
+    ours = weight[1] - weight[0] if classes_ == 2 else weight - weight.mean(0)
+    theirs = known.coef_[0] if classes_ == 2 else known.coef_ - known.coef_.mean(0)
+    assert np.abs(ours - theirs).max() < 1e-8
+    bias = layer.bias.detach().numpy()
+    offset = bias[1] - bias[0] if classes_ == 2 else bias - bias.mean()
+    expected = known.intercept_[0] if classes_ == 2 else known.intercept_ - known.intercept_.mean()
+    assert np.abs(offset - expected).max() < 1e-8
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("name", ["classification", "multilabel", "regression", "hazards", "cox"])
+def test_the_penalized_loss_is_at_its_minimum(name: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_model, "PENALTIES", (0.1,))
+    monkeypatch.setattr(linear_model, "WIDE", 0 if wide else 512)
     task, targets = TASKS[name]
     train = table(targets)
     task = linear(task)
@@ -97,6 +125,31 @@ def test_the_penalized_loss_is_at_its_minimum(name: str, monkeypatch: pytest.Mon
     loss = task.loss(model, ((x - x.mean(0)) / scale, y)) + 0.05 * layer.weight.square().sum()
     gradients = torch.autograd.grad(loss, [layer.weight, layer.bias])
     assert max(float(g.abs().max()) for g in gradients) < 1e-4
+
+
+def test_outliers_do_not_stop_a_robust_loss() -> None:
+    """Where all errors are large, the loss of a regression has no curvature."""
+    task = linear(Regression(mlp(1), 0.0, 1.0))
+    model = task.model().double()
+    layer: Any = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    x = torch.randn(40, FEATURES, generator=torch.Generator().manual_seed(4), dtype=torch.double)
+    y = 50 + 30 * x[:, :1]
+    y[0] = -1e4
+    linear_model._minimize(task, model, layer, (x, y), 0.001)
+    loss = task.loss(model, (x, y)) + 0.0005 * layer.weight.square().sum()
+    gradients = torch.autograd.grad(loss, [layer.weight, layer.bias])
+    assert max(float(g.abs().max()) for g in gradients) < 1e-6
+
+
+def test_small_tables_do_not_load_the_compiler() -> None:
+    code = """
+import sys, torch
+from tests.learning.test_linear_model import TASKS, fit_linear, linear, table
+for task, targets in TASKS.values():
+    assert fit_linear(linear(task), table(targets), None) is not None
+assert not {"torch._dynamo", "sympy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_penalty_has_the_lowest_loss_on_validation_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ _DOUBTFUL = frozenset(
 
 def clean(word: str) -> str:
     """Return a cell's text in Unicode form NFC, without invisible characters and without space at its ends."""
+    if word.isascii():
+        return word.strip()
     return _INVISIBLE.sub("", unicodedata.normalize("NFC", word)).strip()
 
 

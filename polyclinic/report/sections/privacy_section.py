@@ -11,6 +11,7 @@ from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import NONE, listed, many
 from polyclinic.report.page_blocks import Folded, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.report.svg_plot import INK, Plot, Ticks
 
 ACCOUNTS = {"pld": "tight", "rdp": "Rényi bound"}
 
@@ -106,41 +107,31 @@ def _curve(
     alt: str, rows: Sequence[tuple[figures.Point, float]], bare: Mapping[str, float], ylabel: str, unit: str
 ) -> str:
     """Draw quality with its interval against ε, on a logarithmic scale; dashed lines are training without noise."""
-    with figures.drawing(2.9) as (figure, axes):
-        axes.set_position((0.16, 0.16, 0.8, 0.8))
-        every = [*bare.values()] + [
-            v for point, _ in rows for v in (point.value, point.low, point.high) if v is not None
-        ]
-        low, high = min(every), max(every)
-        pad = 0.12 * (high - low) or 0.05
-        most, least = max(x for _, x in rows), max(min(x for _, x in rows), 1e-3)
-        wide = max(most / least, 2.0)
-        axes.set(xscale="log", xlim=(least / wide**0.1, most * wide**0.3), ylim=(low - pad, high + pad))
-        for point, x in rows:
-            if point.low is not None and point.high is not None:
-                axes.plot([x, x], [point.low, point.high], color=figures.TEAL, lw=1.2)
-            axes.plot([x], [point.value], "s", color=figures.TEAL, ms=6.5)
-            top = point.value if point.high is None else point.high
-            axes.annotate(point.name, (x, top), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
-        for title, value in bare.items():
-            axes.axhline(value, color=figures.INK, lw=0.9, ls="--")
-            axes.annotate(
-                title,
-                (0.99, value),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 3),
-                ha="right",
-                textcoords="offset points",
-                fontsize=8,
-            )
-        at: list[float] = []
-        for x in sorted(x for _, x in rows):
-            at += [x] if not at or x > 1.15 * at[-1] else []  # so that no two labels meet
-        axes.set_xticks(at, [f"{x:.3g}" for x in at])
-        axes.minorticks_off()
-        axes.locator_params(axis="y", nbins=5)
-        axes.set(xlabel=f"ε for every {unit} (smaller is more private)", ylabel=ylabel)
-        return figures.svg(figure, "epsilon", alt)
+    every = [*bare.values()] + [v for point, _ in rows for v in (point.value, point.low, point.high) if v is not None]
+    low, high = min(every), max(every)
+    pad = 0.12 * (high - low) or 0.05
+    most, least = max(x for _, x in rows), max(min(x for _, x in rows), 1e-3)
+    wide = max(most / least, 2.0)
+    limits = (math.log10(least / wide**0.1), math.log10(most * wide**0.3))
+    plot = Plot("epsilon", alt, (figures.WIDTH, 2.9), (0.16, 0.16, 0.8, 0.8), limits, (low - pad, high + pad))
+    for point, epsilon in rows:
+        x, value = math.log10(max(epsilon, 1e-3)), point.value or 0.0
+        if point.low is not None and point.high is not None:
+            plot.line([x, x], [point.low, point.high], figures.TEAL, 1.2)
+        plot.markers([x], [value], "s", 6.5, figures.TEAL)
+        plot.text(plot.px(x), plot.py(value if point.high is None else point.high) - 4, point.name, 8, "middle")
+    for title, value in bare.items():
+        plot.reference(INK, 0.9, "--", y=value)
+        plot.text(plot.share(0.99), plot.py(value) - 4, title, 8, "end")
+    at: list[float] = []
+    for x in sorted(x for _, x in rows if x >= least):
+        at += [x] if not at or x > 1.15 * at[-1] else []  # so that no two labels meet
+    plot.x_axis(
+        f"ε for every {unit} (smaller is more private)",
+        Ticks([math.log10(x) for x in at], [f"{x:.3g}" for x in at]),
+    )
+    plot.y_axis(ylabel, most=5)
+    return plot.svg()
 
 
 def _against_epsilon(page: ReportContext, spent: Mapping[str, Sequence[Privacy]]) -> list[Picture]:

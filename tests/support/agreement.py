@@ -115,7 +115,7 @@ def change(model: nn.Module, start: Tree) -> Tree:
     return {name: leaf - start[name] for name, leaf in params_of(model).items()}
 
 
-Correct = Callable[[str, Tensor, Tensor], Tensor]
+Correct = Callable[..., Tensor]
 """A gradient by the name of its parameter, the gradient, and the parameter's value."""
 
 
@@ -149,7 +149,7 @@ def descent(
     return params_of(model)
 
 
-def mean(trees: Sequence[Tree], weights: Sequence[float] | None = None) -> Tree:
+def mean(trees: Sequence[Tree], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """The mean of trees, in double precision, with weights that need not sum to 1."""
     shares = torch.tensor(weights or [1.0] * len(trees), dtype=torch.float64)
     shares = shares / shares.sum()

@@ -31,7 +31,7 @@ from tests.support.start_weights import weights_of
 ROUNDS, RANK, ALPHA, ETA = 3, 2, 12.0, 0.1
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=ETA)
 A, B = ".lora_down.weight", ".lora_up.weight"
-Trained = Callable[[str], bool]
+Trained = Callable[..., bool]
 
 
 def adapted(kind: str) -> Classification:
@@ -93,7 +93,7 @@ def fedsa_lora(task: Classification, sites: dict[str, Site]) -> tuple[Tree, dict
 
 def flexlora(task: Classification, sites: dict[str, Site]) -> tuple[Tree, dict[str, Tree]]:
     """Bai et al., section 3.2, in NumPy: the mean of products, cut to the rank; both factors get roots."""
-    shared, weights = task.first(), np.array(sizes(sites)) / sum(sizes(sites))
+    shared, weights = dict(task.first()), np.array(sizes(sites)) / sum(sizes(sites))
     for round in range(ROUNDS):
         ends = [trained_at(task, shared, site, round, lambda n: True) for site in sites.values()]
         shared = mean(ends, sizes(sites))

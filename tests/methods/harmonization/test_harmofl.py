@@ -55,7 +55,7 @@ def test_two_rounds_are_the_published_ones(kind: str) -> None:
     local = LocalTraining(epochs=1, batch_size=8, lr=0.05)
     step, _ = run(HarmoFL(task, local, alpha=0.3, decay=0.4), sites, task.first(), 2)
 
-    axes, spectra = tuple(range(2, 2 + len(task.network.inputs[1:]))), []
+    axes, spectra = tuple(range(2, 2 + len(task.network.inputs[1:]))), list[Any]()
     for site in sites.values():
         x, running = site.data["train"].x.numpy(), None
         order = torch.randperm(len(x), generator=site.rng(0, "amplitude")).split(8)
@@ -63,7 +63,7 @@ def test_two_rounds_are_the_published_ones(kind: str) -> None:
             seen = np.abs(np.fft.fftn(x[chunk.numpy()], axes=axes)).mean(0)
             running = seen if running is None else 0.6 * running + 0.4 * seen
         spectra.append(running)
-    amplitude = np.mean(spectra, 0)
+    amplitude = np.mean(np.stack(spectra), 0)
     w = task.first()
     for round in range(2):
         ends = []
@@ -77,7 +77,7 @@ def test_two_rounds_are_the_published_ones(kind: str) -> None:
                 model.zero_grad()
                 F.cross_entropy(model(z), y).backward()
                 restore(model, kept)
-                moved = [p for p in model.parameters() if p.grad is not None]
+                moved: list[torch.Tensor] = [p for p in model.parameters() if p.grad is not None]
                 length = torch.cat([known(p.grad).flatten() for p in moved]).norm()
                 deltas = [0.3 * known(p.grad) / length for p in moved]
                 with torch.no_grad():

@@ -110,7 +110,8 @@ def test_two_rounds_are_those_of_the_equations(disorders: tuple[str, ...], kind:
                 share = (h @ own["gate.weight"].T + own["gate.bias"]).exp()
                 share = share / share.sum(1, keepdim=True)
                 experts = [F.relu(h @ own[f"experts.{e}.0.weight"].T + own[f"experts.{e}.0.bias"]) for e in range(3)]
-                answer = sum(share[:, [e]] * experts[e] for e in range(3)) @ own["tower.weight"].T + own["tower.bias"]
+                blend = torch.stack([share[:, [e]] * experts[e] for e in range(3)]).sum(0)
+                answer = blend @ own["tower.weight"].T + own["tower.bias"]
                 u = h / h.norm(dim=1, keepdim=True)
                 likeness, others = u @ u.T / 0.5, ~torch.eye(len(x), dtype=torch.bool)
                 log = likeness - (likeness.exp() * others).sum(1, keepdim=True).log()

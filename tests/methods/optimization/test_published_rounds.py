@@ -234,7 +234,8 @@ def fedgma(task: Classification, sites: dict[str, Site], options: dict[str, Any]
         moves = [tree.sub(descent(task, w, site, LOCAL, round), w) for site in sites.values()]
         step = mean(moves, n)
         for name in learned(task):
-            agreement = sum(k * move[name].sign() for k, move in zip(n, moves, strict=True)).abs() / sum(n)
+            signs = torch.stack([k * move[name].sign() for k, move in zip(n, moves, strict=True)])
+            agreement = signs.sum(0).abs() / sum(n)
             step[name] = torch.where(agreement >= options["threshold"], step[name], agreement * step[name])
         w = plus(w, step)
     return w

@@ -21,6 +21,7 @@ from polyclinic.methods.personalization.feddg import CLAMP, FedDG
 from polyclinic.testing import check_method, equal
 from tests.conftest import Rows, segmentation_sites
 from tests.support.agreement import KINDS, agree, change, minibatches, place, ready, restore, statistics
+from tests.support.known import known
 
 
 @pytest.mark.parametrize("half", [1, 3])
@@ -92,10 +93,12 @@ def test_two_minibatches_are_the_published_episodes(kind: str) -> None:
         taken = low[torch.randint(5, (len(x),), generator=styles)].numpy()
         lam = torch.rand(len(x), generator=styles).numpy().reshape(-1, *[1] * (dims + 1))
         spectrum = np.fft.fftn(x.numpy(), axes=axes)
-        amplitude, window = np.abs(spectrum), (..., *np.ix_(*[few] * dims))
+        amplitude = np.abs(spectrum)
+        window: Any = (..., *np.ix_(*[few] * dims))
         order = np.argsort(few % 5, kind="stable")  # the bank has frequency 0 first
         theirs = np.empty_like(taken)
-        theirs[(..., *np.ix_(*[order] * dims))] = taken
+        bank: Any = (..., *np.ix_(*[order] * dims))
+        theirs[bank] = taken
         amplitude[window] = (1 - lam) * amplitude[window] + lam * theirs
         other = np.fft.ifftn(amplitude * np.exp(1j * np.angle(spectrum)), axes=axes).real
         z = torch.from_numpy(other).float()
@@ -107,11 +110,11 @@ def test_two_minibatches_are_the_published_episodes(kind: str) -> None:
         with torch.no_grad():
             for n, p in trial.named_parameters():
                 if n in slopes:
-                    p -= 0.4 * slopes[n].clamp(-100, 100)
+                    p.sub_(0.4 * slopes[n].clamp(-100, 100))
         F.cross_entropy(trial(z), y).backward()
         for n, p in trial.named_parameters():
             if n in slopes:
-                slopes[n] += p.grad
+                slopes[n] += known(p.grad)
         optimizer.step()
         restore(model, kept)
     agree(found, change(model, task.first()))

@@ -158,7 +158,7 @@ def test_two_passes_are_the_published_steps_on_any_network(kind: str) -> None:
     found = Adaptation(passes=2, lr=0.01, batch_size=4)(task.with_network(routed), params, data, rng)
 
     model = load(task.network(), models[0]).train()
-    adapted = {}
+    adapted: dict[str, torch.Tensor] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             blended = Blended(module, name, models, params)

@@ -100,7 +100,7 @@ def fedopt(task: Classification, sites: dict[str, Site], options: dict[str, Any]
     beta1, beta2, lr, tau = (options.get(k, d) for k, d in (("beta1", 0.9), ("beta2", 0.99), ("lr", 0), ("tau", 1e-3)))
     for round in range(ROUNDS):
         delta = tree.sub(mean([descent(task, w, s, LOCAL, round) for s in sites.values()], sizes(sites)), w)
-        moved = plus(w, delta)
+        moved = dict(plus(w, delta))
         for name in learned(task):
             d = delta[name].double().numpy()
             m[name] = beta1 * m.get(name, 0.0) + (d if rule == "momentum" else (1 - beta1) * d)

@@ -1,9 +1,10 @@
 """Ratio of two means with Fieller's interval, such as the share of a gap that a method closes.
 
-Fieller, "Some problems in interval estimation", Journal of the Royal Statistical Society B 16:175-185, 1954: the interval holds every θ for which Student's t-test of
-``E[x − θ y] = 0`` does not reject: ``(x̄ − θ ȳ)² ≤ t² (Vₓₓ − 2 θ Vₓᵧ + θ² Vᵧᵧ)``. The coverage of this set is exact for
-normal pairs, also if ȳ is small. If ȳ does not differ from 0 at the same level, the set is unbounded, and no interval
-is given, because the data then exclude no ratio of either sign that is large enough.
+Fieller, "Some problems in interval estimation", Journal of the Royal Statistical Society B 16:175-185, 1954: the
+interval holds every θ for which Student's t-test of ``E[x − θ y] = 0`` does not reject:
+``(x̄ − θ ȳ)² ≤ t² (Vₓₓ − 2 θ Vₓᵧ + θ² Vᵧᵧ)``. The coverage of this set is exact for normal pairs, also if ȳ is small. If
+ȳ does not differ from 0 at the same level, the set is unbounded, and no interval is given, because the data then
+exclude no ratio of either sign that is large enough.
 """
 
 from collections.abc import Sequence

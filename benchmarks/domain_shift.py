@@ -4,7 +4,8 @@ Real sites only: sex from brain regions at 6 and at 10 scanners, heart disease a
 cameras (at 64 x 64 pixels); then scanners and cameras without training data. Every method trains the same network in
 the same number of rounds with the same training settings, at its default options unless ``OPTIONS`` says otherwise;
 nothing is tuned, and the model after the last round is tested. A split's score is the mean over sites; differences to
-FedAvg are paired by split, with Student's interval over splits.
+FedAvg are paired by split, with Nadeau and Bengio's interval. For unseen cameras the unit is the camera. Finished runs are
+kept, the same command resumes, and the page keeps the tables of studies without records.
 """
 
 import argparse

@@ -43,7 +43,7 @@ def test_text_of_a_page_is_that_of_its_script(script: Any, name: str, texts: tup
 
 
 def runs(*splits: float) -> list[list[dict[str, Any]]]:
-    """Records of an unseen site, one score for each split, beside a site that trained."""
+    """Records of an unseen site, one score for each split, with a site that trained."""
     return [
         [{"site": "new", "seen": False, "n": 9, "score": s}, {"site": "old", "seen": True, "n": 9, "score": 0.0}]
         for s in splits

@@ -209,12 +209,9 @@ class RunningSum:
     def add_if_finite(self, replies: Sequence[Reply]) -> bool:
         """Add ``replies`` if all their values are finite and ``total`` stays so; return whether they were added.
 
-        If ``total`` is large, the replies are checked before they are added to it. Otherwise the sum is written to a
-        second buffer and checked block by block, so that values are read once; allocating a large buffer would take
-        longer than reading them twice.
-
-        Args:
-            replies: Replies of the same form as ``total`` and as each other, all parts weighted means.
+        They have the form of ``total``, and all parts are weighted means. If ``total`` is large, they are checked
+        before they are added to it; otherwise the sum is written to a second buffer and checked block by block, so
+        that values are read once. Allocating a large buffer would take longer than reading them twice.
         """
         if self._own and self.total.nbytes > SECOND_BUFFER:
             return self._add_checked(replies)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from polyclinic.core import tree
 from polyclinic.core.tree import Tree
 
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
@@ -103,6 +104,12 @@ def inspect(model: nn.Module) -> Inspection:
 def params_of(model: nn.Module) -> Tree:
     """Copy the state that may be sent: each trainable tensor and statistic once, on the CPU."""
     return {name: leaf.detach().to("cpu", copy=True) for name, leaf in _floating(_leaves(model)).items()}
+
+
+def changes_of(model: nn.Module, start: Tree) -> Tree:
+    """Return ``params_of(model) - start``, to the bit, without a copy of the parameters."""
+    leaves = _floating(_leaves(model))
+    return tree.sub({name: leaf.detach().to("cpu") for name, leaf in leaves.items()}, start)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from polyclinic.core.site import Compute, Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
-from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, changes_of, params_of
 from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.image_augmentation import ImageAugmentation
 from polyclinic.learning.training.minibatches import Sampler, drawn, weights
@@ -126,6 +126,26 @@ class LocalTraining:
             after_step: Called with the model after each step, for example to update a second model.
             slot: Name of the model, if several of one task are used at the same time.
         """
+        options: dict[str, Any] = {"role": role, "data": data, "loss": loss, "gradient_hook": gradient_hook}
+        options |= {"trainable": trainable, "after_step": after_step, "slot": slot}
+        return params_of(self._fitted(task, start, site, round, **options))
+
+    def _fitted(
+        self,
+        task: Trainable,
+        start: Tree,
+        site: Site,
+        round: int,
+        *,
+        role: str = "train",
+        data: Any = None,
+        loss: Loss | None = None,
+        gradient_hook: Correct | None = None,
+        trainable: Callable[[str], bool] | None = None,
+        after_step: Callable[[nn.Module], None] | None = None,
+        slot: str = "",
+    ) -> nn.Module:
+        """Return the thread's model after ``fit``, whose arguments these are."""
         model, data = cached_model(task, start, site.device, slot), site.data[role] if data is None else data
         loss, rng = loss or task.loss, site.rng(round, "train", role, slot)
         origin = {name: leaf.to(site.device) for name, leaf in start.items()} if self.penalty else start
@@ -150,10 +170,12 @@ class LocalTraining:
             if memory is not None:
                 memory[key] = {**memory.get(key, {}), **optimizer.state(names)}
         model.zero_grad(set_to_none=True)  # frees the gradients before the parameters are copied
-        return params_of(model)
+        return model
 
     def change(self, task: Trainable, start: Tree, site: Site, round: int, **options: Any) -> Tree:
         """Return the change of the parameters by ``fit``, which no one else uses. ``options`` are those of ``fit``."""
+        if type(self).fit is LocalTraining.fit:
+            return changes_of(self._fitted(task, start, site, round, **options), start)
         change = self.fit(task, start, site, round, **options)
         tree.sub_(change, start)
         return change

@@ -1370,6 +1370,15 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             exposes="it sends exact differences of the validation loss",
             fidelity="departs: the gap is sent with the next update; the step is divided by the number of sites instead of 3",
         ),
+        Entry(
+            "fedism",
+            "fairness.fedism:FedISM",
+            "weights grow where the model is sharpest, and sites train for flat minima",
+            "Wu et al. 2024 (IJCAI)",
+            "the change of the model, which the server sees site by site, and the sharpness of the training loss",
+            exposes="it sends the exact sharpness of the training loss",
+            fidelity="departs: the loss is the study's instead of a balanced softmax",
+        ),
     ),
     "Server end: corrupted clients": (
         Entry(

@@ -69,9 +69,7 @@ def gaps(study: Any, title: str, label: str, other: str, seen: bool = True, spli
 def test_ten_scanners_together_beat_each_alone(study: Any) -> None:
     """Sex from brain regions: what federating is for, where sites are small."""
     found = gaps(study, "Sex from brain regions, 10 scanners", "fedavg", "local", splits=5)
-    from domain_shift_page import interval
-
-    assert interval(found)[1] > 0
+    assert np.median(found) > 0  # its corrected interval is on the page
 
 
 def test_harmonizing_did_not_help_to_predict_sex(study: Any) -> None:

@@ -488,7 +488,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of all but the head; the head, separate by site and shown to the other sites",
             tasks=("segmentation",),
             stateful=True,
-            exposes=NOT_BY_EXAMPLE,
+            private=("dp-sgd",),
             fidelity="departs: the second head is trained in every round; a softmax over classes instead of sigmoids",
             exclusive=True,
         ),

@@ -117,6 +117,12 @@ PUBLISHED: Mapping[str, Published] = {
         {"within_weight": 2.0, "across_weight": 2.0, "difficulty": 0.25},
         {"epochs": 1, "batch_size": 2, "optimizer": "adam", "lr": 0.0003, "weight_decay": 0.0005},
     ),
+    "fedism": Published(
+        "code/utils/options.py of the authors' code: hemorrhage in head CT and skin lesions at twenty sites, ResNet-18",
+        300,
+        {"rho": 0.05, "surrogate": 0.1, "q": 1.0, "beta": 0.5},
+        {"epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 0.0003, "weight_decay": 0.0005},
+    ),
     "fedcorr": Published(
         "util/options.py of the authors' code: CIFAR-10 at a hundred sites, a residual network; 5 + 200 + 200 rounds",
         405,

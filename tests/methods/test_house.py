@@ -31,7 +31,18 @@ def test_there_is_one_training_loop() -> None:
 
 NEW = {
     *("fine-tuned", "rolora", "ffa-lora", "fedsa-lora", "flexlora", "flora", "fedrod", "fedcostwavg", "fedpidavg"),
-    *("fedpid", "fedala", "fedrdn", "feddg-ga", "fedsam", "fedlc", "balanced-softmax", "fedproto", "per-fedavg"),
+    *(
+        "fedism",
+        "fedpid",
+        "fedala",
+        "fedrdn",
+        "feddg-ga",
+        "fedsam",
+        "fedlc",
+        "balanced-softmax",
+        "fedproto",
+        "per-fedavg",
+    ),
     *("fedbabu", "ccvr", "mixstyle", "adain", "fda", "fednoro", "fedcorr", "fedsoup", "fedfa", "fediic", "fedmlp"),
     *("feda3i", "fedawa", "fedlws", "fedntd", "feddecorr", "fedetf", "fedexp", "fedlesam", "fedspeed", "fedcm", "cfl"),
     *("asym-fedavg", "fisher-merging", "regmean"),

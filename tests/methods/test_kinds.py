@@ -23,7 +23,7 @@ MINE = [
     *("fedmic", "mutual", "fedmoco", "fedmae", "fcl", "fedsemi", "fedperl", "fedvss"),
     *("private-heads", "fedmix", "teacher-student", "fedmd", "feddf", "fedni", "histofl"),
     *("fine-tuned", "fedbabu", "per-fedavg", "fedala", "fedsoup", "fedsam", "fedlesam", "fedspeed", "fedcm", "fedexp"),
-    *("feddecorr", "fedrdn", "fedcostwavg", "fedpidavg", "fedawa", "fedlws", "feddg-ga"),
+    *("feddecorr", "fedrdn", "fedcostwavg", "fedpidavg", "fedawa", "fedlws", "feddg-ga", "fedism"),
     *("fedpid", "adain", "fda", "feda3i", "fedmlp"),
 ]
 SMALL = (("depth", 2), ("width", 4))

@@ -34,3 +34,33 @@ def sharpened(loss: Loss, rho: float, adaptive: bool = False) -> Loss:
         return at(model, moved, loss, batch)
 
     return value
+
+
+def matched(loss: Loss, rho: float, surrogate: float) -> Loss:
+    """Return a function whose gradient is that of ``sharpened(loss, rho)`` minus ``surrogate · g⊥``.
+
+    g⊥ is the part of ∇L(θ) that is orthogonal to the gradient of ``L(θ + δ)``, so that a step lowers the gap between
+    both without an effect on L(θ + δ). Zhuang and others, "Surrogate Gap Minimization Improves Sharpness-Aware
+    Training", ICLR 2022, equation 4, https://arxiv.org/abs/2203.08065. As in public code of it, the first pass updates
+    running statistics, and the second does not.
+    """
+
+    def value(model: nn.Module, batch: Batch) -> Tensor:
+        named = trainable(model)
+        parameters = list(named.values())
+        plain = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
+        found = {name: g for name, g in zip(named, plain, strict=True) if g is not None}
+        length = torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()
+        moved = {name: named[name] + rho * g / (length + 1e-12) for name, g in found.items()}
+        with still(model):
+            sharp = at(model, moved, loss, batch)
+        if not surrogate:
+            return sharp
+        slopes = torch.autograd.grad(sharp, [named[name] for name in found], retain_graph=True)
+        along = torch.stack([(g * h).sum() for g, h in zip(found.values(), slopes, strict=True)]).sum()
+        along = along / (torch.stack([h.square().sum() for h in slopes]).sum() + 1e-12)
+        pairs = zip(found.items(), slopes, strict=True)
+        linear = torch.stack([((g - along * h) * named[name]).sum() for (name, g), h in pairs]).sum()
+        return sharp - surrogate * linear  # the gradient of the second term is that of a constant vector
+
+    return value

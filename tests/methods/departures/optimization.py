@@ -6,19 +6,23 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.nn import functional as F
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
 from polyclinic.core.tree import Tree
 from polyclinic.learning.networks.model_tree import load
 from polyclinic.learning.tasks.risk import full_gradient, trained
+from polyclinic.learning.training.sharpness import matched
 from polyclinic.methods.aggregation.dynamic_fusion import DynamicFusion
 from polyclinic.methods.aggregation.fedce import FedCE
 from polyclinic.methods.aggregation.fedlws import FedLWS
 from polyclinic.methods.aggregation.pfa import progressive
 from polyclinic.methods.aggregation.pid_weights import PIDWeights
 from polyclinic.methods.aggregation.prrfl import PRRFL
+from polyclinic.methods.class_imbalance.logit_adjustment import LogitAdjusted
 from polyclinic.methods.fairness.feddg_ga import adjusted
+from polyclinic.methods.fairness.fedism import SHARPNESS, FedISM
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.fedcm import FedCM
 from polyclinic.methods.optimization.fedexp import FedExP
@@ -294,6 +298,35 @@ def fedlws_layers() -> float:
     start, learned = small().first(), trained(small())
     found, published = (moves(kind(small(), LOCAL), little_sites(), start, 3) for kind in (FedLWS, CutAfterBias))
     return apart(*(tree.select(m, learned.__contains__) for m in (found, published, start)))
+
+
+class BalancedISM(FedISM):
+    """FedISM that trains with a balanced softmax, whereas its sharpness is of the plain loss."""
+
+    def site_update(self, request: Any, memory: Any, site: Any) -> Any:
+        start, task = request.trees["params"], self.task
+        shift = LogitAdjusted(task, self.local).shift(site)
+
+        def balanced(model: Any, batch: Any) -> Any:
+            return F.cross_entropy(model(batch[0]) + shift, batch[1])
+
+        told, _ = super().site_update(request, memory, site)
+        sharp = told.gather("update")[site.name][SHARPNESS]
+        loss = matched(balanced, self.rho, self.surrogate)
+        change = self.local.change(task, start, site, request.round, loss=loss)
+        return Reply({"update": PerSiteUniform({site.name: {**change, SHARPNESS: sharp}})}), memory
+
+
+@departs(
+    "fedism",
+    "the loss is the study's instead of a balanced softmax",
+    "the global model after 2 rounds, relative to its change; three classes",
+)
+def fedism_loss() -> float:
+    task, sites = small(classes=3), little_sites(classes=3)
+    start = task.first()
+    found, published = (moves(kind(task, LOCAL), sites, start, 2) for kind in (FedISM, BalancedISM))
+    return apart(found, published, start)
 
 
 @departs(

@@ -92,11 +92,11 @@ def test_without_a_perturbation_and_an_exponent_it_is_uniform_fedavg(
 
 def test_the_site_with_bad_images_counts_more() -> None:
     """Images of one site are noisy: the model is less certain there, and its loss sharper."""
-    sites, task = little_sites(), place("cnn, group")[0]
-    for site in sites.values():
-        site.data["train"] = Rows(site.data["train"].x[:12], site.data["train"].y[:12])
-    x = sites["site-0"].data["train"].x
-    noisy = x + 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    sites["site-0"].data["train"] = Rows(noisy, sites["site-0"].data["train"].y)
+    sites, task = {}, place("cnn, group")[0]
+    for name, site in little_sites().items():
+        rows = site.data["train"]
+        x, noise = rows.x[:12], torch.randn(rows.x[:12].shape, generator=torch.Generator().manual_seed(1))
+        x = x + 3 * noise if name == "site-0" else x
+        sites[name] = Site(name, {**site.data, "train": Rows(x, rows.y[:12])})
     step, _ = run(FedISM(task, LocalTraining(epochs=4, batch_size=6, lr=0.1)), sites, task.first(), 8)
     assert step.state.weights["site-0"] > 0.4

@@ -1,4 +1,4 @@
-"""Retinal vessels: patches at full resolution against images resized to 256 x 256, on the same splits.
+"""Retinal vessels: patches at full resolution, or at 512 x 512, against images resized to 256 x 256, on the same splits.
 
     python benchmarks/retina.py prepare DRIVE_AND_CHASE STARE FOLDER
     RETINA=FOLDER python benchmarks/retina.py run [--out runs]
@@ -23,7 +23,7 @@ from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
 
 STUDIES = Path(__file__).parent / "studies"
-NAMES = ("retina-resized", "retina-patches")
+NAMES = ("retina-resized", "retina-patches", "retina-scaled")
 SITES = {"chasedb1": 28, "drive": 40, "stare": 20}
 
 
@@ -73,23 +73,28 @@ def dice(out: Path, name: str, seed: int) -> dict[str, np.ndarray]:
 
 
 def compare(out: Path) -> None:
-    """Print the Dice of both studies and their difference, by site."""
+    """Print the Dice of all studies and the differences from the first, by site."""
     file = STUDIES / f"{NAMES[0]}.toml"
     study = parse(file.read_text(), file)
-    resized, patches = ([dice(out, name, seed) for seed in study.seeds] for name in NAMES)
-    print("| site | resized to 256 x 256 | patches | difference |\n|---|---|---|---|")
-    rows = {
-        site: [(a[site].mean(), b[site].mean()) for a, b in zip(resized, patches, strict=True)] for site in resized[0]
-    }
-    means = [np.mean([rows[site][k] for site in rows], axis=0) for k in range(len(study.seeds))]
     assert not isinstance(study.data.split, str)
     train, _, test = study.data.split
-    for site, pairs in {**rows, "mean over sites": means}.items():
-        old, new = np.mean(pairs, axis=0)
-        found = corrected_t([b - a for a, b in pairs], test, train)
-        print(
-            f"| {site} | {old:.3f} | {new:.3f} | {found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}), p = {found.p:.2g} |"
-        )
+    print("| site | images at 256 x 256 | patches at full resolution | patches at 512 x 512 |\n|---|---|---|---|")
+    base, *others = ([dice(out, name, seed) for seed in study.seeds] for name in NAMES)
+    for site in (*base[0], "mean over sites"):
+        before, cells = _means(base, site), list[str]()
+        for study_ in others:
+            after = _means(study_, site)
+            found = corrected_t([b - a for a, b in zip(before, after, strict=True)], test, train)
+            cells.append(f"{np.mean(after):.3f}, {found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
+        print(f"| {site} | {np.mean(before):.3f} | {' | '.join(cells)} |")
+
+
+def _means(seeds: list[dict[str, np.ndarray]], site: str) -> list[float]:
+    """Return the mean Dice of a site, or over sites, for each seed."""
+    return [
+        float(scores[site].mean() if site in scores else np.mean([found.mean() for found in scores.values()]))
+        for scores in seeds
+    ]
 
 
 def main() -> None:

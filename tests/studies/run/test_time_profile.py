@@ -82,4 +82,4 @@ def test_every_method_run_is_measured_and_the_results_are_the_same(engine: str, 
         assert all(one["phases"][phase] > 0 for phase in PHASES)
         assert list(one["sites"]) == ["a", "b", "c"]
         # the sites train one after another here, within the phase of training
-        assert 0 < sum(one["sites"].values()) < one["phases"]["training"]
+        assert 0 < sum(one["sites"].values()) < one["phases"]["training"] + 0.001  # of values that are rounded

@@ -45,6 +45,12 @@ class Cohort:
         """The shape of an example."""
         return tuple(self.x.shape[1:])
 
+    @property
+    def videos(self) -> Tensor:
+        """The video of each example: those of a patient are its frames."""
+        numbers = {patient: i for i, patient in enumerate(dict.fromkeys(self.patients))}
+        return torch.tensor([numbers[patient] for patient in self.patients])
+
     def __len__(self) -> int:
         return len(self.y)
 

@@ -109,8 +109,14 @@ def test_reconstruction(others: bool) -> None:
     check_method(method.inner, TASK.first(), sites, rounds=1 + others)
     if others:
         return
-    federation, state, seen = InProcess(method, sites), method.init(TASK.first()), []
-    for step in train(method, federation, state, rounds=12):
+    federation, state = InProcess(method, sites), method.init(TASK.first())
+
+    def error() -> float:
+        """Of training images: ten at a site are too few for others."""
+        scores = evaluate(method, federation, state, list(sites), "score/train").values()
+        return float(np.mean([float(s["nmse"]) for s in scores]))
+
+    untrained = error()
+    for step in train(method, federation, state, rounds=30):
         state = step.state
-        seen.append(np.mean([float(s["nmse"]) for s in evaluate(method, federation, state, list(sites)).values()]))
-    assert seen[-1] < seen[0]
+    assert error() < 0.95 * untrained

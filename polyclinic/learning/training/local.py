@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 from weakref import WeakSet
 
@@ -112,6 +113,7 @@ class LocalTraining:
         trainable: Callable[[str], bool] | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
         slot: str = "",
+        result: Callable[[nn.Module], Tree] = params_of,
     ) -> Tree:
         """Return the parameters after training from ``start`` on a site's data.
 
@@ -125,27 +127,8 @@ class LocalTraining:
             trainable: Selects the parameters to train; all others are unchanged.
             after_step: Called with the model after each step, for example to update a second model.
             slot: Name of the model, if several of one task are used at the same time.
+            result: What is returned of the trained model; it must share no memory with it.
         """
-        options: dict[str, Any] = {"role": role, "data": data, "loss": loss, "gradient_hook": gradient_hook}
-        options |= {"trainable": trainable, "after_step": after_step, "slot": slot}
-        return params_of(self._fitted(task, start, site, round, **options))
-
-    def _fitted(
-        self,
-        task: Trainable,
-        start: Tree,
-        site: Site,
-        round: int,
-        *,
-        role: str = "train",
-        data: Any = None,
-        loss: Loss | None = None,
-        gradient_hook: Correct | None = None,
-        trainable: Callable[[str], bool] | None = None,
-        after_step: Callable[[nn.Module], None] | None = None,
-        slot: str = "",
-    ) -> nn.Module:
-        """Return the thread's model after ``fit``, whose arguments these are."""
         model, data = cached_model(task, start, site.device, slot), site.data[role] if data is None else data
         loss, rng = loss or task.loss, site.rng(round, "train", role, slot)
         origin = {name: leaf.to(site.device) for name, leaf in start.items()} if self.penalty else start
@@ -170,12 +153,12 @@ class LocalTraining:
             if memory is not None:
                 memory[key] = {**memory.get(key, {}), **optimizer.state(names)}
         model.zero_grad(set_to_none=True)  # frees the gradients before the parameters are copied
-        return model
+        return result(model)
 
     def change(self, task: Trainable, start: Tree, site: Site, round: int, **options: Any) -> Tree:
         """Return the change of the parameters by ``fit``, which no one else uses. ``options`` are those of ``fit``."""
-        if type(self).fit is LocalTraining.fit:
-            return changes_of(self._fitted(task, start, site, round, **options), start)
+        if type(self).fit is LocalTraining.fit:  # another ``fit`` may change the parameters that it returns
+            return self.fit(task, start, site, round, **options, result=partial(changes_of, start=start))
         change = self.fit(task, start, site, round, **options)
         tree.sub_(change, start)
         return change

@@ -77,13 +77,13 @@ def test_shadow_models_are_trained_once_and_kept(
 ) -> None:
     """LiRA and RMIA, with 4 shadow models and then 6; what was trained is not trained again, and gives the same."""
     trained, told = list[str](), list[Any]()
-    usual = LocalTraining._fitted
+    usual = LocalTraining.fit
 
-    def fitted(self: LocalTraining, *a: Any, **k: Any) -> Any:
+    def fit(self: LocalTraining, *a: Any, **k: Any) -> Any:
         trained.append(a[2].name)
         return usual(self, *a, **k)
 
-    monkeypatch.setattr(LocalTraining, "_fitted", fitted)
+    monkeypatch.setattr(LocalTraining, "fit", fit)
 
     def go_on(count: Any, attack: Any) -> Any:
         trained.clear()

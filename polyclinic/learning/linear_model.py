@@ -142,7 +142,7 @@ def _expanded(
         (product,) = torch.autograd.grad((slope * along).sum(), outputs, retain_graph=True)
         return product
 
-    if _couples_examples(task):
+    if not task.by_example:
         basis = torch.eye(p * k, dtype=theta.dtype).reshape(p * k, p, k)
         hessian = torch.stack([design.T @ curvature(design @ one) for one in basis])
     else:
@@ -152,11 +152,6 @@ def _expanded(
     hessian = hessian.reshape(p * k, p * k) + torch.diag(ridge.expand(p, k).reshape(-1))
     gradient = design.T @ slope.detach() + ridge * theta
     return float(value.detach()) + float((ridge * theta.square()).sum()) / 2, gradient, (hessian + hessian.T) / 2
-
-
-def _couples_examples(task: Task) -> bool:
-    """Return whether the loss of an example depends on the outputs of others, as Cox's partial likelihood does."""
-    return getattr(task, "hazards", None) == "proportional"
 
 
 def _minimize_wide(task: Task, model: nn.Module, layer: nn.Linear, batch: Batch, penalty: float) -> None:

@@ -38,12 +38,12 @@ def risk(task: Task, params: Tree, site: Site, round: int, role: str = "train", 
     return total / len(data)
 
 
-def full_gradient(task: Task, params: Tree, site: Site, round: int, role: str = "train") -> Tree:
+def full_gradient(task: Task, params: Tree, site: Site, round: int, role: str = "train", training: bool = True) -> Tree:
     """Compute ∇F_k(w): the gradient of the loss averaged over all of a site's examples, by parameter name.
 
-    Batch normalization sees up to 256 examples together.
+    Batch normalization sees up to 256 examples together, or with ``training=False`` its running statistics.
     """
-    data, model = site.data[role], cached_model(task, params, site.device)
+    data, model = site.data[role], cached_model(task, params, site.device).train(training)
     total: dict[str, torch.Tensor] = {}
     with seeded(site.rng(round, "gradient", role), site.device):
         for chunk in chunks(data, CHUNK):

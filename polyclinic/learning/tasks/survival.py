@@ -64,7 +64,7 @@ class Survival(Task):
 
     @property
     def by_example(self) -> bool:
-        """Whether the loss of a batch is a mean over its examples."""
+        """Whether the loss of a batch is a mean over its examples; Cox's partial likelihood compares them."""
         return self.hazards == "discrete"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -30,6 +30,11 @@ class Task(ABC):
 
     kind: ClassVar[str]
 
+    @property
+    def by_example(self) -> bool:
+        """Whether the loss of a batch is a mean over its examples."""
+        return True
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the training loss of one (inputs, targets). Shape []."""

@@ -5,6 +5,8 @@ Foret, Kleiner, Mobahi and Neyshabur, "Sharpness-Aware Minimization for Efficien
 https://arxiv.org/abs/2102.11600. The first pass does not update running statistics.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +30,18 @@ def sharpened(loss: Loss, rho: float, adaptive: bool = False) -> Loss:
         with still(model):
             slopes = torch.autograd.grad(loss(model, batch), list(named.values()), allow_unused=True)
         found = {name: g for name, g in zip(named, slopes, strict=True) if g is not None}
-        sizes = {name: named[name].detach().abs() if adaptive else 1.0 for name in found}
-        length = torch.stack([(sizes[name] * g).square().sum() for name, g in found.items()]).sum().sqrt()
-        moved = {name: named[name] + rho * sizes[name] ** 2 * g / (length + 1e-12) for name, g in found.items()}
-        return at(model, moved, loss, batch)
+        return at(model, _moved(named, found, rho, adaptive), loss, batch)
 
     return value
+
+
+def _moved(
+    named: Mapping[str, Tensor], slopes: Mapping[str, Tensor], rho: float, adaptive: bool = False
+) -> dict[str, Tensor]:
+    """Return θ + δ of the parameters that have a gradient."""
+    sizes = {name: named[name].detach().abs() if adaptive else 1.0 for name in slopes}
+    length = torch.stack([(sizes[name] * g).square().sum() for name, g in slopes.items()]).sum().sqrt()
+    return {name: named[name] + rho * sizes[name] ** 2 * g / (length + 1e-12) for name, g in slopes.items()}
 
 
 def matched(loss: Loss, rho: float, surrogate: float) -> Loss:
@@ -50,10 +58,8 @@ def matched(loss: Loss, rho: float, surrogate: float) -> Loss:
         parameters = list(named.values())
         plain = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
         found = {name: g for name, g in zip(named, plain, strict=True) if g is not None}
-        length = torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()
-        moved = {name: named[name] + rho * g / (length + 1e-12) for name, g in found.items()}
         with still(model):
-            sharp = at(model, moved, loss, batch)
+            sharp = at(model, _moved(named, found, rho), loss, batch)
         if not surrogate:
             return sharp
         slopes = torch.autograd.grad(sharp, [named[name] for name in found], retain_graph=True)

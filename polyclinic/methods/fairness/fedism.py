@@ -18,9 +18,7 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.batch import chunks
-from polyclinic.learning.networks.model_tree import cached_model, gradient
-from polyclinic.learning.tasks.risk import CHUNK, risk
+from polyclinic.learning.tasks.risk import full_gradient, risk
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.dp_sgd import refuse_private
 from polyclinic.learning.training.local import LocalTraining
@@ -89,12 +87,7 @@ class FedISM(Method[State]):
 
     def sharpness(self, params: Tree, site: Site, round: int) -> float:
         """Return ``F_k(w + ρ ∇F_k/‖∇F_k‖) − F_k(w)``, in evaluation mode, and at least 10⁻¹⁰."""
-        data, model = site.data["train"], cached_model(self.task, params, site.device).eval()
-        total: Tree = {}
-        for chunk in chunks(data, CHUNK):
-            x, y = data[chunk]
-            loss = self.task.loss(model, (x.to(site.device), y.to(site.device))) * len(chunk)
-            total = {n: total.get(n, 0) + g.cpu() for n, g in gradient(loss, model).items()}
-        step = tree.scale(total, self.rho / (tree.norm(total) + 1e-12))
+        slope = full_gradient(self.task, params, site, round, training=False)
+        step = tree.scale(slope, self.rho / (tree.norm(slope) + 1e-12))
         here, there = (risk(self.task, w, site, round) for w in (params, tree.shift(params, step)))
         return max(there - here, 1e-10)

@@ -156,7 +156,7 @@ def _labels(root: Path) -> _Labels:
     given = _described(root).get("labels", {})
     try:
         numbers, regions = label_names(given), label_regions(given)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError):
         file = root / "dataset.json"
         raise DataError(f"{file}: is not nnU-Net's dataset.json; correct it or remove it") from None
     ignore = next((number for number, name in numbers.items() if name == "ignore"), None)

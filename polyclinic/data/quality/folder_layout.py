@@ -212,7 +212,7 @@ def _segmentation(root: Path, limits: Limits) -> Layout | None:
     if described.is_file():
         try:
             labels = label_names(json.loads(read_text(described, limits)).get("labels", {}))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             problems.append(f"dataset.json cannot be read ({type(error).__name__}): allowed labels are not known")
     items, orphans = [], 0
     for images, masks, split in present:

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from polyclinic.data.annotations import boxes
+from polyclinic.data.examples import DataError
 from polyclinic.data.formats.mask_labels import IGNORED, black_and_white, label_problems, labels_in, single_map
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.formats.volume import as_mask
 from polyclinic.data.paired_folders import Pairs, label_names, label_regions
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.preprocessing.transforms import Relabel
+from polyclinic.data.quality.folder_layout import detect
 from polyclinic.data.quality.site_check import check_folder
 from tests.support.data_sets import loaded
 
@@ -128,3 +130,14 @@ def test_relabel_declares_labels_and_keeps_what_is_ignored() -> None:
     made = Relabel(values=(0, 4))(Picture(torch.zeros(1, 1, 3), mask)).mask
     assert made is not None
     assert made.tolist() == [[0, 1, IGNORED]]
+
+
+@pytest.mark.parametrize(
+    "labels", ['{"a": 1e400}', '{"a": {}}', '{"a": "x"}', '{"a": [1, [2]]}', '{"a": [1, 1e400]}', '{"²": 1}', "[1]"]
+)
+def test_strange_labels_are_refused_with_the_file_and_what_to_do(labels: str, tmp_path: Path) -> None:
+    root = ignoring(tmp_path)
+    (root / "dataset.json").write_text(f'{{"labels": {labels}}}')
+    with pytest.raises(DataError, match=r"dataset\.json: is not nnU-Net's dataset\.json; correct it or remove it"):
+        Pairs(str(root)).table()
+    assert any("dataset.json cannot be read" in problem for problem in detect(root).problems)

@@ -153,8 +153,10 @@ class Plot:
     def segments(
         self, rows: Iterable[tuple[float, float, float]], color: str, width: float, opacity: float = 1
     ) -> None:
-        """Draw horizontal segments from (y, left end, right end)."""
-        path = "".join(f"M{_at(self.px(a), self.py(y))}H{_n(self.px(b))}" for y, a, b in rows)
+        """Draw horizontal segments from (y, left end, right end); an infinite end is that of the axis."""
+        low, high = sorted(self._x)
+        known = [(y, *(min(max(end, low), high) for end in ends)) for y, *ends in rows if not any(map(math.isnan, ends))]
+        path = "".join(f"M{_at(self.px(a), self.py(y))}H{_n(self.px(b))}" for y, a, b in known)
         self._path(path, color, width, opacity=opacity)
 
     def reference(
@@ -248,7 +250,9 @@ class Plot:
     def text(
         self, x: float, y: float, text: str, size: float = 9, anchor: str = "start", color: str = INK, turn: float = 0
     ) -> None:
-        """Write text whose baseline begins, is centered or ends at a position in points."""
+        """Write text whose baseline begins, is centered or ends at a position in points; none if it is not finite."""
+        if not (math.isfinite(x) and math.isfinite(y)):
+            return
         more = f' text-anchor="{anchor}"' if anchor != "start" else ""
         more += f' transform="rotate({_n(turn)} {_n(x)} {_n(y)})"' if turn else ""
         font = f'font-family="\'{FAMILY}\'" font-size="{_n(size)}px"'

@@ -70,6 +70,16 @@ def test_a_line_is_interrupted_where_it_has_no_value() -> None:
     assert "inf" not in empty.svg()
 
 
+def test_an_infinite_interval_reaches_the_edge_and_one_without_a_number_is_not_drawn() -> None:
+    drawn = plot()
+    drawn.segments([(0.5, -math.inf, 0.25), (0.5, 0.5, math.inf), (0.5, math.nan, 0.75)], "#000000", 1)
+    drawn.text(math.nan, 1, "of a method without a value")
+    drawn.centered(1, math.inf, "of a method without a value", 9)
+    (path,) = re.findall(r'<path d="(M[^"]+)" fill="none"', drawn.svg())
+    assert path == "M28.8 97.2H86.4M144 97.2H259.2"
+    assert "<text" not in drawn.svg()
+
+
 @pytest.mark.parametrize("mark", "os^DvPX*")
 def test_a_marker_is_centered_and_has_its_size(mark: str) -> None:
     drawn = plot()

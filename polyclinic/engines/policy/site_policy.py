@@ -362,9 +362,9 @@ def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Itera
         )
 
 
-def _shape_problems(plan: Plan, method: Method[Any] | None, reply: Reply) -> Iterator[str]:
+def _shape_problems(plan: Plan, method: Method[Any], reply: Reply) -> Iterator[str]:
     """Yield why ``reply`` does not have the approved size: a part of the model in another shape, or more outputs."""
-    if method is None or not all(t.dense and t.additive for t in transforms_of(method)):
+    if not all(t.dense and t.additive for t in transforms_of(method)):
         return  # encoded: only the bytes of a round are limited
     known = _known_shapes(plan)
     for part, leaves in _leaves(reply):

@@ -115,6 +115,11 @@ def change(model: nn.Module, start: Tree) -> Tree:
     return {name: leaf - start[name] for name, leaf in params_of(model).items()}
 
 
+def learned(task: Task) -> list[str]:
+    """The names of the parameters, without running statistics."""
+    return [name for name, _ in task.model().named_parameters()]
+
+
 Correct = Callable[..., Tensor]
 """A gradient by the name of its parameter, the gradient, and the parameter's value."""
 

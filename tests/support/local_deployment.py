@@ -24,7 +24,7 @@ from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
 from polyclinic.engines.flare.protocol.expected_signers import Signers, signer
 from polyclinic.engines.flare.protocol.messages import Answer, BadMessage, Call
-from polyclinic.engines.flare.protocol.paths import SiteFolder, hash_of, private_folder
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SiteFolder, hash_of, private_folder, toml
 from polyclinic.engines.flare.protocol.rpc import Delivery, Ended
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server.run_coordinator import RunCoordinator
@@ -57,6 +57,12 @@ def order(
         **changes.pop("plan", {}),
     }
     return RunRequest(run, plan, **{"patience": 5.0, **changes})
+
+
+def write_settings(server: ServerFolder) -> None:
+    """The settings of a server, as after `server init`."""
+    about: dict[str, str | int] = {"project": "tests", "host": "localhost", "port": 8002, "organization": "x"}
+    server.settings.write_text(toml({**about, "scheme": "grpc"}))
 
 
 def write_data(folder: Path, site: Site) -> None:

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from polyclinic.core import serialization as states
-from polyclinic.core.site import Site
 from polyclinic.data.config import DataSpec
-from polyclinic.data.federation import federate, rows_by_site
+from polyclinic.data.federation import rows_by_site
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.engines.flare.protocol.run_request import RunRequest
@@ -23,6 +22,7 @@ from polyclinic.studies.run import case_planning, deployment
 from polyclinic.testing import equal
 from tests.conftest import little_sites
 from tests.studies.run.test_case_planning import STUDY, write_pairs
+from tests.support.data_sets import read_sites
 from tests.support.flare_deployment import PATIENCE, Hospitals, reference, study
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, make_site, order
 
@@ -108,7 +108,7 @@ def test_a_study_with_the_recipe_of_nnunet_runs_from_the_plan_on(
     for home in homes.values():
         approve(home, an)
     assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
-    sites = read_sites(read, {name: tmp_path / name / "files" for name in homes}, an)
+    sites = read_sites(read.data, {name: tmp_path / name / "files" / "set" for name in homes}, an.plan["seed"])
     state, _ = reference(an, sites)
     assert equal(state, states.load(tmp_path / "server" / "spots" / "checkpoint.safetensors").state)
     assert {tuple(site.data["train"].shape) for site in sites.values()} == {(1, *read.data.options["patch"])}
@@ -134,7 +134,9 @@ def test_real_processes_plan_and_train_with_the_recipe_of_nnunet(
         an = hospitals.order(ordered)
         hospitals.finished("spots")
         assert hospitals.lost("spots") == []
-        sites = read_sites(read, {name: tmp_path / "data" / name for name in hospitals.homes}, an)
+        sites = read_sites(
+            read.data, {name: tmp_path / "data" / name / "set" for name in hospitals.homes}, an.plan["seed"]
+        )
         assert equal(reference(an, sites)[0], hospitals.state("spots"))
         hospitals.journals_hold()
 
@@ -150,17 +152,6 @@ def planned(root: Path, checkpoint: Path, sites: list[str], patience: float) -> 
     (arm,), _ = deployment.method_runs(read, sites, {"inputs": [1, *read.data.options["patch"]], "outputs": 2})
     shared = {key: value for key, value in deployment.how(read).items() if value is not None}
     return RunRequest("spots", arm["plan"], patience=patience, **shared), read
-
-
-def read_sites(read: study_config.Study, folders: dict[str, Path], an: RunRequest) -> dict[str, Site]:
-    """Read the files of the hospitals in this process, as each hospital reads its own."""
-    sites = {}
-    for name, folder in folders.items():
-        spec = read.data.model_dump(exclude_unset=True) | {"path": str(folder / "set")}
-        spec |= {"sites": {"partition": "iid", "count": 1}}
-        (roles,) = federate(DataSpec.model_validate(spec), an.plan["seed"]).sites.values()
-        sites[name] = Site(name, dict(roles))
-    return sites
 
 
 def test_a_small_hospital_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

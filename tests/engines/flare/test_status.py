@@ -23,7 +23,7 @@ from polyclinic.engines.flare.protocol.messages import VERSION, Call
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder, toml
 from polyclinic.engines.flare.server.job_queue import FINISHED, Queue
 from tests.support.flare_deployment import Hospitals, study, until
-from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order, write_settings
 
 LITTLE = "[limits]\nmin_patients = 2\n"
 JOINED: dict[str, str | int] = {
@@ -213,14 +213,7 @@ def test_a_run_that_ended_without_some_sites_names_them(tmp_path: Path, capsys: 
     server = ServerFolder(tmp_path / "coordinator")
     server.path.mkdir()
     (tmp_path / "server").rename(server.path / "runs")
-    given: dict[str, str | int] = {
-        "project": "tests",
-        "host": "localhost",
-        "port": 8002,
-        "organization": "x",
-        "scheme": "grpc",
-    }
-    server.settings.write_text(toml(given))
+    write_settings(server)
     server.admitted.write_text(json.dumps({n: {"revoked": "", "expires": "2030"} for n in homes}))
     queue = Queue(server)
     queue.home.run(an.run).rename(tmp_path / "aside")

@@ -20,7 +20,7 @@ from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, 
 from polyclinic.engines.flare.client.site_agent import SiteAgent
 from polyclinic.engines.flare.client.training_process import TrainingProcess
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder, toml
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.engines.flare.server import study_runs
 from polyclinic.engines.flare.server.job_queue import FAILED, FINISHED, Queue
@@ -42,6 +42,7 @@ from tests.support.local_deployment import (
     hospital,
     order,
     read_and_approve,
+    write_settings,
 )
 
 OPEN = '[allow]\ngather = ["*"]\nnever = []\n[limits]\nmin_patients = 2\nmin_cell = 2\n'
@@ -71,14 +72,7 @@ class Clinics:
             home.policy.write_text((policies or {}).get(name, OPEN))
         entries = {name: {"secure": "00" * 32, "revoked": "", "organization": "x", "expires": "x"} for name in CLINICS}
         self.server.admitted.write_text(json.dumps(entries))
-        given: dict[str, str | int] = {
-            "project": "tests",
-            "host": "localhost",
-            "port": 8002,
-            "organization": "x",
-            "scheme": "grpc",
-        }
-        self.server.settings.write_text(toml(given))
+        write_settings(self.server)
 
     def put(self) -> list[str]:
         arms, _ = deployment.method_runs(self.study, CLINICS)

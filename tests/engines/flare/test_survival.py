@@ -12,14 +12,13 @@ import torch
 from polyclinic.core import serialization as states
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
-from polyclinic.data.config import DataSpec
-from polyclinic.data.federation import federate
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.learning.networks.model_tree import load
 from polyclinic.studies.config.study_config import Study, parse
 from polyclinic.studies.run import deployment
 from polyclinic.testing import equal
 from tests.conftest import little_sites
+from tests.support.data_sets import read_sites
 from tests.support.flare_deployment import PATIENCE, Hospitals, reference
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, make_site
 
@@ -75,17 +74,6 @@ def requested(hazards: str, folder: Path, sites: list[str], patience: float) -> 
     return RunRequest(f"relapse-{hazards}", arm["plan"], patience=patience, **shared), read
 
 
-def read_sites(read: Study, folders: dict[str, Path], seed: int) -> dict[str, Site]:
-    """Read the tables of the hospitals in this process, as each hospital reads its own."""
-    sites = {}
-    for name, folder in folders.items():
-        spec = read.data.model_dump(exclude_unset=True) | {"path": str(folder / "p.csv")}
-        spec |= {"sites": {"partition": "iid", "count": 1}}
-        (roles,) = federate(DataSpec.model_validate(spec), seed).sites.values()
-        sites[name] = Site(name, dict(roles))
-    return sites
-
-
 def recorded(records: Path) -> dict[tuple[str, str], float]:
     """Return the C-index of each site that the server has, by kind of record."""
     lines = map(json.loads, records.read_text().splitlines())
@@ -121,7 +109,7 @@ def test_hospitals_train_and_score_survival_as_one_process_does(
     for home in homes.values():
         approve(home, an)
     assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
-    sites = read_sites(read, {name: tmp_path / name / "files" for name in homes}, an.plan["seed"])
+    sites = read_sites(read.data, {name: tmp_path / name / "files" / "p.csv" for name in homes}, an.plan["seed"])
     state = states.load(tmp_path / "server" / an.run / "checkpoint.safetensors").state
     assert equal(reference(an, sites)[0], state)
     assert recorded(tmp_path / "server" / an.run / "records.jsonl") == pytest.approx(computed(an, state.params, sites))
@@ -142,7 +130,9 @@ def test_real_processes_train_survival(tmp_path: Path, monkeypatch: pytest.Monke
             an = hospitals.order(made)
             hospitals.finished(an.run)
             assert hospitals.lost(an.run) == []
-            sites = read_sites(read, {name: tmp_path / "data" / name for name in hospitals.homes}, an.plan["seed"])
+            sites = read_sites(
+                read.data, {name: tmp_path / "data" / name / "p.csv" for name in hospitals.homes}, an.plan["seed"]
+            )
             state = hospitals.state(an.run)
             assert equal(reference(an, sites)[0], state)
             records = hospitals.server.run(an.run) / "records.jsonl"

@@ -26,6 +26,7 @@ from tests.support.agreement import (
     full_gradient,
     full_loss,
     largest_gap,
+    learned,
     mean,
     minibatches,
     place,
@@ -38,10 +39,6 @@ ROUNDS, ETA = 3, 0.05
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=ETA)
 STEPS = {"site-0": 2, "site-1": 2, "site-2": 3}  # a last minibatch of one example is left out
 Reference = Callable[[Classification, dict[str, Site], dict[str, Any]], Tree]
-
-
-def learned(task: Classification) -> list[str]:
-    return [name for name, _ in task.model().named_parameters()]
 
 
 def zeros(task: Classification) -> Tree:

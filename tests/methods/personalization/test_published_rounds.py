@@ -27,6 +27,7 @@ from tests.support.agreement import (
     full_loss,
     in_head,
     largest_gap,
+    learned,
     mean,
     minibatches,
     place,
@@ -43,10 +44,6 @@ Reference = Callable[[Classification, dict[str, Site], dict[str, Any]], Found]
 
 def in_encoder(name: str) -> bool:
     return not in_head(name)
-
-
-def learned(task: Classification) -> list[str]:
-    return [name for name, _ in task.model().named_parameters()]
 
 
 def normalization(task: Classification) -> set[str]:

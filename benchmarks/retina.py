@@ -63,7 +63,7 @@ def prepare(drive_and_chase: Path, stare: Path, folder: Path) -> None:
 
 
 def dice(out: Path, name: str, seed: int) -> dict[str, np.ndarray]:
-    """Return the Dice of each test image, by site, and check that no patient is missing."""
+    """Return the Dice of each test image, by site."""
     leaves = read_tensors(out / name / "arms" / f"fedavg-seed{seed}" / "predictions.safetensors")
     return {
         key.removesuffix("/dice"): leaf[:, 0].double().numpy()
@@ -82,8 +82,8 @@ def compare(out: Path) -> None:
     base, *others = ([dice(out, name, seed) for seed in study.seeds] for name in NAMES)
     for site in (*base[0], "mean over sites"):
         before, cells = _means(base, site), list[str]()
-        for study_ in others:
-            after = _means(study_, site)
+        for seeds in others:
+            after = _means(seeds, site)
             found = corrected_t([b - a for a, b in zip(before, after, strict=True)], test, train)
             cells.append(f"{np.mean(after):.3f}, {found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
         print(f"| {site} | {np.mean(before):.3f} | {' | '.join(cells)} |")

@@ -155,8 +155,11 @@ class Plot:
     ) -> None:
         """Draw horizontal segments from (y, left end, right end); an infinite end is that of the axis."""
         low, high = sorted(self._x)
-        known = [(y, *(min(max(end, low), high) for end in ends)) for y, *ends in rows if not any(map(math.isnan, ends))]
-        path = "".join(f"M{_at(self.px(a), self.py(y))}H{_n(self.px(b))}" for y, a, b in known)
+        path = ""
+        for y, *ends in rows:
+            if not any(map(math.isnan, ends)):
+                begin, end = (self.px(min(max(v, low), high)) for v in ends)
+                path += f"M{_at(begin, self.py(y))}H{_n(end)}"
         self._path(path, color, width, opacity=opacity)
 
     def reference(

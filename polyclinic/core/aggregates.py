@@ -136,6 +136,7 @@ class PerSiteUniform(PerSite):
 SECOND_BUFFER = 2**24
 """Largest size in bytes of a sum for which a second buffer is allocated."""
 Stat: TypeAlias = WeightedMean | ElementwiseMean | PerSite
+Form: TypeAlias = tuple[tuple[object, ...], ...]
 S = TypeVar("S", WeightedMean, ElementwiseMean, PerSite)
 
 
@@ -162,6 +163,17 @@ class Reply:
     def nbytes(self) -> int:
         """Size of the transmitted tensors in bytes."""
         return sum(tree.nbytes(t) for stat in self.parts.values() for t in stat.trees)
+
+    @functools.cached_property
+    def form(self) -> Form:
+        """Parts, classes, names, shapes and types; of a ``PerSite`` that may differ between sites, the part only."""
+        leaves: list[tuple[object, ...]] = []
+        for part, stat in sorted(self.parts.items()):
+            leaves.append((part, type(stat).__name__))
+            if isinstance(stat, (WeightedMean, ElementwiseMean, PerSiteUniform)):
+                for first in stat.trees[:1]:  # a reply that is not validated yet may have none
+                    leaves += [(part, name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in sorted(first.items())]
+        return tuple(leaves)
 
     def __add__(self, other: "Reply") -> "Reply":
         merged = dict(self.parts)
@@ -209,22 +221,19 @@ class RunningSum:
     def add_if_finite(self, replies: Sequence[Reply]) -> bool:
         """Add ``replies`` if all their values are finite and ``total`` stays so; return whether they were added.
 
-        They have the form of ``total``, and all parts are weighted means. If ``total`` is large, they are checked
-        before they are added to it; otherwise the sum is written to a second buffer and checked block by block, so
-        that values are read once. Allocating a large buffer would take longer than reading them twice.
+        They have the form of ``total``, and all parts are weighted means. The sum is written to a second buffer and
+        checked block by block, so that values are read once; a large one, whose buffer takes long, is added in place.
         """
         if self._own and self.total.nbytes > SECOND_BUFFER:
             return self._add_checked(replies)
         parts, own = dict[str, Stat](), set[str]()
         for part in replies[0].parts:
             means = [r.mean(part) for r in ((self.total, *replies) if self.total.parts else replies)]
-            if len(means) == 1:
-                leaves, finite = means[0].total, tree.finite(means[0].total)
-            else:
-                leaves, finite = tree.sum_of([mean.total for mean in means], self._spare.pop(part, None))
-                own.add(part)
+            leaves, finite = tree.sum_of([mean.total for mean in means], self._spare.pop(part, None))
             if not finite:
                 return False
+            if len(means) > 1:
+                own.add(part)
             parts[part] = _mean_of(leaves, means)
         self._spare = {part: self.total.mean(part).total for part in self._own}
         self.total, self._own = Reply(parts), own

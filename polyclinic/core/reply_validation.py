@@ -10,20 +10,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import (
-    ElementwiseMean,
-    PerSite,
-    PerSiteUniform,
-    Reply,
-    RunningSum,
-    Stat,
-    WeightedMean,
-    merge,
-)
+from polyclinic.core.aggregates import ElementwiseMean, Form, PerSite, Reply, RunningSum, Stat, WeightedMean, merge
 from polyclinic.core.method import Request
 from polyclinic.core.tree import Tree
 
-Form: TypeAlias = tuple[tuple[object, ...], ...]
 UNCOUNTED = 10.0
 """Factor by which ``weight_ratio`` is increased for a site whose number of examples is not known."""
 BLOCK = 2**20
@@ -78,34 +68,26 @@ class ReplyValidator:
         forms, the one whose leaves agree with the request is expected. ``before`` holds the figures of other sites'
         earlier replies, with which replies that arrive one by one are compared.
         """
-        forms = {site: _form(reply) for site, reply in replies.items()}
-        return self._refuse(request, replies, before or {}, False, forms)
+        return self._refuse(request, replies, before or {}, finite=False)
 
     def merge(self, request: Request, replies: Mapping[str, Reply]) -> tuple[dict[str, str], Reply]:
         """Return the sites that ``refuse`` names, and the sum of all other replies.
 
         The sum of weighted means shows whether all of them are finite, which saves a pass over every reply.
         """
-        forms = {site: _form(reply) for site, reply in replies.items()}
-        alike = _means(replies.values()) and len(set(forms.values())) == 1
+        alike = _means(replies.values()) and len({reply.form for reply in replies.values()}) == 1
         sum_ = RunningSum()
         finite = alike and sum_.add_if_finite(list(replies.values()))
-        reasons = self._refuse(request, replies, {}, finite, forms)
-        if finite and not reasons:
-            return reasons, sum_.total
-        return reasons, merge(reply for site, reply in replies.items() if site not in reasons)
+        if (reasons := self._refuse(request, replies, {}, finite)) or not finite:
+            return reasons, merge(reply for site, reply in replies.items() if site not in reasons)
+        return reasons, sum_.total
 
     def _refuse(
-        self,
-        request: Request,
-        replies: Mapping[str, Reply],
-        before: Mapping[str, Figures],
-        finite: bool,
-        forms: Mapping[str, Form],
+        self, request: Request, replies: Mapping[str, Reply], before: Mapping[str, Figures], finite: bool
     ) -> dict[str, str]:
         """Return the sites to refuse; ``finite`` says that all numbers of ``replies`` are known to be finite."""
         reasons = {site: reason for site, reply in replies.items() if (reason := self.refused(site, reply, finite))}
-        reasons |= _of_other_form(request, {site: form for site, form in forms.items() if site not in reasons})
+        reasons |= _of_other_form(request, {site: reply.form for site, reply in replies.items() if site not in reasons})
         figures = {site: self.figures(reply) for site, reply in replies.items() if site not in reasons}
         everyone = {**before, **figures}
         reasons |= {site: reason for site in figures if (reason := self._compared(site, everyone))}
@@ -114,10 +96,7 @@ class ReplyValidator:
     def refused(self, site: str, reply: Reply, finite: bool = False) -> str | None:
         """Return why the reply of ``site`` must not be merged, whatever the other sites send; or None.
 
-        Args:
-            site: The site.
-            reply: Its reply.
-            finite: Whether all numbers of the reply are known to be finite.
+        ``finite`` says that all numbers of the reply are known to be finite.
         """
         for part, stat in reply.parts.items():
             if reason := self._stat(site, stat, finite):
@@ -218,12 +197,11 @@ class ReplySum:
         """Validate and add the replies that are held, and release them."""
         groups: dict[Form, dict[str, Reply]] = {}
         for site, reply in self._held.items():
-            groups.setdefault(_form(reply), {})[site] = reply
+            groups.setdefault(reply.form, {})[site] = reply
         reasons: dict[str, str] = {}
         for form, replies in groups.items():
             reasons |= self._add(form, replies)
-        forms = {site: form for form, replies in groups.items() for site in replies}
-        self._forms |= {site: forms[site] for site in self._held if site not in reasons}
+        self._forms |= {site: reply.form for site, reply in self._held.items() if site not in reasons}
         self._reasons |= reasons
         self._held, self._size = {}, 0
 
@@ -278,17 +256,6 @@ def _mean_weight(stat: ElementwiseMean) -> float:
     """Return the mean weight over all elements."""
     sizes = [(float(leaf.double().sum()), leaf.numel()) for leaf in stat.weight.values()]
     return sum(total for total, _ in sizes) / max(sum(size for _, size in sizes), 1)
-
-
-def _form(reply: Reply) -> Form:
-    """Return parts, classes, names, shapes and types; of a ``PerSite`` that may differ between sites, the part only."""
-    leaves: list[tuple[object, ...]] = []
-    for part, stat in sorted(reply.parts.items()):
-        leaves.append((part, type(stat).__name__))
-        if isinstance(stat, (WeightedMean, ElementwiseMean, PerSiteUniform)):
-            for tensors in stat.trees[:1]:  # a reply that is not validated yet may have none
-                leaves += [(part, name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in sorted(tensors.items())]
-    return tuple(leaves)
 
 
 def _agreement(form: Form, request: Request) -> int:

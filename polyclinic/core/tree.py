@@ -47,19 +47,21 @@ def add_all_(a: Tree, trees: Sequence[Tree]) -> None:
 
 
 def sum_of(trees: Sequence[Tree], buffer: Tree | None = None) -> tuple[Tree, bool]:
-    """Return the sum of at least two trees of the same form, and whether it is finite, in one pass over memory.
+    """Return the sum of trees of the same form, and whether it is finite, in one pass over memory.
 
-    Blocks that fit the processor's cache are summed from left to right and checked while they are there. The bits are
-    those of ``add``. A sum that is finite has finite summands.
+    Of one tree, the sum is the tree itself. Otherwise blocks that fit the processor's cache are summed from left to
+    right and checked while they are there. The bits are those of ``add``. A sum that is finite has finite summands.
 
     Args:
         trees: The trees, on one device.
         buffer: A tree of the same form, to which the sum is written; it must share no memory with ``trees``.
     """
+    if len(trees) == 1:
+        return trees[0], finite(trees[0])
     for other in trees[1:]:
         _require_same_names(trees[0], other)
     total: dict[str, Tensor] = {}
-    finite = True
+    sound = True
     for name, first in trees[0].items():
         leaf = torch.empty(first.shape, dtype=first.dtype, device=first.device) if buffer is None else buffer[name]
         checks = []
@@ -69,9 +71,9 @@ def sum_of(trees: Sequence[Tree], buffer: Tree | None = None) -> tuple[Tree, boo
                 block.add_(summand)
             if leaf.is_floating_point() or leaf.is_complex():
                 checks.append(bool(block.sum().isfinite()))
-        finite = finite and (all(checks) or finite_leaf(leaf))
+        sound = sound and (all(checks) or finite_leaf(leaf))
         total[name] = leaf
-    return total, finite
+    return total, sound
 
 
 def _blocks(leaf: Tensor, others: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:

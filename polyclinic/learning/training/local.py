@@ -122,8 +122,7 @@ class LocalTraining:
             role: The role of the data.
             data: Data to use instead of those of ``role``.
             loss: Replaces the task's loss.
-            gradient_hook: Edits each gradient by name before the optimizer step. A parameter for which it returns None
-                is unchanged in that step.
+            gradient_hook: Edits each gradient by name before the optimizer step; None leaves its parameter unchanged.
             trainable: Selects the parameters to train; all others are unchanged.
             after_step: Called with the model after each step, for example to update a second model.
             slot: Name of the model, if several of one task are used at the same time.
@@ -134,12 +133,11 @@ class LocalTraining:
         origin = {name: leaf.to(site.device) for name, leaf in start.items()} if self.penalty else start
         total, key, memory = self.count(data), f"{role}/{slot}", current_memory() if self.keeps_optimizer else None
         with seeded(rng, site.device), placed(model, site) as model:
-            named = _trained(model, trainable)
-            optimizer = self._optimizer([p for _, p in named], self.rate(round))
-            names = [name for name, _ in named]
+            named = dict(_trained(model, trainable))
+            optimizer = self._optimizer(list(named.values()), self.rate(round))
             if memory is not None:
-                optimizer.load(memory.get(key, {}), names)
-            step = self._step(optimizer, named, gradient_hook)
+                optimizer.load(memory.get(key, {}), list(named))
+            step = self._step(optimizer, list(named.items()), gradient_hook)
             for done, batch in enumerate(self.batches(data, rng, site.device, site.compute)):
                 if self.schedule:
                     optimizer.lr = self.rate(round, done / total)
@@ -151,7 +149,7 @@ class LocalTraining:
                 if after_step:
                     after_step(model)
             if memory is not None:
-                memory[key] = {**memory.get(key, {}), **optimizer.state(names)}
+                memory[key] = {**memory.get(key, {}), **optimizer.state(list(named))}
         model.zero_grad(set_to_none=True)  # frees the gradients before the parameters are copied
         return result(model)
 

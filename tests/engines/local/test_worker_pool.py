@@ -97,7 +97,7 @@ def test_workers_killed_from_outside_change_nothing(task: Classification, local:
         killed: Counter[int] = Counter()
 
         def assassin() -> None:
-            while sum(killed.values()) < 6 and not stop.wait(0.2):
+            while sum(killed.values()) < 6 and not stop.wait(0.02):
                 pids = engine.pids  # one less while a worker is replaced
                 if pids and killed[len(steps)] < DEATHS - 1:  # so often a site may lose its worker in one round
                     killed[len(steps)] += 1

@@ -112,11 +112,19 @@ def options(of: Entry) -> Mapping[str, inspect.Parameter]:
 
 
 def build(name: str, setting: Setting, given: Mapping[str, Any] | None = None) -> Method[Any]:
-    """Build the method called ``name`` with the options ``given``, which ``studies.config.study_config`` validates."""
-    of = entry(name)
+    """Build the method called ``name`` with the options ``given``, which ``studies.config.study_config`` validates.
+
+    Raises:
+        ConfigError: If ``given`` has an argument that this name fixes, or the method refuses its options.
+        UnknownMethod: If no method has this name.
+    """
+    of, given = entry(name), given or {}
+    if fixed := sorted(given.keys() & of.fixed.keys()):
+        values = ", ".join(f"{key} = {of.fixed[key]}" for key in fixed)
+        raise ConfigError(f"{of.name}: {', '.join(fixed)} cannot be set: this name stands for {values}")
     make = maker(of)
     provided = {key: getattr(setting, key) for key in PROVIDED & inspect.signature(make).parameters.keys()}
-    return make(**{**provided, **of.defaults, **(given or {}), **of.fixed})
+    return make(**{**provided, **of.defaults, **given, **of.fixed})
 
 
 def names() -> Sequence[str]:

@@ -64,7 +64,7 @@ class FedIRM(Method[State]):
         keep: Momentum of the moving average; 0.99.
         confidence: Least probability of a pseudo-label; 0.3.
         entropy: Largest entropy of a pseudo-label, as a share of ln C, in the mean of several forward passes.
-        passes: Number of these forward passes, with dropout; 10.
+        passes: Number of these forward passes, with dropout; 10. The published code averages 11.
         dropout: Probability with which features in front of the head are dropped in these passes if the network has no
             dropout of its own; 0.2 in the published network.
         temperature: T of the relation matrix; 2.

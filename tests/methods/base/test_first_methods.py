@@ -12,6 +12,7 @@ from polyclinic.core.method import Method
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.model_tree import gradient, load
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
@@ -216,6 +217,11 @@ def test_pooled_is_training_on_all_data_in_one_place(task: Classification, local
 def test_a_wrong_name_is_answered_with_a_near_one() -> None:
     with pytest.raises(UnknownMethod, match='Did you mean "fedprox"'):
         entry("fedproxx")
+
+
+def test_an_option_that_a_name_fixes_is_refused(task: Classification, local: LocalTraining) -> None:
+    with pytest.raises(ConfigError, match="fedadam: rule cannot be set: this name stands for rule = adam"):
+        build("fedadam", Setting(task, local, (), 2), {"rule": "yogi", "beta1": 0.5})
 
 
 def test_adagrad_has_no_first_moment_unless_it_is_set(task: Classification, local: LocalTraining) -> None:

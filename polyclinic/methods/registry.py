@@ -121,7 +121,7 @@ def build(name: str, setting: Setting, given: Mapping[str, Any] | None = None) -
     of, given = entry(name), given or {}
     if fixed := sorted(given.keys() & of.fixed.keys()):
         values = ", ".join(f"{key} = {of.fixed[key]}" for key in fixed)
-        raise ConfigError(f"{of.name}: {', '.join(fixed)} cannot be set: this name stands for {values}")
+        raise ConfigError(f"{of.name}: {', '.join(fixed)} cannot be set: this name means {values}")
     make = maker(of)
     provided = {key: getattr(setting, key) for key in PROVIDED & inspect.signature(make).parameters.keys()}
     return make(**{**provided, **of.defaults, **given, **of.fixed})

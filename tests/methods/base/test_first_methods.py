@@ -220,7 +220,7 @@ def test_a_wrong_name_is_answered_with_a_near_one() -> None:
 
 
 def test_an_option_that_a_name_fixes_is_refused(task: Classification, local: LocalTraining) -> None:
-    with pytest.raises(ConfigError, match="fedadam: rule cannot be set: this name stands for rule = adam"):
+    with pytest.raises(ConfigError, match="fedadam: rule cannot be set: this name means rule = adam"):
         build("fedadam", Setting(task, local, (), 2), {"rule": "yogi", "beta1": 0.5})
 
 

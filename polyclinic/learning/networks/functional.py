@@ -27,11 +27,26 @@ class _Computes(nn.Module):
 def at(model: nn.Module, params: Tree, function: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Tensor:
     """Evaluate ``function(model, batch)`` with ``params`` in ``model``; gradients propagate to ``params``.
 
-    Leaves that are not in ``params`` are the model's own.
+    Leaves that are not in ``params`` are the model's own. A tensor that several modules share is replaced in each.
     """
-    replaced = {f"model.{name}": leaf for name, leaf in params.items()}
-    value: Tensor = functional_call(_Computes(model, function), replaced, (batch,))
+    places = _places(model)
+    replaced = {f"model.{place}": leaf for name, leaf in params.items() for place in places[name]}
+    value: Tensor = functional_call(_Computes(model, function), replaced, (batch,), tie_weights=False)
     return value
+
+
+def _places(model: nn.Module) -> dict[str, list[str]]:
+    """Return the names by which a tensor is replaced in every module that has it, for each of its names.
+
+    A module that can be reached under several names, as in MONAI's DynUNet, counts once. ``tie_weights`` of PyTorch
+    would replace its tensors once for each name, and then restore them to the first replacement.
+    """
+    places: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, leaf in (*module.named_parameters(prefix, False), *module.named_buffers(prefix, False)):
+            places.setdefault(id(leaf), []).append(name)
+    names = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: places[id(leaf)] for name, leaf in names}
 
 
 @contextmanager

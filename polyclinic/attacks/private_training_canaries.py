@@ -130,7 +130,7 @@ class Motion:
 
     def __init__(self, task: Task) -> None:
         named = trainable(task.model()).items()
-        self.far = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named if p.requires_grad}
+        self.far = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named}
 
     def watch(self, reply: Reply) -> None:
         """Add the reply of one exchange."""

@@ -40,7 +40,8 @@ class Inspection:
 
     Attributes:
         trainable: Parameters, which an optimizer changes. Frozen tensors are in none of these groups.
-        statistics: Floating-point state that no optimizer changes, such as running means.
+        statistics: Floating-point state that no optimizer changes, such as running means, and parameters that the
+            network excludes by ``requires_grad = False``.
         counters: Integer state, which is never sent or averaged.
         aliases: Additional names of tensors that are listed under another name.
         normalization: The tensors of normalization layers, trainable or not, determined by module type.
@@ -59,7 +60,7 @@ class Inspection:
 
 def inspect(model: nn.Module) -> Inspection:
     """Classify every tensor of ``model``'s state."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     constant = frozen(model)
     kinds: dict[str, list[str]] = {"trainable": [], "statistics": [], "counters": [], "aliases": []}
     seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -99,6 +100,16 @@ def inspect(model: nn.Module) -> Inspection:
         running=frozenset(running),
         warnings=tuple(warnings),
     )
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Return, for each name of a floating-point tensor, the one under which ``params_of`` lists the tensor."""
+    listed = {(leaf.data_ptr(), tuple(leaf.shape)): name for name, leaf in _floating(_leaves(model)).items()}
+    return {
+        name: listed[leaf.data_ptr(), tuple(leaf.shape)] if leaf.numel() else name
+        for name, leaf in _leaves(model)
+        if leaf.is_floating_point()
+    }
 
 
 def params_of(model: nn.Module) -> Tree:
@@ -210,9 +221,12 @@ def frozen(model: nn.Module) -> frozenset[str]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of ``model`` that are not frozen, by name and in the model's order."""
+    """Return the parameters of ``model`` that an optimizer may change, by name and in the model's order.
+
+    Frozen ones are left out, and those that the network itself excludes by ``requires_grad = False``.
+    """
     constant = frozen(model)
-    return {name: p for name, p in model.named_parameters() if name not in constant}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in constant}
 
 
 def live_batch_norms(model: nn.Module) -> list[nn.Module]:

@@ -56,6 +56,6 @@ def full_gradient(task: Task, params: Tree, site: Site, round: int, role: str = 
 
 @lru_cache(maxsize=32)
 def trained(task: Task) -> frozenset[str]:
-    """Return the names of trainable parameters; all other leaves of a tree are running statistics."""
+    """Return the names of the parameters that train. All other leaves are statistics and constants."""
     with torch.random.fork_rng(devices=[]):
         return frozenset(trainable(task.model()))

@@ -109,9 +109,7 @@ class DPSGD(LocalTraining):
         problems = self.validate(task, model)
         if problems := [*problems, *([] if members else ["DPSGD: this site has no training examples"])]:
             raise ConfigError("; ".join(problems))
-        named = {
-            n: p for n, p in trainable_of(model).items() if p.requires_grad and (trainable is None or trainable(n))
-        }
+        named = {n: p for n, p in trainable_of(model).items() if trainable is None or trainable(n)}
         optimizer, rng = self._optimizer(list(named.values()), self.rate(round)), site.secret_rng()
         spend, secret = self.spend(data), rng.entropy(16)
         expected, deviation = spend.rate * len(members), self.noise * self.bound

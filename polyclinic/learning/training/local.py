@@ -352,11 +352,7 @@ def _moved(x: Tensor, device: str, compute: Compute = Compute()) -> Tensor:
 
 def _trained(model: nn.Module, trainable: Callable[[str], bool] | None) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters to train, by name."""
-    return [
-        (name, p)
-        for name, p in trainable_of(model).items()
-        if p.requires_grad and (trainable is None or trainable(name))
-    ]
+    return [(name, p) for name, p in trainable_of(model).items() if trainable is None or trainable(name)]
 
 
 @dataclass(frozen=True)

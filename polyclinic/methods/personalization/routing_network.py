@@ -26,7 +26,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.learning.networks.batch_statistics import batches, recomputed
 from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.model_mixture import prediction
-from polyclinic.learning.networks.model_tree import cached_model, initial, inspect, params_of, trainable
+from polyclinic.learning.networks.model_tree import cached_model, first_names, initial, inspect, params_of, trainable
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import seeded
 from polyclinic.learning.training.optimizers import Adam
@@ -51,14 +51,14 @@ class Routed(Composed):
 
     def filled(self, models: Sequence[Tree], routed: bool) -> Tree:
         """Return parameters with the layers of ``models``, and all other layers of the first of them."""
-        leaves = dict(initial(self, 0))
+        leaves, listed = dict(initial(self, 0)), first_names(self.network())
         for name in leaves:
             place, inside, of = name.removeprefix("body.").partition(".member.")
             if inside:
                 k, _, leaf = of.partition(".")
-                leaves[name] = models[int(k)][f"{place}.{leaf}"]
+                leaves[name] = models[int(k)][listed[f"{place}.{leaf}"]]
             elif ".router." not in name and name != "routed":
-                leaves[name] = models[0][place]
+                leaves[name] = models[0][listed[place]]
         return {**leaves, "routed": torch.tensor(float(routed))}
 
 
@@ -69,11 +69,13 @@ class _Router(nn.Module):
         super().__init__()
         self.register_buffer("routed", torch.zeros(()))
         self.body = build.network()
-        for name, layer in list(self.body.named_modules()):
+        mixed: dict[nn.Module, _Mixed] = {}
+        for name, layer in list(self.body.named_modules(remove_duplicate=False)):
             if isinstance(layer, _ConvNd) or type(layer) is nn.Linear:
+                if layer not in mixed:  # a layer may have several names
+                    mixed[layer] = _Mixed([copy.deepcopy(layer) for _ in range(build.members)], build.dropout, self)
                 parent, _, last = name.rpartition(".")
-                mixed = _Mixed([copy.deepcopy(layer) for _ in range(build.members)], build.dropout, self)
-                setattr(self.body.get_submodule(parent), last, mixed)
+                setattr(self.body.get_submodule(parent), last, mixed[layer])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return class scores [b, C, ...]."""

@@ -81,7 +81,7 @@ def audit_training(
         )
     claimed, delta, unit = _claimed(local, roles["train"], claim, rounds)
     wanted = min(max(FEWEST, canary.needed(claimed, delta) or 0), MOST) if canaries is None else canaries
-    parameters = sum(p.numel() for p in trainable(plan.build_task().model()).values() if p.requires_grad)
+    parameters = sum(p.numel() for p in trainable(plan.build_task().model()).values())
     count = min(wanted, parameters // 2)
     here, quiet = Site(site, roles, seed=seed, entropy=entropy), replace(local, noise=QUIET)
     motion = Motion(plan.build_task())

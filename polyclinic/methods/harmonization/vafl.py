@@ -26,6 +26,7 @@ from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import DataError
 from polyclinic.learning.networks.model_tree import cached_model, initial, params_of
 from polyclinic.learning.objectives.style_translation import (
     Cycle,
@@ -94,6 +95,11 @@ class CommonStyle:
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         data, sent = site.data["train"], {}
         if request.job == "complexity":
+            if len(data) < 2:
+                raise DataError(
+                    f"vafl compares the variance of a pixel, and site {site.name!r} has {len(data)} training "
+                    f"{'image' if len(data) == 1 else 'images'}: it needs at least two"
+                )
             sent = {"complexity": standardized(data[torch.arange(len(data))][0]).var(0).mean()}
         elif request.job == "synthesize":
             sent = {"images": self._synthesize(site)}

@@ -8,6 +8,7 @@ import torch
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.errors import DataError
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
@@ -93,6 +94,13 @@ def test_evaluation_translates_too_and_serves_unseen_sites(make: Any) -> None:
     state, _ = run(method, sites, 1)
     everyone = {**sites, "elsewhere": Site("elsewhere", {"val": blobs(3, 8, (1, 8, 8))})}
     assert set(evaluate(method, InProcess(method, everyone), state, list(everyone))) == set(everyone)
+
+
+def test_vafl_needs_two_images_at_a_site() -> None:
+    method, site = vafl(TASK, LOCAL), Site("lyon", {"train": Rows(torch.zeros(1, 1, 8, 8), torch.zeros(1).long())})
+    request = method.request(method.init(TASK.first(0)))
+    with pytest.raises(DataError, match="site 'lyon' has 1 training image: it needs at least two"):
+        method.site_update(request, {}, site)
 
 
 def test_tables_are_refused() -> None:

@@ -99,6 +99,7 @@ def test_evaluation_translates_too_and_serves_unseen_sites(make: Any) -> None:
 def test_vafl_needs_two_images_at_a_site() -> None:
     method, site = vafl(TASK, LOCAL), Site("lyon", {"train": Rows(torch.zeros(1, 1, 8, 8), torch.zeros(1).long())})
     request = method.request(method.init(TASK.first(0)))
+    assert request
     with pytest.raises(DataError, match="site 'lyon' has 1 training image: it needs at least two"):
         method.site_update(request, {}, site)
 

@@ -15,7 +15,7 @@ from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Numbered
 from polyclinic.data.formats.column_roles import missing_at, named_column, no_column
 from polyclinic.data.partition import Divided
 from polyclinic.data.preprocessing.table_statistics import Statistics
-from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
+from polyclinic.data.quality.exact_duplicates import Duplicate, duplicates, without_duplicates
 from polyclinic.data.quality.near_duplicates import near_duplicate_notes, near_duplicates
 from polyclinic.data.simulation.simulated_scanners import Scanner, badge
 from polyclinic.data.site_roles import Named, described, hold
@@ -129,7 +129,8 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         notes += near_duplicate_notes(alike, spec.near_duplicates == "refuse")
     if spec.scanners:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
-    sites, copies = without_duplicates(sites, outside, spec.duplicates, notes)
+    if copies := duplicates(sites):
+        sites = without_duplicates(sites, copies, outside, spec.duplicates, notes)
     sites, public = hold(sites, named, spec, table, seed)
     _complete(sites, named.external, held_out)
     info, more = described(source.info, named, spec, titles)

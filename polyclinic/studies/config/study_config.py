@@ -94,6 +94,11 @@ class Study(Table):
         return self.evaluation.metric or usual.get(self.task.kind, "quadratic_kappa" if self.task.ordered else "auc")
 
     @property
+    def simulates(self) -> bool:
+        """Whether machines or an attack are simulated."""
+        return self.machines is not None or self.attack is not None
+
+    @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
         if self.metric in self.evaluation.own_metrics:

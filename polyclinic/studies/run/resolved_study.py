@@ -6,7 +6,7 @@ The runner uses these objects, so that what was validated is what runs, and noth
 import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,8 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
         DataError: If the data cannot be read or used. The message lists every problem.
     """
     source = study.data.source()
-    _require_columns(study, source)
+    if study.evaluation.subgroups:
+        _require_columns(study, source)
     patients = sorted(set(source.table().patients))
     folds: list[Fold | None] = [None]
     if study.folds == "sites":
@@ -137,7 +138,7 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
         patients_known,
         inspect(model),
         parameter_count(model),
-        start_facts(next(iter(methods.values())).method.task, model),
+        start_facts(next(iter(methods.values())).method.task, model) if study.task.weights is not None else {},
     )
 
 
@@ -212,7 +213,8 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
             if reason := _no_patches(plan, data):
                 problems.append(Problem(("training",), reason))
             task = methods[first.name].method.task
-            if reason := _stacked(plan.method, data) or frozen_problem(plan.method, task) or uncovered(plan):
+            reason = _stacked(plan.method, data) or frozen_problem(plan.method, task)
+            if reason or (plan.private and (reason := uncovered(plan))):
                 problems.append(Problem(("methods", i, "name"), reason))
             elif plan.training.get("private") and isinstance(local := plan.build_local(), DPSGD):
                 labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]
@@ -253,7 +255,10 @@ def _stacked(method: str, data: Federated) -> str:
 
 def _build(study: Study, job: Job, data: Federated) -> ResolvedMethod:
     plan = plan_of(study, job.method, data, job.seed)
-    return ResolvedMethod(job.method, plan, simulation_schema.method_of(study, plan, data.training))
+    method = plan.build_method()
+    if study.attack is not None:
+        method = simulation_schema.attacked(method, study.attack, study, plan, data.training)
+    return ResolvedMethod(job.method, plan, method)
 
 
 def _require_task(study: Study, data: Federated) -> None:
@@ -276,12 +281,7 @@ def _require_task(study: Study, data: Federated) -> None:
     if study.task.ordered:
         _require_order(study, data)
     if study.task.regions is not None:
-        given, known = {n for region in study.task.regions for n in region}, set(range(1, len(data.info.classes)))
-        if given != known:
-            named = ", ".join(f"{n} ({name})" for n, name in enumerate(data.info.classes) if n)
-            raise DataError(
-                f"task.regions: each label above 0 of the masks must be in a region, and no other: they are {named}"
-            )
+        _require_regions(study.task.regions, data)
     if kind == "classification":
         present = [
             any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))
@@ -289,6 +289,19 @@ def _require_task(study: Study, data: Federated) -> None:
         if sum(present) < 2:
             only = ", ".join(name for name, has in zip(data.info.classes, present, strict=True) if has) or "none"
             raise DataError(f"the training data of all sites contain one class only ({only}); at least two are needed")
+
+
+def _require_regions(regions: Sequence[Sequence[int]], data: Federated) -> None:
+    """Require that the regions contain the labels of the masks.
+
+    Raises:
+        DataError: If they do not. The message lists the labels.
+    """
+    if {n for region in regions for n in region} != set(range(1, len(data.info.classes))):
+        named = ", ".join(f"{n} ({name})" for n, name in enumerate(data.info.classes) if n)
+        raise DataError(
+            f"task.regions: each label above 0 of the masks must be in a region, and no other: they are {named}"
+        )
 
 
 def _require_order(study: Study, data: Federated) -> None:

@@ -26,11 +26,11 @@ from polyclinic.evaluation.records.method_runs import PLAN
 from polyclinic.evaluation.records.run_reader import NotARun, read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.linear_model import linear_task
-from polyclinic.studies.config import search_space, simulation_schema
+from polyclinic.studies.config import search_space
 from polyclinic.studies.config.loader import plan_content
 from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
-from polyclinic.studies.records.run_description import described, information
+from polyclinic.studies.records.run_description import described, information, simulated
 from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.cluster_runs import ClusterWorkers
 from polyclinic.studies.run.events import Event, Job, cores
@@ -109,9 +109,9 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
         write_groups(path, resolved.source.table(), resolved.numbers, study.evaluation.subgroups)
         release(resolved.source)  # the sites have copies of their examples
         folder.note("resumed" if resume else "begun", {"study": resolved.hash, "data": first.fingerprint})
-        notes = [*simulation_schema.told(study), *(note for data in splits for note in described(data))]
+        notes = [*simulated(study), *(note for data in splits for note in described(data))]
         yield Event("data", notes=(*dict.fromkeys(notes), *resolved.network.warnings))
-        done = work.results()
+        done = work.results() if resume else {}
         jobs = [job for job in resolved.jobs if job.name not in done]
         for job in resolved.jobs:
             if job.name in done:
@@ -140,6 +140,8 @@ def _cluster(study: Study) -> AbstractContextManager[None]:
 def _executor(work: "_Work", jobs: int, note: Note) -> Executor:
     """Return what executes the method runs of a study, of which ``jobs`` remain."""
     study = work.study
+    if study.engine.kind == "in-process":
+        return ThisProcess(work, note)
     workers = study.engine.workers or _capacity(study)
     if possible() and any(study.training_of(method).get("private") for method in study.methods):
         warm_up()

@@ -4,7 +4,6 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -117,7 +116,15 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, site, patient in zip(table.ids, table.columns["site"], table.patients, strict=True):
         places[site, roles[patient]].append(name)
-    readers = _readers(source, places, titles, outside)
+    readers: Mapping[str, Source] = dict.fromkeys(titles, source)
+    statistics = dict[str, Statistics]()
+    if isinstance(source, FittedSource):
+        readers = source.fitted(_fitted_rows(places, titles, outside), outside)
+        statistics = {
+            site: fit
+            for site, one in readers.items()
+            if isinstance(fit := getattr(one, "statistics", None), Statistics)
+        }
     for site in titles:
         order = [role for role in (*ROLES, "unlabeled") if places[site, role]]
         sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
@@ -148,14 +155,9 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         copies,
         (*source.info.notes, *notes, *more),
         public,
-        {site: fit for site, reader in readers.items() if isinstance(fit := _statistics(reader), Statistics)},
+        statistics,
         alike,
     )
-
-
-def _statistics(reader: Source) -> Any:
-    """Return the statistics of a reader of a table; of others anything else."""
-    return getattr(reader, "statistics", None)
 
 
 def fingerprint_of(spec: DataSpec, seed: int, fold: Fold | None, source: Source) -> str:
@@ -277,18 +279,11 @@ def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[s
     return table.take(rows), [slug(values[i]) for i in rows], titles
 
 
-def _readers(
-    source: Source,
-    places: Mapping[tuple[str, str], Sequence[str]],
-    titles: Mapping[str, str],
-    external: tuple[str, ...],
-) -> Mapping[str, Source]:
-    """Return the reader of each site's examples: the source, or the source fitted to training rows if it has
-    statistics.
-    """
-    if not isinstance(source, FittedSource):
-        return dict.fromkeys(titles, source)
-    rows = {
+def _fitted_rows(
+    places: Mapping[tuple[str, str], Sequence[str]], titles: Mapping[str, str], external: tuple[str, ...]
+) -> Mapping[str, Sequence[str]]:
+    """Return the examples of each site from which statistics are computed: of training, or all of an external site."""
+    return {
         site: [
             name
             for role in (("test",) if site in external else ("train", "unlabeled"))
@@ -296,7 +291,6 @@ def _readers(
         ]
         for site in titles
     }
-    return source.fitted(rows, external)
 
 
 def _without(named: Named, fold: Fold, titles: Mapping[str, str]) -> Named:

@@ -15,7 +15,8 @@ from pydantic import Field, PlainValidator
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import DataSpec
 from polyclinic.data.files import content_of, placed
-from polyclinic.engines.policy.coverage import declared_problem, ways
+from polyclinic.engines.plan import ways
+from polyclinic.engines.policy.coverage import declared_problem
 from polyclinic.errors import ConfigError, PolyclinicError
 from polyclinic.learning.tasks.own_metrics import own_metric
 from polyclinic.learning.weights import store
@@ -276,7 +277,8 @@ def _compared(study: Study) -> Iterator[Problem]:
 def _uncovered(study: Study) -> Iterator[Problem]:
     """Yield the methods whose noise does not cover all that sites release, so that the stated ε would be too small."""
     for i, method in enumerate(study.methods):
-        if says := declared_problem(method.name, ways(study.training_of(method), method.uplink)):
+        asked = ways(study.training_of(method), method.uplink)
+        if asked and (says := declared_problem(method.name, asked)):
             yield Problem(("methods", i, "name"), says)
 
 

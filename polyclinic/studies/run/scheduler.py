@@ -34,7 +34,7 @@ from polyclinic.studies.records.run_description import described, information, s
 from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.cluster_runs import ClusterWorkers
 from polyclinic.studies.run.events import Event, Job, cores
-from polyclinic.studies.run.executors import ChildProcesses, Executor, ThisProcess, possible, run_jobs, warm_up
+from polyclinic.studies.run.executors import ChildProcesses, Executor, possible, run_here, run_jobs, warm_up
 from polyclinic.studies.run.linear_baselines import linear_files, write_linear_baselines
 from polyclinic.studies.run.method_run import MethodRun, external_in
 from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
@@ -119,7 +119,8 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
                 told = {"scores": scores, "external": external_in(scores, study, first)}
                 yield job.event("tested", round=study.rounds, rounds=study.rounds, **told)
         if jobs:
-            yield from run_jobs(jobs, _executor(work, len(jobs), folder.note))
+            executor = _executor(work, len(jobs), folder.note)
+            yield from run_here(jobs, work, folder.note) if executor is None else run_jobs(jobs, executor)
         if work.add_linear_baselines():
             folder.note("linear baselines", {})
         folder.finish([job.name for job in resolved.jobs])
@@ -137,16 +138,16 @@ def _cluster(study: Study) -> AbstractContextManager[None]:
     return cluster.connected(engine.address, engine.workers) if engine.kind == "ray" else nullcontext()
 
 
-def _executor(work: "_Work", jobs: int, note: Note) -> Executor:
-    """Return what executes the method runs of a study, of which ``jobs`` remain."""
+def _executor(work: "_Work", jobs: int, note: Note) -> Executor | None:
+    """Return what executes the method runs of a study in other processes, if it is to; ``jobs`` of them remain."""
     study = work.study
     if study.engine.kind == "in-process":
-        return ThisProcess(work, note)
+        return None
     workers = study.engine.workers or _capacity(study)
     if possible() and any(study.training_of(method).get("private") for method in study.methods):
         warm_up()
     if not _whole_arms(study, jobs, workers):
-        return ThisProcess(work, note)
+        return None
     if study.engine.kind == "ray":
         path = work.path.absolute()
         recipe = _recipe(work.resolved, path, work.profile)

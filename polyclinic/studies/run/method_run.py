@@ -124,7 +124,9 @@ class MethodRun:
         done, begun = at.round if at else 0, _now(engine)
         steps: list[Step[Any]] = []
         scores: dict[str, float] = {}
-        exchanges = iter(()) if self._stalled(done, best) else self._as_far_as_it_goes(self._steps(engine, state))
+        exchanges: Iterator[Step[Any]] = iter(()) if self._stalled(done, best) else self._steps(engine, state)
+        if self.ledgers or study.attack is not None:
+            exchanges = self._as_far_as_it_goes(exchanges)
         for step in self._measured(exchanges):
             state, steps = step.state, [*steps, step]
             self.watch.sites.update(step.seconds)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from types import CodeType, FrameType
 import pytest
 
 from polyclinic.cli import run as cli
-from tests.studies.run.test_scheduler import npz
+from tests.support.small_runs import npz
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "explanation" / "architecture.md").read_text()

@@ -21,7 +21,7 @@ from polyclinic.studies.run.run_directory import RunExists, Stopped, held, read_
 from polyclinic.studies.run.run_lock import holder
 from polyclinic.studies.run.scheduler import run, work_from
 from polyclinic.testing import equal
-from tests.studies.run.test_scheduler import facts, npz, same
+from tests.support.small_runs import facts, npz, same
 
 STUDY = """\
 name = "small"

@@ -179,12 +179,12 @@ def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None
 
     The settings of ``training.recipe`` and of a plan are added to those of ``data``.
     """
-    recipe = list[Problem]()
-    try:
-        data = with_recipe(data)
-    except ConfigError as error:
-        recipe.append(Problem(("training", "recipe"), str(error)))
-    plan = list[Problem]()
+    recipe, plan = list[Problem](), list[Problem]()
+    if isinstance(training := data.get("training"), Mapping) and training.get("recipe") == "nnunet":
+        try:
+            data = with_recipe(data)
+        except ConfigError as error:
+            recipe.append(Problem(("training", "recipe"), str(error)))
     if named_plan(data) is not None:
         data, plan = with_plan(data)
     study, problems = validated(Study, data, ())

@@ -87,6 +87,11 @@ class ResolvedStudy:
         """The task of every method."""
         return next(iter(self.methods.values())).method.task
 
+    @property
+    def table(self) -> bool:
+        """Whether the data are rows of a table, not images."""
+        return len(self.splits[0].shape) == 1
+
     def method(self, job: Job, data: Federated, study: Study) -> ResolvedMethod:
         """Return the method of ``job`` on ``data``. It is built unless the validation has built it.
 

@@ -121,7 +121,7 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
         if jobs:
             executor = _executor(work, len(jobs), folder.note)
             yield from run_here(jobs, work, folder.note) if executor is None else run_jobs(jobs, executor)
-        if work.add_linear_baselines():
+        if resolved.table and work.add_linear_baselines():
             folder.note("linear baselines", {})
         folder.finish([job.name for job in resolved.jobs])
         folder.note("finished", {})
@@ -263,7 +263,7 @@ class _Work:
         yield from self._arm(self.study, job, folder).run(*facts)
 
     def add_linear_baselines(self) -> bool:
-        """Write the linear baselines that are missing, and return whether there were any. Images have none."""
+        """Write the linear baselines of a table that are missing, and return whether there were any."""
         task, added = linear_task(self.resolved.task), False
         if task is None:
             return False

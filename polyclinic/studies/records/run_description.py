@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from polyclinic import __version__
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, SiteSummary
 from polyclinic.evaluation.records.record_schema import OwnMetricInfo
-from polyclinic.learning.networks.model_tree import frozen
+from polyclinic.learning.networks.model_tree import frozen, parameter_count
 from polyclinic.learning.tasks.own_metrics import own_metric
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.weights import store
@@ -137,24 +137,16 @@ def start_facts(task: Task, model: nn.Module) -> dict[str, Any]:
 
 
 def information(
-    study: Study,
-    hash: str,
-    splits: Sequence[Federated],
-    patients_known: bool,
-    task: Task,
-    parameters: int,
-    start: Mapping[str, Any],
+    study: Study, splits: Sequence[Federated], patients_known: bool, task: Task, model: nn.Module
 ) -> dict[str, Any]:
     """Return the content of ``run.json``.
 
     Args:
         study: The study.
-        hash: Its hash.
         splits: The splits of the first seed, one for each fold.
         patients_known: What ``patients_apart`` returned for the first of them.
         task: The task of every method.
-        parameters: The number of the model's parameters.
-        start: What ``start_facts`` returned.
+        model: A model that it built.
     """
     data = splits[0]
     by = "sites" if study.folds == "sites" else "patients"
@@ -162,7 +154,7 @@ def information(
     return {
         "name": study.name,
         "title": study.title or study.name,
-        "hash": hash,
+        "hash": study.hash,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "task": study.task.kind,
         "classes": list(data.info.classes),
@@ -192,11 +184,11 @@ def information(
         **declared(study),
         "engine": study.engine.model_dump(),
         "environment": environment(),
-        "parameters": parameters,
+        "parameters": parameter_count(model),
         "inputs": list(data.shape),
         "outputs": task.network.outputs,
         "training": {method.called: study.training_of(method) for method in study.methods},
-        **start,
+        **(start_facts(task, model) if study.task.weights is not None else {}),
     }
 
 

@@ -20,7 +20,7 @@ from polyclinic.data.splits import Fold
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import uncovered
 from polyclinic.evaluation.subgroup_results import MANY, groups_of
-from polyclinic.learning.networks.model_tree import Inspection, inspect, parameter_count
+from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
@@ -31,7 +31,7 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.records.run_description import patients_apart, space_of, start_facts
+from polyclinic.studies.records.run_description import information, patients_apart, space_of
 from polyclinic.studies.run.events import Job
 
 
@@ -62,11 +62,8 @@ class ResolvedStudy:
         jobs: The method runs in their order.
         methods: The methods that were built for validation, by the name of their job.
         numbers: A number for each patient, by which test sets are compared between method runs.
-        hash: The study's hash.
-        patients_known: Whether the data name the patient of each example.
-        network: The classification of the model's tensors.
-        parameters: The number of the model's parameters.
-        start: The entry of ``run.json`` on start weights; empty without any.
+        warnings: Sentences on the network for the reader.
+        info: The content of ``run.json``.
     """
 
     study: Study
@@ -76,16 +73,18 @@ class ResolvedStudy:
     jobs: tuple[Job, ...]
     methods: Mapping[str, ResolvedMethod]
     numbers: Mapping[str, int]
-    hash: str
-    patients_known: bool
-    network: Inspection
-    parameters: int
-    start: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    info: Mapping[str, Any]
 
     @property
     def task(self) -> Task:
         """The task of every method."""
         return next(iter(self.methods.values())).method.task
+
+    @property
+    def hash(self) -> str:
+        """The study's hash."""
+        return str(self.info["hash"])
 
     @property
     def table(self) -> bool:
@@ -131,20 +130,9 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
     splits, patients_known = _splits(study, source, jobs)
     model = _model(study, text, splits[0])
     methods = _methods(study, text, splits[0], folds[0])
-    return ResolvedStudy(
-        study,
-        text,
-        source,
-        splits,
-        jobs,
-        methods,
-        {name: i for i, name in enumerate(patients)},
-        study.hash,
-        patients_known,
-        inspect(model),
-        parameter_count(model),
-        start_facts(next(iter(methods.values())).method.task, model) if study.task.weights is not None else {},
-    )
+    numbers, task = {name: i for i, name in enumerate(patients)}, next(iter(methods.values())).method.task
+    info = information(study, splits, patients_known, task, model)
+    return ResolvedStudy(study, text, source, splits, jobs, methods, numbers, inspect(model).warnings, info)
 
 
 def _require_columns(study: Study, source: Source) -> None:

@@ -30,7 +30,7 @@ from polyclinic.studies.config import search_space
 from polyclinic.studies.config.loader import plan_content
 from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
-from polyclinic.studies.records.run_description import described, information, simulated
+from polyclinic.studies.records.run_description import described, simulated
 from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.cluster_runs import ClusterWorkers
 from polyclinic.studies.run.events import Event, Job, cores
@@ -93,16 +93,7 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
             data_identity.require_unchanged(path, read_info(path).data.fingerprint, first, resolved.source)
         elif not folder.begun:
             data_identity.write_identity(path, first, resolved.source)
-        info = information(
-            study,
-            resolved.hash,
-            splits,
-            resolved.patients_known,
-            resolved.task,
-            resolved.parameters,
-            resolved.start,
-        )
-        folder.begin(resolved.text, info, resume, plan)
+        folder.begin(resolved.text, resolved.info, resume, plan)
         if study.data.plan is not None:  # from here on, the run's own copy is used
             kept = study.data.model_copy(update={"plan": str(path / PLAN)})
             work.study = study = study.model_copy(update={"data": kept})
@@ -110,7 +101,7 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
         release(resolved.source)  # the sites have copies of their examples
         folder.note("resumed" if resume else "begun", {"study": resolved.hash, "data": first.fingerprint})
         notes = [*simulated(study), *(note for data in splits for note in described(data))]
-        yield Event("data", notes=(*dict.fromkeys(notes), *resolved.network.warnings))
+        yield Event("data", notes=(*dict.fromkeys(notes), *resolved.warnings))
         done = work.results() if resume else {}
         jobs = [job for job in resolved.jobs if job.name not in done]
         for job in resolved.jobs:

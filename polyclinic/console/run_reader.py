@@ -116,7 +116,6 @@ class RunReader:
         self.faults: list[dict[str, Any]] = []
         self.count_of_faults = 0
         self.finished = False
-        self._resumed = 0
         self.generation += 1
 
     @property

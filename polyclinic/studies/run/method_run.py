@@ -85,7 +85,6 @@ class MethodRun:
         self.ledgers: dict[str, Ledger] = {}
         if study.privacy and self.plan.private:
             self.ledgers = run_budgets.opened(self.path / "ledgers", self.plan.sites, data.info.name, study.privacy)
-        self.length = 0
         self.watch, self.profile = Stopwatch(), profile
 
     def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:

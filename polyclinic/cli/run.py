@@ -54,7 +54,7 @@ def run(
         profile: Show at the end where the time went, by phase, method and site, and write it to `profile.json` in the
             run folder.
     """
-    from polyclinic.studies.config.loader import set_key, table_of, text_of
+    from polyclinic.studies.config.loader import AUTOMATIC, named_plan, set_key, table_of, text_of
 
     require_file(study)
     given = changes(set_ or [])
@@ -62,8 +62,7 @@ def run(
         given |= {"engine.kind": "ray", "engine.address": address}
     text = text_of(study)
     table = table_of(text, study, given)  # a file that is missing or not TOML is reported before PyTorch is loaded
-    data = table.get("data")
-    if isinstance(data, dict) and data.get("plan") == "nnunet" and "scenarios" not in table:
+    if named_plan(table) == AUTOMATIC and "scenarios" not in table:
         from polyclinic.studies.run.case_planning import plan_beside
 
         file, written = plan_beside(study, given)

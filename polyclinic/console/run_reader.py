@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polyclinic.console.tail import Tail, open_regular, parsed
+from polyclinic.console.tail import Tail, open_regular, parsed, stamp_of
 from polyclinic.engines import step_file
 from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.evaluation.records.method_runs import BASELINES, arm_name
@@ -116,7 +116,6 @@ class RunReader:
         self.faults: list[dict[str, Any]] = []
         self.count_of_faults = 0
         self.finished = False
-        self._resumed = 0
         self.generation += 1
 
     @property
@@ -133,7 +132,7 @@ class RunReader:
         """Read what is new, and return whether anything is."""
         changed = self._look_at_lock()
         if not changed and not self.process and not self.behind:  # it does not grow: its journal shows if it did
-            stamp = _stamp(self.path / "journal.jsonl")
+            stamp = stamp_of(self.path / "journal.jsonl")
             if stamp == self._quiet:
                 return False
             self._quiet = stamp
@@ -146,7 +145,7 @@ class RunReader:
 
     def _look_at_lock(self) -> bool:
         """Look which process works on the run. The lock is tried only if it was taken since, or is held."""
-        stamp = _stamp(self.path / LOCK)
+        stamp = stamp_of(self.path / LOCK)
         if stamp == self._lock_stamp and not self.process:
             return False
         before, self._lock_stamp = self.process, stamp
@@ -417,14 +416,6 @@ def _now(folder: Path, done: int) -> dict[str, Any]:
         return {**started, "since": float(now["since"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _stamp(path: Path) -> Any:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _size(path: Path) -> int:

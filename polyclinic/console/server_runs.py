@@ -4,10 +4,9 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from polyclinic.console.tail import Tail, parsed
+from polyclinic.console.tail import Tail, parsed, stamp_of
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError
@@ -105,7 +104,7 @@ class ServerRuns:
         until, changed = time.monotonic() + seconds, self._read_queue()
         waiting = [(name, run) for name, run in self.all.items() if not run.settled]
         for name, run in waiting:
-            stamp = _stamp(self.home.run(name) / "status.json")
+            stamp = stamp_of(self.home.run(name) / "status.json")
             if stamp != run.progress_stamp:
                 run.progress_stamp = stamp
                 changed |= self._read_progress(name, run)
@@ -137,7 +136,7 @@ class ServerRuns:
     def _read_queue(self) -> bool:
         changed, found = False, set()
         for path in self.home.queue.glob("*.json") if self.home.queue.is_dir() else ():
-            name, stamp = path.stem, _stamp(path)
+            name, stamp = path.stem, stamp_of(path)
             found.add(name)
             known = self.all.get(name)
             if known is not None and known.stamp == stamp:
@@ -246,11 +245,3 @@ def _facts(entry: Entry) -> dict[str, Any]:
         "planned": int(an.plan.get("rounds", 0)),
         "request": an.hash,
     }
-
-
-def _stamp(path: Path) -> Any:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -27,6 +27,15 @@ def open_regular(path: Path) -> IO[bytes]:
     return file
 
 
+def stamp_of(path: Path) -> tuple[int, int, int] | None:
+    """Return what differs when the file at ``path`` was changed or replaced; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 class Tail:
     """A file of JSON lines. It is read from the beginning again after it was cut or replaced.
 

@@ -66,13 +66,13 @@ def write_private(path: Path, content: str | bytes, durable: bool = True) -> Non
     write(path, content, private=True, durable=durable)
 
 
-def write_json(path: Path, value: Any, *, private: bool = False, durable: bool = True) -> None:
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     """Write ``value`` as indented JSON that ends with a newline.
 
     Raises:
         TypeError: If ``value`` is not a JSON value. ``path`` is unchanged.
     """
-    write(path, json.dumps(value, indent=1) + "\n", private=private, durable=durable)
+    write(path, json.dumps(value, indent=1) + "\n", private=private)
 
 
 def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:

@@ -29,11 +29,11 @@ def add(a: Tree, b: Tree) -> Tree:
     return zip_with(torch.add, a, b)
 
 
-def add_(a: Tree, b: Tree, by: float = 1.0) -> None:
-    """Compute ``a ← a + by · b`` in place."""
+def add_(a: Tree, b: Tree) -> None:
+    """Compute ``a ← a + b`` in place."""
     _require_same_names(a, b)
     for name, leaf in a.items():
-        leaf.add_(b[name], alpha=by)
+        leaf.add_(b[name])
 
 
 def add_all_(a: Tree, trees: Sequence[Tree]) -> None:

@@ -138,10 +138,17 @@ class DataSpec(BaseModel):
 
     def source(self) -> Source:
         """Return the source of the examples, without reading any data."""
-        own = self.options
-        if self.plan is None:
-            return source_of(self.use, self.path, self.kind, own)
-        path = placed(self.plan, "plan")
+        if self.plan is not None:
+            return self._planned_source(self.plan)
+        return source_of(self.use, self.path, self.kind, self.options)
+
+    def _planned_source(self, plan: str) -> Source:
+        """Return the source with the preprocessing of the file ``plan``.
+
+        Raises:
+            DataError: If the plan is not for these data.
+        """
+        own, path = self.options, placed(plan, "plan")
         found = NnunetPlan.read(path)
         planned = DataPlan.options(path, own) if found is None else {**own, **found.data_options}
         try:
@@ -153,7 +160,7 @@ class DataSpec(BaseModel):
                 else f"{'.'.join(map(str, line['loc']))}: {line['msg']}"
                 for line in error.errors()
             ]
-            raise DataError([f'plan = "{self.plan}": {one}' for one in dict.fromkeys(says)]) from None
+            raise DataError([f'plan = "{plan}": {one}' for one in dict.fromkeys(says)]) from None
 
     @model_validator(mode="wrap")
     @classmethod

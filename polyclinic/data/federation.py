@@ -4,7 +4,6 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from polyclinic.data.fingerprint.dataset_fingerprint import PLAIN, Numbered
 from polyclinic.data.formats.column_roles import missing_at, named_column, no_column
 from polyclinic.data.partition import Divided
 from polyclinic.data.preprocessing.table_statistics import Statistics
-from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
+from polyclinic.data.quality.exact_duplicates import Duplicate, duplicates, without_duplicates
 from polyclinic.data.quality.near_duplicates import near_duplicate_notes, near_duplicates
 from polyclinic.data.simulation.simulated_scanners import Scanner, badge
 from polyclinic.data.site_roles import Named, described, hold
@@ -117,7 +116,15 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, site, patient in zip(table.ids, table.columns["site"], table.patients, strict=True):
         places[site, roles[patient]].append(name)
-    readers = _readers(source, places, titles, outside)
+    readers: Mapping[str, Source] = dict.fromkeys(titles, source)
+    statistics = dict[str, Statistics]()
+    if isinstance(source, FittedSource):
+        readers = source.fitted(_fitted_rows(places, titles, outside), outside)
+        statistics = {
+            site: fit
+            for site, one in readers.items()
+            if isinstance(fit := getattr(one, "statistics", None), Statistics)
+        }
     for site in titles:
         order = [role for role in (*ROLES, "unlabeled") if places[site, role]]
         sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
@@ -129,7 +136,8 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         notes += near_duplicate_notes(alike, spec.near_duplicates == "refuse")
     if spec.scanners:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
-    sites, copies = without_duplicates(sites, outside, spec.duplicates, notes)
+    if copies := duplicates(sites):
+        sites = without_duplicates(sites, copies, outside, spec.duplicates, notes)
     sites, public = hold(sites, named, spec, table, seed)
     _complete(sites, named.external, held_out)
     info, more = described(source.info, named, spec, titles)
@@ -147,14 +155,9 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         copies,
         (*source.info.notes, *notes, *more),
         public,
-        {site: fit for site, reader in readers.items() if isinstance(fit := _statistics(reader), Statistics)},
+        statistics,
         alike,
     )
-
-
-def _statistics(reader: Source) -> Any:
-    """Return the statistics of a reader of a table; of others anything else."""
-    return getattr(reader, "statistics", None)
 
 
 def fingerprint_of(spec: DataSpec, seed: int, fold: Fold | None, source: Source) -> str:
@@ -276,18 +279,11 @@ def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[s
     return table.take(rows), [slug(values[i]) for i in rows], titles
 
 
-def _readers(
-    source: Source,
-    places: Mapping[tuple[str, str], Sequence[str]],
-    titles: Mapping[str, str],
-    external: tuple[str, ...],
-) -> Mapping[str, Source]:
-    """Return the reader of each site's examples: the source, or the source fitted to training rows if it has
-    statistics.
-    """
-    if not isinstance(source, FittedSource):
-        return dict.fromkeys(titles, source)
-    rows = {
+def _fitted_rows(
+    places: Mapping[tuple[str, str], Sequence[str]], titles: Mapping[str, str], external: tuple[str, ...]
+) -> Mapping[str, Sequence[str]]:
+    """Return the examples of each site from which statistics are computed: of training, or all of an external site."""
+    return {
         site: [
             name
             for role in (("test",) if site in external else ("train", "unlabeled"))
@@ -295,7 +291,6 @@ def _readers(
         ]
         for site in titles
     }
-    return source.fitted(rows, external)
 
 
 def _without(named: Named, fold: Fold, titles: Mapping[str, str]) -> Named:

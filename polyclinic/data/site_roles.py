@@ -55,29 +55,14 @@ class Named:
 
 def hold(sites: Sites, named: Named, spec: DataSpec, table: Table, seed: int) -> tuple[Sites, Dataset | None]:
     """Return the examples of each site by role, without the sites of public images, and the public examples."""
-    where = {name: row for row, name in enumerate(table.ids)}
-    data = {}
-    for site, roles in sites.items():
-        weak = annotated(roles, named.weak.get(site, "full"), site)
-        data[site] = {role: _placed(examples, table, where, spec) for role, examples in weak.items()}
+    if named.weak:
+        sites = {site: annotated(roles, named.weak.get(site, "full"), site) for site, roles in sites.items()}
+    if spec.position is not None or spec.video is not None:
+        where = {name: row for row, name in enumerate(table.ids)}
+        sites = {s: {r: _placed(e, table, where, spec) for r, e in roles.items()} for s, roles in sites.items()}
     if spec.accelerate:
-        for site, roles in data.items():
-            column_seed = int(rng_for(seed, "columns", site).integers(2**31))
-            data[site] = {
-                role: accelerated(
-                    in_memory(examples, "accelerate = ..."),
-                    spec.accelerate,
-                    spec.center,
-                    torch.Generator().manual_seed(column_seed),
-                )
-                for role, examples in roles.items()
-            }
-    if not named.public:
-        return data, None
-    public = concat([examples for site in named.public for examples in data.pop(site).values()]).unlabeled()
-    for site in data.keys() - {*named.external}:
-        data[site]["public"] = public
-    return data, public
+        sites = {site: _accelerated(roles, spec, site, seed) for site, roles in sites.items()}
+    return _shared(sites, named) if named.public else (sites, None)
 
 
 def described(info: Info, named: Named, spec: DataSpec, titles: Mapping[str, str]) -> tuple[Info, list[str]]:
@@ -94,6 +79,29 @@ def described(info: Info, named: Named, spec: DataSpec, titles: Mapping[str, str
         info = replace(info, task="reconstruction", classes=())
         notes.append(f"Acquisition {spec.accelerate:g} times as fast was simulated by leaving out columns of k-space.")
     return info, notes
+
+
+def _accelerated(roles: Mapping[str, Dataset], spec: DataSpec, site: str, seed: int) -> dict[str, Dataset]:
+    """Return the examples of ``site`` as if acquired faster, with the same columns of k-space for each role."""
+    column_seed = int(rng_for(seed, "columns", site).integers(2**31))
+    return {
+        role: accelerated(
+            in_memory(examples, "accelerate = ..."),
+            spec.accelerate,
+            spec.center,
+            torch.Generator().manual_seed(column_seed),
+        )
+        for role, examples in roles.items()
+    }
+
+
+def _shared(sites: Sites, named: Named) -> tuple[Sites, Dataset]:
+    """Return the sites without those of public images, and these images, which every training site has, too."""
+    public = concat([examples for site in named.public for examples in sites[site].values()]).unlabeled()
+    data = {site: roles for site, roles in sites.items() if site not in named.public}
+    for site in data.keys() - {*named.external}:
+        data[site] = {**data[site], "public": public}
+    return data, public
 
 
 def _placed(examples: Dataset, table: Table, where: Mapping[str, int], spec: DataSpec) -> Dataset:

@@ -6,7 +6,7 @@ and refused before anything runs.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -34,6 +34,7 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.learning.training.own_training import OwnTraining
 from polyclinic.learning.weights.matching import StartWeights
 from polyclinic.methods.base.kept_optimizer import OWN_OPTIMIZERS, KeptOptimizer
+from polyclinic.methods.catalog import Way
 from polyclinic.methods.registry import Setting, build, entry
 
 TASKS: Mapping[str, type[Task]] = {
@@ -98,7 +99,7 @@ class Plan:
     @property
     def private(self) -> bool:
         """Whether the replies contain noise that a privacy budget can account for."""
-        return bool(self.training.get("private")) or any(transform_entry(item["name"]).pays for item in self.uplink)
+        return bool(ways(self.training, self.uplink))
 
     def build_method(self) -> Evaluated[Any]:
         """Build the method with its transforms and evaluation."""
@@ -172,6 +173,12 @@ def _tuned(network: Network, tuning: Mapping[str, Any]) -> FineTuned:
 def build_method(text: str) -> Evaluated[Any]:
     """Build the method of the plan in ``text``, as JSON."""
     return Plan.from_json(text).build_method()
+
+
+def ways(training: Mapping[str, Any], uplink: Iterable[Mapping[str, Any]]) -> tuple[Way, ...]:
+    """Return the mechanisms that ``training`` and the transforms ``uplink`` account for: DP-SGD, noise, or both."""
+    found: list[Way] = ["dp-sgd"] if training.get("private") else []
+    return (*found, "gaussian") if any(transform_entry(item["name"]).pays for item in uplink) else tuple(found)
 
 
 def local_training(table: Mapping[str, Any]) -> LocalTraining:

@@ -93,11 +93,9 @@ class Against:
             if self.run.splits:  # a fold tests 1/folds of the patients, or of the sites
                 test = test // self.run.info.folds
                 train = train - test if self.run.info.folds_by == "sites" else train
-            shared = set(by_split.seeds(label)) & set(by_split.seeds(self.reference))
-            if test and train > 0 and len(shared) >= 3:
-                each = by_split.by_split(label, self.reference, sites, metric)
-                if len(each) >= 3:
-                    found[label] = corrected_t(each, test, train, self.data.level)
+            each = by_split.by_split(label, self.reference, sites, metric)
+            if test and train > 0 and len(each) >= 3:
+                found[label] = corrected_t(each, test, train, self.data.level)
         return found
 
     def over_sites(self, metric: Metric) -> dict[str, Difference]:

@@ -13,10 +13,12 @@ from polyclinic.secure_aggregation import terms
 
 
 def secured(request: Request | None, asked: Sequence[str], arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
-    """Yield ``arrivals`` unchanged if ``request`` is not secure; else one arrival with the sum, and the lost sites."""
-    if request is None or not request.secure:
-        yield from arrivals
-        return
+    """Return ``arrivals`` unchanged if ``request`` is not secure; else one arrival with the sum, and the lost sites."""
+    return _secure_sum(request, asked, arrivals) if request is not None and request.secure else arrivals
+
+
+def _secure_sum(request: Request, asked: Sequence[str], arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
+    """Yield one arrival with the sum of the replies to ``request``, and the lost sites."""
     from polyclinic.secure_aggregation.in_memory import secure_merge  # imports a library of cryptography
     from polyclinic.secure_aggregation.session_keys import ProtocolError, least_threshold
 

@@ -93,7 +93,6 @@ def secure_merge(
     threshold: int | None = None,
     lost: Mapping[str, str] | None = None,
     round: int = 0,
-    entropy: Callable[[int], bytes] = os.urandom,
 ) -> tuple[Reply, tuple[str, ...]]:
     """Compute ``merge(replies.values())`` without revealing single replies; return it with the sites in the sum.
 
@@ -102,7 +101,6 @@ def secure_merge(
         threshold: Minimum number of sites, as in ``terms(request)``.
         lost: As in ``secure_sum``.
         round: The round.
-        entropy: Source of secrets.
 
     Raises:
         ValueError: If replies were not made by ``SecureSum``, or differ in their names and shapes.
@@ -113,7 +111,7 @@ def secure_merge(
     if odd := sorted(site for site, shape in shapes.items() if shape != next(iter(shapes.values()))):
         raise ConfigError(f"{odd} would send tensors with other names or shapes than {next(iter(shapes))}")
     vectors = {site: vector_of(reply) for site, reply in replies.items()}
-    total, alive = secure_sum(vectors, threshold=threshold, lost=lost, round=round, entropy=entropy)
+    total, alive = secure_sum(vectors, threshold=threshold, lost=lost, round=round)
     return reply_of(total, next(iter(layouts.values())), len(alive)), alive
 
 

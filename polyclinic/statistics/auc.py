@@ -69,8 +69,10 @@ def placements(score: Array, positive: NDArray[Any]) -> tuple[Array, Array]:
     return (every[y] - pos) / n, 1.0 - (every[~y] - neg) / m
 
 
-def delong_covariance(scores: Array, positive: NDArray[Any], patient: Ints | None = None) -> tuple[Array, Array]:
-    """Compute the AUCs of several scores of the same cases, and their covariance.
+def delong_parts(
+    scores: Array, positive: NDArray[Any], patient: Ints | None = None
+) -> tuple[Array, Array, tuple[int, int]]:
+    """Compute the AUCs of several scores of the same cases, and the parts of their covariance.
 
     Args:
         scores: [k, cases].
@@ -78,22 +80,8 @@ def delong_covariance(scores: Array, positive: NDArray[Any], patient: Ints | Non
         patient: [cases]. Cases of one patient may be dependent. By default each case is its own patient.
 
     Returns:
-        AUCs [k] and covariance [k, k].
-
-    Raises:
-        Undefined: If a class is missing, or has a single patient.
-    """
-    auc, parts, _ = delong_parts(scores, positive, patient)
-    return auc, parts.sum(0)
-
-
-def delong_parts(
-    scores: Array, positive: NDArray[Any], patient: Ints | None = None
-) -> tuple[Array, Array, tuple[int, int]]:
-    """Compute the AUCs [k], and the parts of ``delong_covariance`` [3, k, k]: positives, negatives, and both.
-
-    Returns:
-        AUCs, parts, and the numbers of patients with positive and with negative cases.
+        AUCs [k]; parts of the covariance [3, k, k], which is their sum: of positives, of negatives, and of both; and
+        the numbers of patients with positive and with negative cases.
 
     Raises:
         Undefined: If a class is missing, or has a single patient.

@@ -11,7 +11,7 @@ import pytest
 
 from polyclinic.cli import app
 from polyclinic.studies.config.study_config import read
-from tests.studies.run.test_scheduler import npz, study
+from tests.support.small_runs import npz, study
 
 ROOT = Path(__file__).parents[2]
 

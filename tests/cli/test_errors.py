@@ -21,7 +21,7 @@ from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.studies.config import preflight as checks
 from polyclinic.studies.config.study_config import parse
-from tests.studies.run.test_scheduler import npz, study
+from tests.support.small_runs import npz, study
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,9 +17,9 @@ from polyclinic.engines.flare.client.reviews import Reviews
 from polyclinic.engines.flare.protocol.paths import ServerFolder
 from polyclinic.engines.flare.server.job_queue import FINISHED, Queue
 from polyclinic.learning.weights.store import VARIABLE
-from tests.studies.run.test_scheduler import npz
 from tests.support.image_files import image, save
 from tests.support.local_deployment import hospital, order
+from tests.support.small_runs import npz
 from tests.support.synthetic_run import write_run
 
 EXCEPTIONS = {  # with the reason; docs/reference/cli-json.md lists the same

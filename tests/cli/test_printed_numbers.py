@@ -17,7 +17,7 @@ from polyclinic.report import formatting
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.export.tracking import values
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import npz
+from tests.support.small_runs import npz
 
 STUDY = """
 name = "numbers"

@@ -13,7 +13,7 @@ import pytest
 from polyclinic.cli import app
 from polyclinic.studies.run import scheduler
 from polyclinic.studies.run.run_directory import Stopped
-from tests.studies.run.test_scheduler import npz
+from tests.support.small_runs import npz
 
 STUDY = """
 name = "{name}"

@@ -358,6 +358,29 @@ def test_a_site_that_fails_is_asked_again_and_then_done_without(
     assert equal(step.state, expected.state)
 
 
+def test_a_full_buffer_does_not_wait_for_a_site_that_has_failed(task: Classification, local: LocalTraining) -> None:
+    """The failed site is asked again with the new model, and not once more with the old one."""
+    method = FedAvg(task, local)
+    engine = Counted(method, little_sites(), {"site-0": 1})
+    first, *_ = train_async(method, engine, method.init(task.first(0)), updates=2, buffer=2)
+    assert sorted(first.asked) == ["site-1", "site-2"]
+    assert first.lost == {"site-0": "failed"}
+    assert engine.asked.count((0, "site-0")) == 1
+    assert engine.asked.count((1, "site-0")) == 1
+
+
+def test_a_step_counts_the_bytes_of_each_site(task: Classification, local: LocalTraining) -> None:
+    """FedAvg sends float32 parameters in both directions."""
+    method, start = FedAvg(task, local), task.first(0)
+    size = 4 * sum(leaf.numel() for leaf in start.values())
+    for steps in (
+        train(method, InProcess(method, little_sites()), method.init(start), rounds=1),
+        train_async(method, InProcess(method, little_sites()), method.init(start), updates=1, buffer=3),
+    ):
+        (step,) = steps
+        assert step.bytes_up == step.bytes_down == dict.fromkeys(little_sites(), size)
+
+
 def test_a_run_of_which_nobody_is_left_ends(task: Classification, local: LocalTraining) -> None:
     method, sites = FedAvg(task, local), little_sites()
     engine = Counted(method, sites, dict.fromkeys(sites, 99))

@@ -15,8 +15,8 @@ from polyclinic.engines.best_round import BestRound
 from polyclinic.learning.tasks.task_evaluation import evaluate as real
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import npz
 from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
+from tests.support.small_runs import npz
 
 Scores = Mapping[str, float]
 SCORES = st.lists(st.dictionaries(st.sampled_from("abc"), st.floats(-1, 1)), max_size=6)

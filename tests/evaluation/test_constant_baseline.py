@@ -1,6 +1,7 @@
 """Deliberately broken runs: the first finding of the report is the right one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from polyclinic.evaluation.baselines.constant_baseline import CONSTANT
+from polyclinic.evaluation.baselines.constant_baseline import CONSTANT, with_constant
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import evaluate
 from polyclinic.evaluation.split_faults import Leak
@@ -227,6 +228,27 @@ def test_the_constant_is_the_training_sites_frequencies(tmp_path: Path) -> None:
     p = 48 / 120  # of the training patients that run.json states for ada
     assert found.sites["ada"]["brier"].value == pytest.approx(np.mean((target - p) ** 2))
     assert found.sites["ada"]["accuracy"].value == pytest.approx(np.mean(target == 0))
+
+
+def test_the_constant_of_an_external_site_is_the_frequencies_of_all_training_sites(tmp_path: Path) -> None:
+    run = read_run(made(tmp_path / "r", sites={**SITES, "cy": ("external", 50, 0.9, 0.0, 0.0)}))
+    found = with_constant(run).arms[CONSTANT, 0]
+    p = (48 + 36) / (120 + 90)  # of the training patients of ada and bo
+    assert known(found["cy"].score) == pytest.approx(np.tile([1 - p, p], (50, 1)))
+
+
+def test_the_constant_curve_stays_at_its_last_value(tmp_path: Path) -> None:
+    """After the last validation patient was seen, Kaplan and Meier's curve is not determined."""
+    run = read_run(made(tmp_path / "r", task="survival"))
+    assert known(run.arms["fedavg", 0]["ada"].score).shape[1] > 2
+    times = known(run.validation["fedavg", 0]["ada"].target)[0, 2:]
+    seen = {
+        key: {site: replace(p, target=np.minimum(known(p.target), [times[1], 1, *times])) for site, p in sites.items()}
+        for key, sites in run.validation.items()
+    }
+    curve = known(with_constant(replace(run, validation=seen)).arms[CONSTANT, 0]["ada"].score)[0]
+    assert 0 < curve[1] < 1
+    assert (curve[2:] == curve[1]).all()
 
 
 def test_a_metric_that_no_case_has_is_undefined_and_not_zero(tmp_path: Path) -> None:

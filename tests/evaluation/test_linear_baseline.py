@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ SITES = {"ada": ("training", 120, 0.5, 0.0, 0.0), "bo": ("training", 90, 0.5, 0.
 LABELS = ("linear-local", "linear-pooled")
 
 
-def made(path: Path, quality: float, patients: int | None = None) -> Path:
+def made(path: Path, quality: float, patients: int | None = None, methods: Any = ("local", "fedavg")) -> Path:
     """A run whose linear baselines have the scores of FedAvg, moved towards the truth by ``quality``.
 
     Only for the first ``patients`` of each site, if given.
     """
-    write_run(path, sites=SITES, seeds=(0,), methods=("local", "fedavg"))
+    write_run(path, sites=SITES, seeds=(0,), methods=methods)
     for label in LABELS:
         arrays = load_file(path / "arms" / "fedavg-seed0" / "predictions.safetensors")
         for site in SITES:
@@ -54,6 +55,13 @@ def test_local_training_is_compared_with_the_model_of_the_site(tmp_path: Path) -
     ((_, text),) = texts(evaluate(read_run(made(tmp_path / "r", 0.9))), "local")
     assert "each site alone" in text
     assert "one place" not in text
+
+
+def test_training_in_one_place_is_compared_with_both_models(tmp_path: Path) -> None:
+    """It is a baseline, too, but has the patients of all sites."""
+    ((_, text),) = texts(evaluate(read_run(made(tmp_path / "r", 0.9, methods=("pooled", "fedavg")))), "pooled")
+    assert "each site alone" in text
+    assert "one place" in text
 
 
 def test_a_small_difference_weighs_less(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def test_a_common_threshold_covers_on_average_and_a_sites_own_one_there(run: Any
     assert common["bo"] > common["ada"] + 0.03
     assert known(worse.own["ada"].coverage.value) > common["ada"] + 0.03
     assert prediction_sets(replace(run, validation={}), "fedavg", list(SITES), "patient") is None
+    one_seed = {key: sites for key, sites in run.validation.items() if key != ("fedavg", 1)}
+    assert prediction_sets(replace(run, validation=one_seed), "fedavg", list(SITES), "patient") is None
 
 
 def test_a_set_contains_a_class_if_it_is_not_excluded() -> None:

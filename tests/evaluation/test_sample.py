@@ -10,12 +10,14 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
+from polyclinic.evaluation.method_comparison import Against
 from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.predictions import Cases, Predictions, unit_of
 from polyclinic.evaluation.records.run_reader import NotARun, read_run
 from polyclinic.evaluation.run_evaluation import evaluate
-from polyclinic.evaluation.sample import MOST, Sample, sample
+from polyclinic.evaluation.sample import MOST, Sample, by_fold, sample
 from polyclinic.statistics.multiple_tests import holm
+from polyclinic.statistics.paired_tests import corrected_t
 from tests.support.known import known
 from tests.support.synthetic_run import write_run
 
@@ -134,6 +136,63 @@ def test_methods_stay_paired_and_seeds_too(tmp_path: Path) -> None:
     cases = {(m, seed): data.cases["fedavg", seed] for m in ("fedavg", "fedprox") for seed in (0, 1)}
     same = replace(data, cases=cases).difference("fedprox", "fedavg", list(LOPSIDED), AUC)
     assert (same.value, same.p, same.low) == (0, 1.0, None)
+
+
+def test_sites_without_a_value_are_named_and_their_patients_not_counted(tmp_path: Path) -> None:
+    data = drawn(tmp_path / "r", {**THREE, "dee": ("training", 20, 0.0, 0.0, 0.0)})  # one class, so no AUC
+    sites, exact = [*THREE, "dee"], replace(AUC, has_interval=False)
+    for found in (
+        data.macro_estimate("fedavg", sites, AUC),
+        data.macro_estimate("fedavg", sites, AUC, interval=False),
+        data.macro_estimate("fedavg", sites, exact),
+        data.macro_estimate("fedavg", sites, TABLE["average_precision"]),
+    ):
+        assert found.value is not None
+        assert (found.n, found.without) == (30 + 24 + 40, ("dee",))
+    alone = data.macro_estimate("fedavg", ["dee"], AUC)
+    assert (alone.value, alone.n, alone.without) == (None, 0, ("dee",))
+    assert data.difference("fedprox", "fedavg", sites, AUC).n == 30 + 24 + 40
+
+
+def test_splits_of_the_seeds_are_compared_by_the_corrected_t_test(tmp_path: Path) -> None:
+    """If each seed tests other patients; the numbers of patients are those of the training sites, which are compared."""
+    sites = {**THREE, "cy": ("external", 40, 0.4, 0.1, 0.0)}
+    run = read_run(write_run(tmp_path / "r", sites=sites, methods=("fedavg", "fedprox"), seeds=(0, 1, 2, 3)))
+    apart = {
+        (label, seed): {site: replace(p, patient=p.patient + 1000 * seed) for site, p in of_site.items()}
+        for (label, seed), of_site in run.arms.items()
+    }
+    run = replace(run, arms=apart)
+    against = Against(run, sample(run, 0.95), ("fedprox",), "fedavg")
+    each = against.data.by_split("fedprox", "fedavg", ["ada", "bo"], AUC)
+    expected = corrected_t(each, test=30 + 24, train=3 * (30 + 24), level=0.95)
+    assert len(each) == 4
+    assert against.over_splits(AUC) == {"fedprox": expected}
+    same = replace(run, arms={key: run.arms[key[0], 0] for key in run.arms})
+    assert Against(same, sample(same, 0.95), ("fedprox",), "fedavg").over_splits(AUC) == {}
+
+
+@pytest.mark.parametrize(("by", "train"), [("patients", 3 * 94), ("sites", 3 * 94 - 94 // 3)])
+def test_folds_are_compared_by_the_corrected_t_test(tmp_path: Path, by: str, train: int) -> None:
+    """A fold tests a third of the patients; of a site that is left out, they are missing from training."""
+    run = read_run(write_run(tmp_path / "r", sites=THREE, methods=("fedavg", "fedprox"), seeds=(0,)))
+
+    def third(p: Predictions, fold: int) -> Predictions:
+        rows = np.arange(len(p)) % 3 == fold
+        return Predictions(p.patient[rows], known(p.score)[rows], known(p.target)[rows])
+
+    splits = {
+        (label, seed, fold): {site: third(p, fold) for site, p in of_site.items()}
+        for (label, seed), of_site in run.arms.items()
+        for fold in range(3)
+    }
+    run = replace(run, info=run.info.model_copy(update={"folds": 3, "folds_by": by}), splits=splits)
+    against = Against(run, sample(run, 0.95), ("fedprox",), "fedavg")
+    each = by_fold(run, 0.95).by_split("fedprox", "fedavg", list(THREE), AUC)
+    assert len(each) == 3
+    assert against.over_splits(AUC) == {"fedprox": corrected_t(each, test=94 // 3, train=train, level=0.95)}
+    two = replace(run, splits={key: sites for key, sites in splits.items() if key[2] < 2})
+    assert Against(two, sample(two, 0.95), ("fedprox",), "fedavg").over_splits(AUC) == {}
 
 
 def test_a_site_with_one_patient_of_a_class_has_no_interval_and_no_test(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from polyclinic.methods.published_settings import PUBLISHED
 from polyclinic.studies.config.method_study import with_method
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import facts, same
+from tests.support.small_runs import facts, same
 from tests.support.start_weights import weights_of
 
 # What a method is run with where its defaults would take long on a few tiny images, and what it cannot do without.

@@ -9,9 +9,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from polyclinic.statistics import intervals as iv
-from polyclinic.statistics.auc import auc_of, delong_covariance
+from polyclinic.statistics.auc import auc_of, delong_parts
 from polyclinic.statistics.jackknife import Jackknife, Spread
 from polyclinic.statistics.undefined import Undefined
+
+
+def delong_covariance(scores: Any, positive: Any, patient: Any = None) -> tuple[Any, Any]:
+    auc, parts, _ = delong_parts(scores, positive, patient)
+    return auc, parts.sum(0)
 
 
 def test_delong_on_hanley_and_mcneils_ct_ratings() -> None:

@@ -13,8 +13,8 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.scenarios import parse_all
 from polyclinic.studies.run.scheduler import run
 from polyclinic.studies.utility_curve import PLAIN, Price, best_rounds, priced, prices
-from tests.studies.run.test_scheduler import npz
 from tests.support.known import known
+from tests.support.small_runs import npz
 
 STUDY = """\
 name = "small"

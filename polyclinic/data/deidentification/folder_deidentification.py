@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from polyclinic.data.deidentification.image_deidentification import (
 )
 from polyclinic.data.deidentification.residual_scan import Identifiers
 from polyclinic.data.formats.dicom.file import looks_like_dicom, open_dicom, quiet, require_pydicom
-from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text, read_whole, refusing
+from polyclinic.data.formats.safe_reading import Unreadable, read_text, read_whole, refusing
 from polyclinic.errors import ConfigError
 
 
@@ -79,8 +79,6 @@ def deidentify_folder(
     destination: str | os.PathLike[str],
     key: str | os.PathLike[str],
     options: Deidentification = Deidentification(),
-    limits: Limits = LIMITS,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Released:
     """De-identify every DICOM image under ``source`` into the new folder ``destination``.
 
@@ -90,8 +88,6 @@ def deidentify_folder(
         key: The key file: read if it exists (same secret, same pseudonyms), otherwise created, readable by its owner
             only.
         options: Decisions of the site.
-        limits: Limits on one file.
-        progress: Called with the number of processed files and of all files.
 
     Raises:
         ValueError: If a folder or the key file is in an invalid place; nothing was written.
@@ -112,15 +108,13 @@ def deidentify_folder(
     left = 0
     store.save()  # the secret is on disk before the first pseudonym
     try:
-        for done, path in enumerate(files):
-            if progress is not None:
-                progress(done, len(files))
+        for path in files:
             named = path.suffix.lower() in (".dcm", ".dicom", ".ima") and not path.is_dir()
             if path.name.upper() == "DICOMDIR" or not (named or looks_like_dicom(path)):
                 left += 1
                 continue
             try:
-                cleaned = clean(path, open_dicom(path, limits=limits), pseudonyms, options, limits)
+                cleaned = clean(path, open_dicom(path), pseudonyms, options)
                 name = _write(destination, cleaned, pseudonyms, checked_bytes(path, cleaned))
             except Unreadable as refusal:
                 refused.append(refusal)
@@ -129,7 +123,7 @@ def deidentify_folder(
             written[name] = cleaned.pseudonym
             known[cleaned.pseudonym] = known.get(cleaned.pseudonym, Identifiers()) | cleaned.identifiers
             store.add(cleaned.pseudonym, cleaned.patient, name, str(path.relative_to(source)))
-        for name, why in list(_read_back(destination, written, known, limits)):
+        for name, why in list(_read_back(destination, written, known)):
             refused.append(Unreadable(source / store.files.pop(name), why))
             (destination / name).unlink()
             del written[name]
@@ -137,28 +131,6 @@ def deidentify_folder(
         store.refused = {str(refusal.path.relative_to(source)): refusal.reason for refusal in refused}
         store.save()
     return Released(destination, key, tuple(sorted(written)), len(set(written.values())), removed, tuple(refused), left)
-
-
-def deidentify_command(
-    source: str,
-    destination: str,
-    key: str | None = None,
-    approve: tuple[str, ...] = (),
-    keep_characteristics: bool = False,
-    say: Callable[[str], None] = print,
-) -> int:
-    """Run ``polyclinic data deidentify SRC DST``. Return 0 if all were released, 1 if some were refused, 2 on
-    failure.
-    """
-    try:
-        options = Deidentification(tuple(approve), keep_characteristics)
-        released = deidentify_folder(source, destination, key or default_key(), options)
-    except (ValueError, ImportError, OSError) as error:
-        say(str(error))
-        return 2
-    for line in released.lines():
-        say(line)
-    return 1 if released.refused else 0
 
 
 def default_key() -> Path:
@@ -190,13 +162,11 @@ def _leak(data: bytes, pixels: int, identifiers: Identifiers) -> str | None:
     return None
 
 
-def _read_back(
-    destination: Path, written: dict[str, str], known: dict[str, Identifiers], limits: Limits
-) -> Iterator[tuple[str, str]]:
+def _read_back(destination: Path, written: dict[str, str], known: dict[str, Identifiers]) -> Iterator[tuple[str, str]]:
     """Yield files on disk that contain an identifier of the same patient, from any of its files, with the reason."""
     for name, pseudonym in list(written.items()):
-        data = read_whole(destination / name, limits)
-        pixels = len(open_dicom(destination / name, limits=limits).PixelData)
+        data = read_whole(destination / name)
+        pixels = len(open_dicom(destination / name).PixelData)
         if why := _leak(data, pixels, known[pseudonym]):
             yield name, why
 

@@ -46,21 +46,20 @@ def duplicates(sites: Mapping[str, Mapping[str, Dataset]]) -> tuple[Duplicate, .
 
 def without_duplicates(
     sites: dict[str, dict[str, Dataset]],
+    copies: tuple[Duplicate, ...],
     external: tuple[str, ...],
     what: Literal["report", "drop", "refuse"],
     notes: list[str],
-) -> tuple[dict[str, dict[str, Dataset]], tuple[Duplicate, ...]]:
-    """Report, drop or refuse inputs that occur more than once.
+) -> dict[str, dict[str, Dataset]]:
+    """Report, drop or refuse inputs that occur more than once, and return the examples that remain.
 
     Args:
+        copies: What ``duplicates`` returned for ``sites``; not empty.
         notes: List to which the result is appended.
 
     Raises:
         DataError: If duplicates exist and are to be refused.
     """
-    copies = duplicates(sites)
-    if not copies:
-        return sites, copies
     leaks = [d for d in copies if d.across_roles]
     across = sum(d.across_sites for d in copies)
     says = (
@@ -72,7 +71,7 @@ def without_duplicates(
         raise DataError(f'{says} Remove the copies, or set duplicates = "drop" ({examples})')
     if what == "report":
         notes.append(says)
-        return sites, copies
+        return sites
     seen, dropped, kept = set[bytes](), 0, {site: dict(roles) for site, roles in sites.items()}
     for role in ("test", "val", "train", "unlabeled"):  # copies in test data are kept
         for site in sorted(kept, key=lambda s: (s not in external, s)):
@@ -85,4 +84,4 @@ def without_duplicates(
                 dropped += len(kept[site][role]) - len(fresh)
                 kept[site][role] = kept[site][role].subset(torch.tensor(fresh, dtype=torch.int64))
     notes.append(f"{says} {dropped} copies were dropped; where one is test data, that one was kept.")
-    return {s: {r: e for r, e in roles.items() if len(e)} for s, roles in kept.items()}, copies
+    return {s: {r: e for r, e in roles.items() if len(e)} for s, roles in kept.items()}

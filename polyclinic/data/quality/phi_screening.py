@@ -66,7 +66,6 @@ _IDENTIFYING = {
     0x00402017,
     0x40080114,
 }
-_TEXT_KEYS = ("comment", "author", "description", "title", "xml:com.adobe.xmp")
 PRIVATE = -1
 PREAMBLE = -2
 OVERLAY = -3

@@ -9,7 +9,7 @@ import html
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ import numpy as np
 
 from polyclinic.core import atomic
 from polyclinic.data.filename_screening import shown
-from polyclinic.data.formats.safe_reading import Unreadable
-from polyclinic.data.quality.site_check import KINDS, CheckReport, check_folder
+from polyclinic.data.quality.site_check import KINDS, CheckReport
 from polyclinic.errors import ConfigError
 
 _STYLE = """
@@ -43,30 +42,6 @@ figcaption { font-size: .7rem; color: var(--soft); overflow-wrap: anywhere }
 @media print { body { max-width: none } details { display: none } }
 """
 _LEVELS = {"error": "to correct", "warning": "to inspect", "note": "for information"}
-
-
-def check_command(
-    path: str,
-    html: str | None = None,
-    labels: tuple[int, ...] = (),
-    allow_health: bool = False,
-    say: Callable[[str], None] = print,
-) -> int:
-    """Run ``polyclinic data check DIR``. Return 0 without errors, 1 with errors, 2 if there is nothing to check."""
-    try:
-        report = check_folder(path, labels, "warning" if allow_health else "error")
-    except (Unreadable, ImportError) as problem:
-        say(str(problem))
-        return 2
-    for line in report.lines():
-        say(line)
-    if html is not None:
-        try:
-            say(f"page for inspection (patients' images: keep it at this site): {write_page(report, html)}")
-        except (OSError, ValueError) as problem:
-            say(f"the page could not be written: {problem}")
-            return 2
-    return 0 if report.ok else 1
 
 
 def write_page(report: CheckReport, path: str | os.PathLike[str]) -> Path:

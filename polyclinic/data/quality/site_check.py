@@ -9,7 +9,7 @@ It changes and sends nothing.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -152,7 +152,6 @@ def check_folder(
     health: Literal["error", "warning"] = "error",
     thumbs: int = 24,
     options: ImageOptions = OPTIONS,
-    progress: Callable[[int], None] | None = None,
     given: Mapping[str, Any] = MappingProxyType({}),
 ) -> CheckReport:
     """Check a folder (or one file) of medical data.
@@ -163,7 +162,6 @@ def check_folder(
         health: Level of suspected health information.
         thumbs: Number of thumbnails to keep for the page.
         options: How files are read, with the limits on one file.
-        progress: Called with the number of inspected examples.
         given: Options of ``[data]`` with which a study would read the data, such as ``{"fill": 0}``.
 
     Raises:
@@ -193,8 +191,6 @@ def check_folder(
             looks.append(_annotated(seen, loaded.ignore))
         else:
             refused.append((_within(layout.root, seen[1].path, seen[0].name), seen[1].reason))
-        if progress is not None:
-            progress(len(looks) + len(refused))
     found += [Finding("error", "unreadable", reason, (shown(name),)) for name, reason in refused]
     found += layout_problems(layout)
     if links := sum(Path(f, n).is_symlink() for f, names, _ in os.walk(root) for n in names):

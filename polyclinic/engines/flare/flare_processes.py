@@ -169,6 +169,16 @@ def end(folder: Path, patience: float = 5.0) -> int:
     return len(pids)
 
 
+def terminate(pid: int, begun: str, patience: float) -> None:
+    """Terminate the process ``pid`` that started at ``begun``, by force after ``patience`` seconds."""
+    _signal(pid, signal.SIGTERM)
+    until = time.monotonic() + patience
+    while alive(pid, begun) and time.monotonic() < until:
+        time.sleep(0.1)
+    if alive(pid, begun):
+        _signal(pid, signal.SIGKILL)
+
+
 def alive(pid: int, begun: str = "") -> bool:
     """Return whether a process is alive and, if ``begun`` is given, has that start time."""
     try:

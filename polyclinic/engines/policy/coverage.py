@@ -5,7 +5,7 @@ Methods of the catalog declare their coverage, and a test verifies each declarat
 audit runs on it, once for each plan.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,20 +14,13 @@ import torch
 from polyclinic.attacks import release_audit
 from polyclinic.attacks.neighboring_sites import PATIENTS, neighbors, sites
 from polyclinic.attacks.release_audit import Verdict
-from polyclinic.compression.transform_table import entry as transform_entry
 from polyclinic.core.metering import Unit
 from polyclinic.core.site import Site
-from polyclinic.engines.plan import Plan
+from polyclinic.engines.plan import Plan, ways
 from polyclinic.methods.catalog import METHODS, Way
 from polyclinic.methods.registry import entry, options
 
 ROUNDS, SITES, SIDE = 3, 5, 16
-
-
-def ways(training: Mapping[str, Any], send: Iterable[Mapping[str, Any]]) -> tuple[Way, ...]:
-    """Return the mechanisms that ``training`` and the transforms ``send`` account for: DP-SGD, noise, or both."""
-    found: list[Way] = ["dp-sgd"] if training.get("private") else []
-    return (*found, "gaussian") if any(transform_entry(item["name"]).pays for item in send) else tuple(found)
 
 
 def uncovered(plan: Plan) -> str | None:
@@ -38,10 +31,10 @@ def uncovered(plan: Plan) -> str | None:
     Raises:
         ValueError: If the plan cannot be built.
     """
-    if not (asked := ways(plan.training, plan.uplink)):
+    if not plan.private:
         return None
     if plan.method in METHODS:
-        return declared_problem(plan.method, asked)
+        return declared_problem(plan.method, ways(plan.training, plan.uplink))
     verdict = audited(plan)
     return None if verdict.covered else verdict.says
 

@@ -6,7 +6,7 @@ MRI", 2018, sections 5 and 6, https://arxiv.org/abs/1811.08839, for single-coil 
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,23 +89,3 @@ def undersample(images: Tensor, measured: Tensor) -> Tensor:
     image: Tensor = torch.fft.ifftn(k * measured, dim=tuple(range(2, images.ndim)))
     magnitude: Tensor = image.abs()
     return magnitude
-
-
-@dataclass(frozen=True)
-class Accelerated:
-    """Pairs of an undersampled and a full image, with the same columns for all images of a site.
-
-    Attributes:
-        data: Data whose inputs are the full images; its targets are not used.
-        measured: The result of ``columns``.
-    """
-
-    data: Any
-    measured: Tensor
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: Tensor) -> Batch:
-        images = self.data[index][0]
-        return undersample(images, self.measured), images

@@ -19,15 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
-
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import MethodWrapper, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.adapters import DOWN, UP, factors, product
+from polyclinic.learning.networks.adapters import DOWN, UP
 from polyclinic.learning.tasks.task import InHead, Task
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining, Proximal
@@ -171,25 +169,3 @@ def fedsa_lora(task: Task, local: LocalTraining, *, uniform: bool = False, priva
         private_head: Whether the head stays at the sites, as in the authors' configuration for classification.
     """
     return Personal(FedAvg(task, local, uniform=uniform), AtSite(task, private_head))
-
-
-def aggregation_error(start: Tree, ends: dict[str, Tree], weights: dict[str, float]) -> float:
-    """Return how far the product of mean factors is from the mean of products, relative to the mean change.
-
-    ``‖Σ p_i B_i A_i − B̄ Ā‖ / ‖Σ p_i B_i A_i − B_0 A_0‖``, over all adapters together.
-
-    Args:
-        start: The model with which the sites began, with A_0 and B_0.
-        ends: The model of each site after training.
-        weights: The weight of each site; p_i is its share.
-    """
-    total = sum(weights.values())
-    wrong = change = torch.zeros((), dtype=torch.float64)
-    for layer, (a0, b0) in factors(start).items():
-        pairs = {site: (weights[site] / total, *factors(end)[layer]) for site, end in ends.items()}
-        products = sum((p * product(a.double(), b.double()) for p, a, b in pairs.values()), torch.zeros(()).double())
-        a = sum((p * a.double() for p, a, _ in pairs.values()), torch.zeros(()).double())
-        b = sum((p * b.double() for p, _, b in pairs.values()), torch.zeros(()).double())
-        wrong = wrong + (products - product(a, b)).square().sum()
-        change = change + (products - product(a0.double(), b0.double())).square().sum()
-    return float((wrong / change).sqrt()) if change > 0 else 0.0

@@ -6,8 +6,8 @@ from pathlib import Path
 from polyclinic.attacks.release_audit import Verdict
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import federate
-from polyclinic.engines.plan import Plan
-from polyclinic.engines.policy.coverage import audited, typical, ways
+from polyclinic.engines.plan import Plan, ways
+from polyclinic.engines.policy.coverage import audited, typical
 from polyclinic.methods.registry import entry
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of

@@ -11,6 +11,9 @@ from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.method_runs import PLAN
 from polyclinic.studies.config.diagnostics import BadStudy
 
+AUTOMATIC = "nnunet"
+"""The value of ``data.plan`` with which ``polyclinic run`` makes the plan."""
+
 
 def text_of(path: Path) -> str:
     """Return the text of the study file at ``path``.
@@ -46,7 +49,7 @@ def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> 
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
     own = Path(path).parent / PLAN
-    if _plan_in(data) is not None and own.is_file():
+    if named_plan(data) not in (None, AUTOMATIC) and own.is_file():
         data["data"]["plan"] = str(own)
     for key, value in (changes or {}).items():
         set_key(data, key.split("."), value)
@@ -65,18 +68,18 @@ def plan_content(text: str, folder: Path | None) -> bytes | None:
     """
     from polyclinic.data.files import placed
 
-    named = _plan_in(tomllib.loads(text))
-    if named is None:
+    named = named_plan(tomllib.loads(text))
+    if named is None or named == AUTOMATIC:
         return None
     own = None if folder is None else folder / PLAN
     return (own if own is not None and own.is_file() else placed(named, "plan")).read_bytes()
 
 
-def _plan_in(table: Mapping[str, Any]) -> str | None:
-    """Return the file of ``data.plan``; None if there is none."""
+def named_plan(table: Mapping[str, Any]) -> str | None:
+    """Return ``data.plan``, the path of a file or ``AUTOMATIC``; None if it is not given."""
     data = table.get("data")
     plan = data.get("plan") if isinstance(data, Mapping) else None
-    return plan if isinstance(plan, str) and plan != "nnunet" else None
+    return plan if isinstance(plan, str) else None
 
 
 def set_key(data: dict[str, Any], path: list[str], value: Any) -> None:

@@ -53,14 +53,13 @@ class NewStudy:
     questions: tuple[Question, ...]
 
 
-def new_study(recognized: Recognized, name: str, rounds: int = 20, sites: str = "") -> NewStudy:
+def new_study(recognized: Recognized, name: str, rounds: int = 20) -> NewStudy:
     """Return a study of recognized data.
 
     Args:
         recognized: The result of ``recognize``.
         name: The study's name.
         rounds: Number of rounds.
-        sites: A column that names the sites; if empty, the data's own sites, or simulated ones.
 
     Raises:
         DataError: If the data cannot be read with the recognized ``[data]`` table.
@@ -68,7 +67,7 @@ def new_study(recognized: Recognized, name: str, rounds: int = 20, sites: str = 
     source = built(recognized)
     table = source.table()
     why = list(recognized.why)
-    data: dict[str, Any] = {**recognized.options, **_sites(table, sites, why)}
+    data: dict[str, Any] = {**recognized.options, **_sites(table, why)}
     data["split"] = _split(table, data, recognized.official, why)
     shape, options = _shape(source, why)
     data |= options
@@ -103,9 +102,9 @@ def study_name(path: str) -> str:
         return "my-study"
 
 
-def _sites(table: Table, column: str, why: list[str]) -> dict[str, Any]:
+def _sites(table: Table, why: list[str]) -> dict[str, Any]:
     """Return ``sites`` and ``min_patients``: the data's own sites, or simulated ones."""
-    own = column or (table.sites[0] if table.sites else "")
+    own = table.sites[0] if table.sites else ""
     patients: dict[str, set[str]] = defaultdict(set)
     for patient, value in zip(table.patients, table.columns.get(own, ()), strict=False):
         if not is_missing(value):
@@ -116,7 +115,7 @@ def _sites(table: Table, column: str, why: list[str]) -> dict[str, Any]:
         small = sum(size < fewest for size in sizes)
         left = f"; {small} have fewer than {fewest} patients and are left out" if small else ""
         why.append(f'{len(patients)} sites, from "{own}"{left}')
-        return {"sites": column or "natural", "min_patients": fewest}
+        return {"sites": "natural", "min_patients": fewest}
     count = len(set(table.patients))
     parts = max(1, min(4, count // PATIENTS_PER_SITE))
     many = f"{parts} sites are" if parts > 1 else "one site is"
@@ -135,8 +134,7 @@ def _split(table: Table, data: Mapping[str, Any], known: bool, why: list[str]) -
         except DataError as refusal:
             why.append(f"the data's own split is not used: {refusal}")
             return [0.6, 0.15, 0.25]
-        column = table.sites[0] if data["sites"] == "natural" else data["sites"]
-        values = table.columns[column] if isinstance(column, str) else ("",) * len(table)
+        values = table.columns[table.sites[0]] if data["sites"] == "natural" else ("",) * len(table)
         present: dict[str, set[str]] = defaultdict(set)
         for patient, site in zip(table.patients, values, strict=True):
             present[site].add(roles[patient])

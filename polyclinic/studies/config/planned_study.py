@@ -7,6 +7,7 @@ from polyclinic.core.config_problems import Problem
 from polyclinic.data.files import placed
 from polyclinic.data.fingerprint.nnunet_plan import NnunetPlan
 from polyclinic.errors import DataError
+from polyclinic.studies.config.loader import AUTOMATIC
 
 NETWORKS = ("nnunet", "resenc")
 
@@ -17,14 +18,15 @@ def with_plan(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Problem]
     The contents of the plan thereby belong to the study and its hash. A plan of another kind, which describes
     preprocessing only (``polyclinic data plan``), is left to the data.
 
+    Args:
+        data: The tables, among them ``data.plan``.
+
     Returns:
         The tables, and every problem of the plan.
     """
-    own = data.get("data")
-    given = own.get("plan") if isinstance(own, Mapping) else None
-    if not isinstance(own, Mapping) or not isinstance(given, str):
-        return data, []
-    if given == "nnunet":
+    own = data["data"]
+    given = own["plan"]
+    if given == AUTOMATIC:
         says = "`polyclinic run` plans by itself; here, write the plan with `polyclinic plan STUDY` and name its file"
         return data, [Problem(("data", "plan"), says)]
     try:

@@ -90,12 +90,19 @@ def studies_in(
         changes: The changes, which are named in the text of each study.
         complete: Completes each study.
     """
-    items = data.get("scenarios")
-    if items is None:
-        study, problems = checked(data)
-        if problems or study is None:
-            raise BadStudy(path, text, data, problems)
-        return (Scenario("", study, text if not changes else _written(data, Path(path).name, changes)),)
+    if "scenarios" in data:
+        return _scenarios(data, text, path, changes, complete)
+    study, problems = checked(data)
+    if problems or study is None:
+        raise BadStudy(path, text, data, problems)
+    return (Scenario("", study, text if not changes else _written(data, Path(path).name, changes)),)
+
+
+def _scenarios(
+    data: dict[str, Any], text: str, path: Path | str, changes: Mapping[str, Any] | None, complete: Complete | None
+) -> tuple[Scenario, ...]:
+    """Return the studies of a file with scenarios. The arguments are those of ``studies_in``."""
+    items = data["scenarios"]
     common = {key: value for key, value in data.items() if key != "scenarios"}
     problems = list(_form(items))
     found = []

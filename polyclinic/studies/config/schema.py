@@ -581,14 +581,12 @@ after 300 steps on the hippocampus it predicted background only, where AdamW rea
 
 
 def with_recipe(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the tables of a study with the settings of ``training.recipe``; keys that are set remain.
+    """Return the tables of a study with the settings of ``training.recipe = "nnunet"``; keys that are set remain.
 
     Raises:
         ConfigError: If the number of steps cannot be known.
     """
-    training = data.get("training")
-    if not isinstance(training, Mapping) or training.get("recipe") != "nnunet":
-        return data
+    training = data["training"]
     if "epochs" in training:
         raise ConfigError('training.recipe = "nnunet" counts steps: set steps (250 by default) instead of epochs')
     steps, rounds = training.get("steps", 250), data.get("rounds")

@@ -47,8 +47,10 @@ def attackers(spec: AttackSpec, sites: Sequence[str], seed: int) -> tuple[str, .
     return tuple(sorted(set(named) or {drawn_from[i] for i in order[:many].tolist()}))
 
 
-def method_of(study: Study, plan: Plan, trainers: Sequence[str]) -> Evaluated[Any]:
-    """Build the method of ``plan`` with the study's simulated attack. Scores are not attacked.
+def attacked(
+    method: Evaluated[Any], spec: AttackSpec, study: Study, plan: Plan, trainers: Sequence[str]
+) -> Evaluated[Any]:
+    """Return ``method``, which ``plan`` built, with the simulated attack ``spec``. Scores are not attacked.
 
     Args:
         trainers: The sites that train in this study. A method that trains at fewer sites has fewer attackers.
@@ -56,9 +58,6 @@ def method_of(study: Study, plan: Plan, trainers: Sequence[str]) -> Evaluated[An
     Raises:
         ValueError: If the attack is not possible with this method. The message gives the reason.
     """
-    method, spec = plan.build_method(), study.attack
-    if spec is None:
-        return method
     who = tuple(name for name in attackers(spec, trainers, plan.seed) if name in plan.sites)
     if not who:
         return method

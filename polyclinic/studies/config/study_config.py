@@ -15,14 +15,15 @@ from pydantic import Field, PlainValidator
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import DataSpec
 from polyclinic.data.files import content_of, placed
-from polyclinic.engines.policy.coverage import declared_problem, ways
+from polyclinic.engines.plan import ways
+from polyclinic.engines.policy.coverage import declared_problem
 from polyclinic.errors import ConfigError, PolyclinicError
 from polyclinic.learning.tasks.own_metrics import own_metric
 from polyclinic.learning.weights import store
 from polyclinic.methods import registry as methods
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
 from polyclinic.studies.config.diagnostics import BadStudy
-from polyclinic.studies.config.loader import table_of, text_of
+from polyclinic.studies.config.loader import named_plan, table_of, text_of
 from polyclinic.studies.config.planned_study import with_plan
 from polyclinic.studies.config.schema import (
     AttackSpec,
@@ -92,6 +93,11 @@ class Study(Table):
         """The score that decides, and that the report shows first."""
         usual = {"segmentation": "dice", "regression": "mae", "survival": "c_index", "reconstruction": "psnr"}
         return self.evaluation.metric or usual.get(self.task.kind, "quadratic_kappa" if self.task.ordered else "auc")
+
+    @property
+    def simulates(self) -> bool:
+        """Whether machines or an attack are simulated."""
+        return self.machines is not None or self.attack is not None
 
     @property
     def higher_is_better(self) -> bool:
@@ -173,12 +179,14 @@ def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None
 
     The settings of ``training.recipe`` and of a plan are added to those of ``data``.
     """
-    recipe = list[Problem]()
-    try:
-        data = with_recipe(data)
-    except ConfigError as error:
-        recipe.append(Problem(("training", "recipe"), str(error)))
-    data, plan = with_plan(data)
+    recipe, plan = list[Problem](), list[Problem]()
+    if isinstance(training := data.get("training"), Mapping) and training.get("recipe") == "nnunet":
+        try:
+            data = with_recipe(data)
+        except ConfigError as error:
+            recipe.append(Problem(("training", "recipe"), str(error)))
+    if named_plan(data) is not None:
+        data, plan = with_plan(data)
     study, problems = validated(Study, data, ())
     problems = [*recipe, *plan, *problems]
     if isinstance(study, Study) and study.task.weights is not None:
@@ -188,7 +196,8 @@ def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None
     for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict) and isinstance(item.get("name"), str):
             problems += method_problems(item, ("methods", i))
-    problems += attack_problems(data.get("attack"), ("attack",))
+    if isinstance(attack := data.get("attack"), dict) and isinstance(attack.get("name"), str):
+        problems += attack_problems(attack, ("attack",))
     if not isinstance(study, Study) or problems:
         return None, problems
     problems += [*_together(study), *(_uncovered(study) if covered else ())]
@@ -212,7 +221,7 @@ def with_weights(study: Study) -> tuple[Study, list[Problem]]:
 
 def _together(study: Study) -> list[Problem]:
     """Return the conflicts between tables that are valid by themselves."""
-    problems = []
+    problems = list[Problem]()
     labels = [method.called for method in study.methods]
     for i, label in enumerate(labels):
         if label in labels[:i]:
@@ -232,15 +241,20 @@ def _together(study: Study) -> list[Problem]:
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
     for key in study.evaluation.task_options if study.task.kind != "segmentation" else ():
         problems.append(Problem(("evaluation", key), f"is for segmentation, not for {study.task.kind}"))
-    return [
-        *problems,
-        *_trained(study),
-        *_compared(study),
-        *_folded(study),
-        *_searched(study),
-        *_simulated(study),
-        *_distributed(study),
-    ]
+    problems += _trained(study)
+    if study.evaluation.patience is not None:
+        problems += _ended_early(study)
+    if study.evaluation.compare:
+        problems += _compared(study)
+    if study.folds is not None:
+        problems += _folded(study)
+    if study.search is not None:
+        problems += _searched(study, study.search)
+    if study.machines is not None:
+        problems += _simulated(study)
+    if study.engine.kind == "ray" and study.engine.parallel == "sites":
+        problems += _distributed(study)
+    return problems
 
 
 def _compared(study: Study) -> Iterator[Problem]:
@@ -263,18 +277,13 @@ def _compared(study: Study) -> Iterator[Problem]:
 def _uncovered(study: Study) -> Iterator[Problem]:
     """Yield the methods whose noise does not cover all that sites release, so that the stated ε would be too small."""
     for i, method in enumerate(study.methods):
-        if says := declared_problem(method.name, ways(study.training_of(method), method.uplink)):
+        asked = ways(study.training_of(method), method.uplink)
+        if asked and (says := declared_problem(method.name, asked)):
             yield Problem(("methods", i, "name"), says)
 
 
 def _trained(study: Study) -> Iterator[Problem]:
     """Yield the training settings that do not go together, once for each set of methods that has them."""
-    if study.evaluation.patience is not None:
-        if study.evaluation.select == "last":
-            says = 'patience counts rounds since the best one: set select = "best", or leave patience out'
-            yield Problem(("evaluation", "patience"), says)
-        elif not any(method.name in ("local", "pooled") for method in study.methods):
-            yield Problem(("evaluation", "patience"), "is for the methods local and pooled, and neither is here")
     told = set[str]()
     for i, method in enumerate(study.methods):
         table = study.training_of(method)
@@ -300,10 +309,17 @@ def _trained(study: Study) -> Iterator[Problem]:
                 yield Problem(("methods", i, "training") if own else ("training",), says)
 
 
+def _ended_early(study: Study) -> Iterator[Problem]:
+    """Yield conflicts between patience and the rest of the study."""
+    if study.evaluation.select == "last":
+        says = 'patience counts rounds since the best one: set select = "best", or leave patience out'
+        yield Problem(("evaluation", "patience"), says)
+    elif not any(method.name in ("local", "pooled") for method in study.methods):
+        yield Problem(("evaluation", "patience"), "is for the methods local and pooled, and neither is here")
+
+
 def _folded(study: Study) -> Iterator[Problem]:
     """Yield conflicts between folds and the rest of the study."""
-    if study.folds is None:
-        return
     if study.data.split == "official":
         says = "the data's official split has one test set: leave folds out, or give split as shares"
         yield Problem(("folds",), says)
@@ -321,8 +337,6 @@ def _folded(study: Study) -> Iterator[Problem]:
 
 def _simulated(study: Study) -> Iterator[Problem]:
     """Yield conflicts between simulated machines and the rest of the study."""
-    if study.machines is None:
-        return
     if study.sites_per_round is not None and any(method.name == "fedbuff" for method in study.methods):
         says = "fedbuff sends the next request to a site as soon as it replies: leave sites_per_round out"
         yield Problem(("sites_per_round",), says)
@@ -330,19 +344,14 @@ def _simulated(study: Study) -> Iterator[Problem]:
 
 def _distributed(study: Study) -> Iterator[Problem]:
     """Yield what workers on other machines cannot do if they share the sites of one method run."""
-    if study.engine.kind != "ray" or study.engine.parallel != "sites":
-        return
     for key in ("attack", "privacy", "machines"):
         if getattr(study, key) is not None:
             says = f'a study with [{key}] distributes whole method runs: set parallel = "arms", or leave it out'
             yield Problem(("engine", "parallel"), says)
 
 
-def _searched(study: Study) -> Iterator[Problem]:
+def _searched(study: Study, search: SearchSpec) -> Iterator[Problem]:
     """Yield the problems of a search: unknown labels, keys or values, and too few settings."""
-    search = study.search
-    if search is None:
-        return
     if study.privacy is not None:
         says = "trials spend privacy too, and the budget would not count them: search without [privacy]"
         yield Problem(("search",), says)

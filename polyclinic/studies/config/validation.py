@@ -55,10 +55,8 @@ def _transform_problems(transform: Any, place: tuple[str | int, ...]) -> list[Pr
     return _options(transform, fields, {"name"}, place)
 
 
-def attack_problems(item: Any, at: tuple[str | int, ...]) -> list[Problem]:
+def attack_problems(item: Mapping[str, Any], at: tuple[str | int, ...]) -> list[Problem]:
     """Return the problems of the name and the options in ``[attack]``."""
-    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
-        return []  # reported by the validation of the table
     if item["name"] not in ATTACKS:
         others = nearest(item["name"], ATTACKS) or f" There are {', '.join(ATTACKS)}"
         return [Problem((*at, "name"), f'no attack is called "{item["name"]}".{others}')]

@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, Literal
 
@@ -14,8 +14,7 @@ from polyclinic import __version__
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, SiteSummary
 from polyclinic.evaluation.records.record_schema import OwnMetricInfo
-from polyclinic.learning.networks.fine_tuning import FineTuned
-from polyclinic.learning.networks.model_tree import frozen
+from polyclinic.learning.networks.model_tree import frozen, parameter_count
 from polyclinic.learning.tasks.own_metrics import own_metric
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.weights import store
@@ -51,6 +50,11 @@ def _nearly_equal(data: Federated) -> dict[str, int]:
     return {site: len(names) for site, names in sorted(found.items())}
 
 
+def simulated(study: Study) -> Sequence[str]:
+    """Return the sentences on what ``study`` simulates; they accompany every result."""
+    return tuple(simulation_schema.told(study)) if study.simulates else ()
+
+
 def described(data: Federated) -> tuple[str, ...]:
     """Return the sentences on the data that accompany every result."""
     badge = (data.simulated,) if data.simulated else ()
@@ -64,28 +68,32 @@ def _sites_are(study: Study, data: Federated) -> str:
     return "those of the data" if named == "natural" else f"by {named}"
 
 
-def _site(row: SiteSummary, splits: Sequence[Federated], folds: Any) -> dict[str, Any]:
-    """Describe one site. With folds, count all tested patients, and the largest training and validation sets."""
-    roles = dict(row.roles)
-    external = row.external and folds != "sites"
-    if folds is not None and not external:
-        every = [found for data in splits for found in data.rows if found.name == row.name]
-        tested = [f.roles["test"] for f in every if "test" in f.roles]
-        roles = {
-            role: max((f.roles[role] for f in every if role in f.roles), key=lambda r: r.examples)
-            for role in dict.fromkeys(role for f in every for role in f.roles)
-        }
-        if tested:
-            classes = tuple(sum(counts) for counts in zip(*(r.classes for r in tested), strict=True))
-            patients, examples = sum(r.patients for r in tested), sum(r.examples for r in tested)
-            roles["test"] = dataclasses.replace(tested[0], patients=patients, examples=examples, classes=classes)
+def _site(row: SiteSummary) -> dict[str, Any]:
+    """Describe one site."""
     return {
         "name": row.name,
-        "role": "external" if external else "training",
-        "patients": {role: found.patients for role, found in roles.items()},
-        "examples": {role: found.examples for role, found in roles.items()},
-        "classes": {role: list(found.classes) for role, found in roles.items() if found.classes},
+        "role": "external" if row.external else "training",
+        "patients": {role: found.patients for role, found in row.roles.items()},
+        "examples": {role: found.examples for role, found in row.roles.items()},
+        "classes": {role: list(found.classes) for role, found in row.roles.items() if found.classes},
     }
+
+
+def _site_of_folds(row: SiteSummary, splits: Sequence[Federated], folds: Any) -> dict[str, Any]:
+    """Describe one site of a cross-validation: all tested patients, the largest training and validation sets."""
+    if row.external and folds != "sites":
+        return _site(row)
+    every = [found for data in splits for found in data.rows if found.name == row.name]
+    tested = [f.roles["test"] for f in every if "test" in f.roles]
+    roles = {
+        role: max((f.roles[role] for f in every if role in f.roles), key=lambda r: r.examples)
+        for role in dict.fromkeys(role for f in every for role in f.roles)
+    }
+    if tested:
+        classes = tuple(sum(counts) for counts in zip(*(r.classes for r in tested), strict=True))
+        patients, examples = sum(r.patients for r in tested), sum(r.examples for r in tested)
+        roles["test"] = dataclasses.replace(tested[0], patients=patients, examples=examples, classes=classes)
+    return _site(dataclasses.replace(row, external=False, roles=roles))
 
 
 def method_facts(method: MethodSpec) -> dict[str, Any]:
@@ -103,15 +111,14 @@ def method_facts(method: MethodSpec) -> dict[str, Any]:
 
 
 def start_facts(task: Task, model: nn.Module) -> dict[str, Any]:
-    """Return the entry ``start`` of ``run.json``, on the start weights of the task's network; empty without any.
+    """Return the entry ``start`` of ``run.json``, on the start weights of the task's network.
 
     Args:
         task: The task.
         model: A model that it built.
     """
     network: Any = task.network
-    if not isinstance(network, FineTuned) or network.start is None or (account := network.account()) is None:
-        return {}
+    account = network.account()
     item, constant = store.find(network.start.sha256), frozen(model)
     sizes = {name: leaf.numel() for name, leaf in model.state_dict().items() if leaf.is_floating_point()}
     card = {key: getattr(item.card, key) for key in ("license", "source", "trained_on", "citation", "redistribute")}
@@ -130,24 +137,16 @@ def start_facts(task: Task, model: nn.Module) -> dict[str, Any]:
 
 
 def information(
-    study: Study,
-    hash: str,
-    splits: Sequence[Federated],
-    patients_known: bool,
-    task: Task,
-    parameters: int,
-    start: Mapping[str, Any],
+    study: Study, splits: Sequence[Federated], patients_known: bool, task: Task, model: nn.Module
 ) -> dict[str, Any]:
     """Return the content of ``run.json``.
 
     Args:
         study: The study.
-        hash: Its hash.
         splits: The splits of the first seed, one for each fold.
         patients_known: What ``patients_apart`` returned for the first of them.
         task: The task of every method.
-        parameters: The number of the model's parameters.
-        start: What ``start_facts`` returned.
+        model: A model that it built.
     """
     data = splits[0]
     by = "sites" if study.folds == "sites" else "patients"
@@ -155,7 +154,7 @@ def information(
     return {
         "name": study.name,
         "title": study.title or study.name,
-        "hash": hash,
+        "hash": study.hash,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "task": study.task.kind,
         "classes": list(data.info.classes),
@@ -169,27 +168,27 @@ def information(
             "license": data.info.license,
             "citation": data.info.citation,
             "url": data.info.url,
-            "notes": [*simulation_schema.told(study), *data.notes, *_lacking(data)],
+            "notes": [*simulated(study), *data.notes, *_lacking(data)],
             "simulated": data.simulated,
             "fingerprint": data.fingerprint,
             "sites_are": _sites_are(study, data),
             "checks": ["patients_apart"] if patients_known else [],
-            **({"near_duplicates": near} if (near := _nearly_equal(data)) else {}),
+            **({"near_duplicates": near} if data.nearly_equal and (near := _nearly_equal(data)) else {}),
         },
-        "sites": [_site(row, splits, study.folds) for row in data.rows],
+        "sites": [_site(row) if study.folds is None else _site_of_folds(row, splits, study.folds) for row in data.rows],
         "methods": [method_facts(method) for method in study.methods],
         "rounds": study.rounds,
         "seeds": list(study.seeds),
         **folded,
-        **simulation_schema.facts(study, data.training),
+        **(simulation_schema.facts(study, data.training) if study.simulates else {}),
         **declared(study),
         "engine": study.engine.model_dump(),
         "environment": environment(),
-        "parameters": parameters,
+        "parameters": parameter_count(model),
         "inputs": list(data.shape),
         "outputs": task.network.outputs,
         "training": {method.called: study.training_of(method) for method in study.methods},
-        **start,
+        **(start_facts(task, model) if study.task.weights is not None else {}),
     }
 
 

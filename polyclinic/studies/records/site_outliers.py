@@ -5,7 +5,7 @@ are read from the checkpoints of a run, during the run or after it.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,40 +60,28 @@ def read(run: Path) -> list[SiteOutliers]:
 def _arms(run: Path) -> Iterator[SiteOutliers]:
     for file in sorted(run.glob("arms/*/checkpoint.safetensors")):
         at = states.load(file)
-        if notes := _notes(at.state):
+        if notes := notes_in(at.state):
             yield SiteOutliers(file.parent.name, at.round, dict(notes.notes), notes.alarms)
 
 
-def at_the_end(
-    state: Any, sites: Sequence[str], hostile: Sequence[str], records: Iterable[bytes]
-) -> Iterator[tuple[str, bool, bool]]:
-    """Yield the name of each site, whether it is an outlier, and whether it is one of ``hostile``.
-
-    An outlier is a site named by an alarm of a robust rule, or with a refused reply. Nothing is yielded if there is
-    neither a robust rule nor an attack.
+def at_the_end(notes: Any, records: Iterable[bytes]) -> set[str]:
+    """Return the outliers at the end of training: sites named by an alarm, or with a refused reply.
 
     Args:
-        state: The state of the server at the end of training.
-        sites: The training sites.
-        hostile: The sites that attack.
+        notes: What ``notes_in`` returned for the last state of the server.
         records: The lines of the records of the method run.
     """
-    notes = _notes(state)
-    if notes is None and not hostile:
-        return
     alarmed = set() if notes is None else {alarm.partition(":")[0] for alarm in notes.alarms}
     lost = [json.loads(line) for line in records if line.startswith(b'{"kind":"quarantine"')]
-    refused = {fact["site"] for fact in lost if not fact["reason"].startswith(("dropped out", "no answer"))}
-    for site in sites:
-        yield site, site in alarmed | refused, site in hostile
+    return alarmed | {fact["site"] for fact in lost if not fact["reason"].startswith(("dropped out", "no answer"))}
 
 
-def _notes(state: Any) -> Any:
-    """Return the state with statistics of sites, which may be nested in the states of wrapping methods."""
+def notes_in(state: Any) -> Any:
+    """Return the state with statistics of sites, which may be nested in those of wrapping methods; None if none is."""
     if isinstance(notes := getattr(state, "notes", None), Mapping) and notes:
         return state
     inner = getattr(state, "inner", None)
-    return None if inner is None else _notes(inner)
+    return None if inner is None else notes_in(inner)
 
 
 def _know(info: Mapping[str, Any]) -> None:

@@ -279,7 +279,7 @@ def _info(
         "inputs": list(plan.inputs),
         "outputs": plan.outputs,
         "parameters": parameter_count(model),
-        **start_facts(task, model),
+        **(start_facts(task, model) if study.task.weights is not None else {}),
     }
 
 

@@ -50,7 +50,7 @@ class Ended:
 
 
 class Executor(Protocol):
-    """Executes method runs, one or several at once."""
+    """Executes method runs in other processes, one or several at once."""
 
     def has_room(self) -> bool:
         """Return whether another method run can begin now."""
@@ -65,14 +65,21 @@ class Executor(Protocol):
         """End the method runs that are being executed, and free all resources."""
 
 
+def run_here(jobs: Sequence[Job], work: Work, note: Note) -> Iterator[Event]:
+    """Execute ``jobs`` one after the other in this process, and yield their events. Errors are raised as they are."""
+    for job in jobs:
+        yield from work(job, note)
+
+
 def run_jobs(jobs: Sequence[Job], executor: Executor) -> Iterator[Event]:
-    """Execute ``jobs``, and yield their events in the order in which they happen. The executor is closed at the end.
+    """Execute ``jobs`` in other processes, and yield their events in the order in which they happen.
+
+    The executor is closed at the end.
 
     Raises:
-        MethodRunFailed: If a method run in another process fails with an error of Polyclinic, or its process dies
-            ``DEATHS`` times.
+        MethodRunFailed: If a method run fails with an error of Polyclinic, or its process dies ``DEATHS`` times.
         Stopped: If the run was asked to stop, after every method run has completed its round.
-        RuntimeError: If a method run in another process fails with any other error. The message has the traceback.
+        RuntimeError: If a method run fails with any other error. The message has the traceback.
     """
     waiting, running, deaths, stopped = deque(jobs), 0, Counter[str](), ""
     try:
@@ -118,35 +125,6 @@ def ended(job: Job, error: Exception) -> Ended:
 def event_of(values: Mapping[str, Any]) -> Event:
     """Return the event with the fields ``values``, as they are after encoding as JSON and decoding."""
     return Event(**{**values, **{key: tuple(values[key]) for key in ("notes", "external")}})
-
-
-class ThisProcess:
-    """Executes one method run after the other in this process. Errors are raised as they are."""
-
-    def __init__(self, work: Work, note: Note) -> None:
-        self._work, self._note = work, note
-        self._running: tuple[Job, Generator[Event, None, None]] | None = None
-
-    def has_room(self) -> bool:
-        """Return whether no method run is being executed."""
-        return self._running is None
-
-    def begin(self, job: Job) -> None:
-        """Begin a method run."""
-        self._running = job, self._work(job, self._note)
-
-    def happened(self) -> Iterator[Event | Ended]:
-        """Execute the method run."""
-        if self._running is not None:
-            job, events = self._running
-            yield from events
-            self._running = None
-            yield Ended(job, "done")
-
-    def close(self) -> None:
-        """Close the method run, as far as it has come."""
-        if self._running is not None:
-            self._running[1].close()
 
 
 class ChildProcesses:

@@ -85,7 +85,6 @@ class MethodRun:
         self.ledgers: dict[str, Ledger] = {}
         if study.privacy and self.plan.private:
             self.ledgers = run_budgets.opened(self.path / "ledgers", self.plan.sites, data.info.name, study.privacy)
-        self.length = 0
         self.watch, self.profile = Stopwatch(), profile
 
     def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:
@@ -124,7 +123,9 @@ class MethodRun:
         done, begun = at.round if at else 0, _now(engine)
         steps: list[Step[Any]] = []
         scores: dict[str, float] = {}
-        exchanges = iter(()) if self._stalled(done, best) else self._as_far_as_it_goes(self._steps(engine, state))
+        exchanges: Iterator[Step[Any]] = iter(()) if self._stalled(done, best) else self._steps(engine, state)
+        if self.ledgers or study.attack is not None:
+            exchanges = self._as_far_as_it_goes(exchanges)
         for step in self._measured(exchanges):
             state, steps = step.state, [*steps, step]
             self.watch.sites.update(step.seconds)  # type: ignore[arg-type]
@@ -136,11 +137,7 @@ class MethodRun:
             self._record("round", round=done, wall=_now(engine) - begun, **facts)
             for site, reason in facts["lost"].items():
                 self._record("quarantine", round=done, site=site, reason=reason)
-            spent = self._account(done)
-            protects = next((str(facts["protects"]) for facts in spent.values()), "")
-            most = max((float(facts["epsilon"]) for facts in spent.values()), default=None)
-            by_site = {site: facts["epsilon"] for site, facts in spent.items()}
-            paid = {"epsilon": by_site, "protects": protects} if spent else {}
+            paid = self._account(done) if self.ledgers else {}
             self.folder.note("round", self.job.who | {"round": done, "lost": facts["lost"], **paid})
             if done % study.evaluation.interval == 0 or self._ends(state, done):
                 scores, best = self._judge(engine, state, done, best)
@@ -150,7 +147,8 @@ class MethodRun:
                 "checkpoint", Checkpoint(state, engine.memory, done, length, best.round, best.score, False, clock)
             )
             moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
-            yield self._event("round", done, scores, moved, facts["lost"], most, protects)
+            shown = {"epsilon": max(paid["epsilon"].values()), "protects": paid["protects"]} if paid else {}
+            yield self._event("round", done, scores=scores, bytes=moved, lost=facts["lost"], **shown)
             self.folder.check_stop()
             steps, begun = [], _now(engine)
             del step  # its request and reply are as large as the model
@@ -242,11 +240,13 @@ class MethodRun:
 
     def _record_outliers(self, state: Any) -> None:
         """Record the outliers at the end of training, if there is a robust rule or an attack."""
-        lines = (self.path / "records.jsonl").read_bytes().splitlines()
-        for site, named, attacks in site_outliers.at_the_end(
-            state, self.plan.sites, simulation_schema.hostile(self.method), lines
-        ):
-            self._record("standing", site=site, named=named, hostile=attacks)
+        notes = site_outliers.notes_in(state)
+        hostile = simulation_schema.hostile(self.method) if self.study.attack is not None else ()
+        if notes is None and not hostile:
+            return
+        named = site_outliers.at_the_end(notes, (self.path / "records.jsonl").read_bytes().splitlines())
+        for site in self.plan.sites:
+            self._record("standing", site=site, named=site in named, hostile=site in hostile)
 
     def _test(self, engine: Any, end: Checkpoint) -> Event:
         """Test the model of the best round, once."""
@@ -274,10 +274,11 @@ class MethodRun:
                 write_tensors(self.path / f"{name}.safetensors", leaves)
         meta = {"study": self.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
         write_tensors(self.path / "model.safetensors", self.method.shared_model(best.state), meta)
-        write_statistics(self.path, self.data.statistics)
+        if self.data.statistics:
+            write_statistics(self.path, self.data.statistics)
         self._record("sealed", opened=opened)
         self._save("checkpoint", replace(end, records=self.folder.settle()))
-        return self._event("tested", end.round, scores)
+        return self._event("tested", end.round, scores=scores)
 
     def _score(self, engine: Any, state: Any, done: int) -> dict[str, float]:
         """Record the scores on validation data, and return the primary metric of each training site."""
@@ -315,12 +316,13 @@ class MethodRun:
         workers = chosen.workers or min(len(sites), cores())
         return Workers(self.method, sites, memory, policies, self.seed, workers, held, self.path)
 
-    def _account(self, done: int) -> dict[str, dict[str, Any]]:
-        """Record ε of each site so far, with its assumptions."""
+    def _account(self, done: int) -> dict[str, Any]:
+        """Record ε of each site so far, with its assumptions. Return ε by site, and the unit that it protects."""
         spent = run_budgets.spent(self.ledgers, last=done == self.study.rounds)
         for site, facts in spent.items():
             self._record("privacy", round=done, site=site, **{k: v for k, v in facts.items() if k != "protects"})
-        return spent
+        by_site = {site: facts["epsilon"] for site, facts in spent.items()}
+        return {"epsilon": by_site, "protects": next(facts["protects"] for facts in spent.values())}
 
     def _numbered(self, site: str, role: str) -> Tree:
         """Return the number of each example's patient."""
@@ -333,26 +335,9 @@ class MethodRun:
     def _record(self, kind: str, **facts: Any) -> None:
         self.folder.record(kind, **self.job.who, **facts)
 
-    def _event(
-        self,
-        what: str,
-        done: int,
-        scores: Mapping[str, float] | None = None,
-        moved: int = 0,
-        lost: Mapping[str, str] | None = None,
-        epsilon: float | None = None,
-        protects: str = "",
-    ) -> Event:
-        scores = scores or {}
-        told = {
-            "scores": scores,
-            "external": external_in(scores, self.study, self.data),
-            "bytes": moved,
-            "lost": lost or {},
-            "epsilon": epsilon,
-            "protects": protects,
-        }
-        return self.job.event(what, round=done, rounds=self.study.rounds, **told)
+    def _event(self, what: str, done: int, **facts: Any) -> Event:
+        external = external_in(facts.get("scores", ()), self.study, self.data)
+        return self.job.event(what, round=done, rounds=self.study.rounds, external=external, **facts)
 
 
 def tested_sites(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ The runner uses these objects, so that what was validated is what runs, and noth
 import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from polyclinic.data.splits import Fold
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import uncovered
 from polyclinic.evaluation.subgroup_results import MANY, groups_of
-from polyclinic.learning.networks.model_tree import Inspection, inspect, parameter_count
+from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
@@ -31,7 +31,7 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.records.run_description import patients_apart, space_of, start_facts
+from polyclinic.studies.records.run_description import information, patients_apart, space_of
 from polyclinic.studies.run.events import Job
 
 
@@ -62,11 +62,8 @@ class ResolvedStudy:
         jobs: The method runs in their order.
         methods: The methods that were built for validation, by the name of their job.
         numbers: A number for each patient, by which test sets are compared between method runs.
-        hash: The study's hash.
-        patients_known: Whether the data name the patient of each example.
-        network: The classification of the model's tensors.
-        parameters: The number of the model's parameters.
-        start: The entry of ``run.json`` on start weights; empty without any.
+        warnings: Sentences on the network for the reader.
+        info: The content of ``run.json``.
     """
 
     study: Study
@@ -76,16 +73,23 @@ class ResolvedStudy:
     jobs: tuple[Job, ...]
     methods: Mapping[str, ResolvedMethod]
     numbers: Mapping[str, int]
-    hash: str
-    patients_known: bool
-    network: Inspection
-    parameters: int
-    start: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    info: Mapping[str, Any]
 
     @property
     def task(self) -> Task:
         """The task of every method."""
         return next(iter(self.methods.values())).method.task
+
+    @property
+    def hash(self) -> str:
+        """The study's hash."""
+        return str(self.info["hash"])
+
+    @property
+    def table(self) -> bool:
+        """Whether the data are rows of a table, not images."""
+        return len(self.splits[0].shape) == 1
 
     def method(self, job: Job, data: Federated, study: Study) -> ResolvedMethod:
         """Return the method of ``job`` on ``data``. It is built unless the validation has built it.
@@ -113,7 +117,8 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
         DataError: If the data cannot be read or used. The message lists every problem.
     """
     source = study.data.source()
-    _require_columns(study, source)
+    if study.evaluation.subgroups:
+        _require_columns(study, source)
     patients = sorted(set(source.table().patients))
     folds: list[Fold | None] = [None]
     if study.folds == "sites":
@@ -125,20 +130,9 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
     splits, patients_known = _splits(study, source, jobs)
     model = _model(study, text, splits[0])
     methods = _methods(study, text, splits[0], folds[0])
-    return ResolvedStudy(
-        study,
-        text,
-        source,
-        splits,
-        jobs,
-        methods,
-        {name: i for i, name in enumerate(patients)},
-        study.hash,
-        patients_known,
-        inspect(model),
-        parameter_count(model),
-        start_facts(next(iter(methods.values())).method.task, model),
-    )
+    numbers, task = {name: i for i, name in enumerate(patients)}, next(iter(methods.values())).method.task
+    info = information(study, splits, patients_known, task, model)
+    return ResolvedStudy(study, text, source, splits, jobs, methods, numbers, inspect(model).warnings, info)
 
 
 def _require_columns(study: Study, source: Source) -> None:
@@ -212,7 +206,8 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
             if reason := _no_patches(plan, data):
                 problems.append(Problem(("training",), reason))
             task = methods[first.name].method.task
-            if reason := _stacked(plan.method, data) or frozen_problem(plan.method, task) or uncovered(plan):
+            reason = _stacked(plan.method, data) or frozen_problem(plan.method, task)
+            if reason or (plan.private and (reason := uncovered(plan))):
                 problems.append(Problem(("methods", i, "name"), reason))
             elif plan.training.get("private") and isinstance(local := plan.build_local(), DPSGD):
                 labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]
@@ -253,7 +248,10 @@ def _stacked(method: str, data: Federated) -> str:
 
 def _build(study: Study, job: Job, data: Federated) -> ResolvedMethod:
     plan = plan_of(study, job.method, data, job.seed)
-    return ResolvedMethod(job.method, plan, simulation_schema.method_of(study, plan, data.training))
+    method = plan.build_method()
+    if study.attack is not None:
+        method = simulation_schema.attacked(method, study.attack, study, plan, data.training)
+    return ResolvedMethod(job.method, plan, method)
 
 
 def _require_task(study: Study, data: Federated) -> None:
@@ -276,12 +274,7 @@ def _require_task(study: Study, data: Federated) -> None:
     if study.task.ordered:
         _require_order(study, data)
     if study.task.regions is not None:
-        given, known = {n for region in study.task.regions for n in region}, set(range(1, len(data.info.classes)))
-        if given != known:
-            named = ", ".join(f"{n} ({name})" for n, name in enumerate(data.info.classes) if n)
-            raise DataError(
-                f"task.regions: each label above 0 of the masks must be in a region, and no other: they are {named}"
-            )
+        _require_regions(study.task.regions, data)
     if kind == "classification":
         present = [
             any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))
@@ -289,6 +282,19 @@ def _require_task(study: Study, data: Federated) -> None:
         if sum(present) < 2:
             only = ", ".join(name for name, has in zip(data.info.classes, present, strict=True) if has) or "none"
             raise DataError(f"the training data of all sites contain one class only ({only}); at least two are needed")
+
+
+def _require_regions(regions: Sequence[Sequence[int]], data: Federated) -> None:
+    """Require that the regions contain the labels of the masks.
+
+    Raises:
+        DataError: If they do not. The message lists the labels.
+    """
+    if {n for region in regions for n in region} != set(range(1, len(data.info.classes))):
+        named = ", ".join(f"{n} ({name})" for n, name in enumerate(data.info.classes) if n)
+        raise DataError(
+            f"task.regions: each label above 0 of the masks must be in a region, and no other: they are {named}"
+        )
 
 
 def _require_order(study: Study, data: Federated) -> None:

@@ -147,11 +147,6 @@ class Folder:
             atomic.remove_leftovers(folder)
 
     @property
-    def held(self) -> bool:
-        """Whether this process has locked the folder through this object."""
-        return self._lock is not None
-
-    @property
     def running(self) -> bool:
         """Whether the run in the folder has begun or resumed, and not ended."""
         return self._journal is not None
@@ -170,7 +165,7 @@ class Folder:
                 entry.unlink()
 
     def begin(self, study: str, info: Mapping[str, Any], resume: bool, plan: bytes | None = None) -> None:
-        """Write the description of the run, or continue with the existing run.
+        """Write the description of the run, or continue with the existing run. The folder is locked.
 
         Args:
             study: The study file.
@@ -180,10 +175,7 @@ class Folder:
 
         Raises:
             RunExists: If the folder contains a run and ``resume`` is not set.
-            RunHeld: If another process works on it.
         """
-        if not self.held:
-            self.hold()
         if not self.begun:
             atomic.write(self.path / "study.toml", study)
             if plan is not None:

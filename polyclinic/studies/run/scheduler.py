@@ -26,15 +26,15 @@ from polyclinic.evaluation.records.method_runs import PLAN
 from polyclinic.evaluation.records.run_reader import NotARun, read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.linear_model import linear_task
-from polyclinic.studies.config import search_space, simulation_schema
+from polyclinic.studies.config import search_space
 from polyclinic.studies.config.loader import plan_content
 from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
-from polyclinic.studies.records.run_description import described, information
+from polyclinic.studies.records.run_description import described, simulated
 from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.cluster_runs import ClusterWorkers
 from polyclinic.studies.run.events import Event, Job, cores
-from polyclinic.studies.run.executors import ChildProcesses, Executor, ThisProcess, possible, run_jobs, warm_up
+from polyclinic.studies.run.executors import ChildProcesses, Executor, possible, run_here, run_jobs, warm_up
 from polyclinic.studies.run.linear_baselines import linear_files, write_linear_baselines
 from polyclinic.studies.run.method_run import MethodRun, external_in
 from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
@@ -93,25 +93,16 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
             data_identity.require_unchanged(path, read_info(path).data.fingerprint, first, resolved.source)
         elif not folder.begun:
             data_identity.write_identity(path, first, resolved.source)
-        info = information(
-            study,
-            resolved.hash,
-            splits,
-            resolved.patients_known,
-            resolved.task,
-            resolved.parameters,
-            resolved.start,
-        )
-        folder.begin(resolved.text, info, resume, plan)
+        folder.begin(resolved.text, resolved.info, resume, plan)
         if study.data.plan is not None:  # from here on, the run's own copy is used
             kept = study.data.model_copy(update={"plan": str(path / PLAN)})
             work.study = study = study.model_copy(update={"data": kept})
         write_groups(path, resolved.source.table(), resolved.numbers, study.evaluation.subgroups)
         release(resolved.source)  # the sites have copies of their examples
         folder.note("resumed" if resume else "begun", {"study": resolved.hash, "data": first.fingerprint})
-        notes = [*simulation_schema.told(study), *(note for data in splits for note in described(data))]
-        yield Event("data", notes=(*dict.fromkeys(notes), *resolved.network.warnings))
-        done = work.results()
+        notes = [*simulated(study), *(note for data in splits for note in described(data))]
+        yield Event("data", notes=(*dict.fromkeys(notes), *resolved.warnings))
+        done = work.results() if resume else {}
         jobs = [job for job in resolved.jobs if job.name not in done]
         for job in resolved.jobs:
             if job.name in done:
@@ -119,8 +110,9 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
                 told = {"scores": scores, "external": external_in(scores, study, first)}
                 yield job.event("tested", round=study.rounds, rounds=study.rounds, **told)
         if jobs:
-            yield from run_jobs(jobs, _executor(work, len(jobs), folder.note))
-        if work.add_linear_baselines():
+            executor = _executor(work, len(jobs), folder.note)
+            yield from run_here(jobs, work, folder.note) if executor is None else run_jobs(jobs, executor)
+        if resolved.table and work.add_linear_baselines():
             folder.note("linear baselines", {})
         folder.finish([job.name for job in resolved.jobs])
         folder.note("finished", {})
@@ -137,14 +129,16 @@ def _cluster(study: Study) -> AbstractContextManager[None]:
     return cluster.connected(engine.address, engine.workers) if engine.kind == "ray" else nullcontext()
 
 
-def _executor(work: "_Work", jobs: int, note: Note) -> Executor:
-    """Return what executes the method runs of a study, of which ``jobs`` remain."""
+def _executor(work: "_Work", jobs: int, note: Note) -> Executor | None:
+    """Return what executes the method runs of a study in other processes, if it is to; ``jobs`` of them remain."""
     study = work.study
+    if study.engine.kind == "in-process":
+        return None
     workers = study.engine.workers or _capacity(study)
     if possible() and any(study.training_of(method).get("private") for method in study.methods):
         warm_up()
     if not _whole_arms(study, jobs, workers):
-        return ThisProcess(work, note)
+        return None
     if study.engine.kind == "ray":
         path = work.path.absolute()
         recipe = _recipe(work.resolved, path, work.profile)
@@ -260,7 +254,7 @@ class _Work:
         yield from self._arm(self.study, job, folder).run(*facts)
 
     def add_linear_baselines(self) -> bool:
-        """Write the linear baselines that are missing, and return whether there were any. Images have none."""
+        """Write the linear baselines of a table that are missing, and return whether there were any."""
         task, added = linear_task(self.resolved.task), False
         if task is None:
             return False

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyclinic.cli.data import deidentify
 from polyclinic.data.deidentification.element_rules import action, covered
 from polyclinic.data.deidentification.folder_deidentification import (
     checked_bytes,
-    deidentify_command,
     deidentify_folder,
 )
 from polyclinic.data.deidentification.image_deidentification import METHOD, Deidentification, Pseudonyms, clean
@@ -392,16 +392,16 @@ def test_wrong_places_are_refused_together_and_nothing_is_written(tmp_path: Path
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 
-def test_the_command_says_how_it_went(tmp_path: Path) -> None:
+def test_the_command_says_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lay_out(tmp_path / "src", 2)
-    said: list[str] = []
-    key = str(tmp_path / "key.json")
-    assert deidentify_command(str(tmp_path / "src"), str(tmp_path / "dst"), key, say=said.append) == 0
-    assert "wrote 2 files of 2 patients" in said[0]
-    assert deidentify_command(str(tmp_path / "src"), str(tmp_path / "dst"), key, say=said.append) == 2
+    key = tmp_path / "key.json"
+    deidentify(tmp_path / "src", tmp_path / "dst", key=key)
+    assert "wrote 2 files of 2 patients" in capsys.readouterr().out
     save(image(np.zeros((4, 4), np.uint8), "US", ULTRASOUND), tmp_path / "src" / "us.dcm")
-    assert deidentify_command(str(tmp_path / "src"), str(tmp_path / "new"), key, say=said.append) == 1
-    assert any(line.startswith("refused 1: is modality US") for line in said)
+    with pytest.raises(SystemExit) as end:
+        deidentify(tmp_path / "src", tmp_path / "new", key=key)
+    assert end.value.code == 1
+    assert "refused 1: is modality US" in capsys.readouterr().out
 
 
 def test_the_base_table_is_the_standards() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from polyclinic.cli.data import check
 from polyclinic.data.config import KINDS as STUDY_KINDS
 from polyclinic.data.deidentification.folder_deidentification import deidentify_folder
 from polyclinic.data.filename_screening import in_name, shown
@@ -22,9 +23,10 @@ from polyclinic.data.formats.safe_reading import Unreadable, read_npz
 from polyclinic.data.formats.volume import Volume
 from polyclinic.data.quality.folder_layout import detect
 from polyclinic.data.quality.image_hashes import content_hash, nearly_equal, small_picture
-from polyclinic.data.quality.quality_page import check_command, page, write_page
+from polyclinic.data.quality.quality_page import page, write_page
 from polyclinic.data.quality.site_check import KINDS as CHECK_KINDS
 from polyclinic.data.quality.site_check import CheckReport, check_folder
+from polyclinic.errors import ConfigError
 from tests.support.image_files import CT, RADIOGRAPH, ULTRASOUND, image, nifti_bytes, pydicom, save, series
 
 RNG = np.random.default_rng(0)
@@ -397,9 +399,6 @@ def test_nothing_to_check_is_said_in_a_sentence(tmp_path: Path, what: str) -> No
         path.write_bytes(b"\x7fELF" if what == "program" else b"hello")
     with pytest.raises(Unreadable):
         detect(path)
-    said: list[str] = []
-    assert check_command(str(path), say=said.append) == 2
-    assert len(said) == 1
 
 
 class Links(HTMLParser):
@@ -456,18 +455,20 @@ def test_the_page_is_not_written_into_the_data_or_half(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name a file"):
         write_page(report, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
-    said: list[str] = []
-    assert check_command(str(tmp_path / "data"), str(tmp_path / "no" / "p.html"), say=said.append) == 2
-    assert "could not be written" in said[-1]
+    with pytest.raises(ConfigError, match="there is no folder"):
+        check(tmp_path / "data", page=tmp_path / "no" / "p.html")
 
 
-def test_the_command_says_whether_anything_stands_in_the_way(tmp_path: Path) -> None:
-    said: list[str] = []
-    assert check_command(str(classes(tmp_path / "a")), str(tmp_path / "p.html"), say=said.append) == 0
-    assert said[-2] == "no errors found"
+def test_the_command_says_whether_anything_stands_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(classes(tmp_path / "a"), page=tmp_path / "p.html")
+    assert capsys.readouterr().out.splitlines()[-2] == "no errors found"
     (tmp_path / "a" / "train" / "benign" / "bad.png").write_bytes(b"x")
-    assert check_command(str(tmp_path / "a"), say=said.append) == 1
-    assert said[-1] == "1 error to correct first"
+    with pytest.raises(SystemExit) as end:
+        check(tmp_path / "a")
+    assert end.value.code == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 error to correct first"
 
 
 def test_the_check_prints_the_data_table_of_a_study(tmp_path: Path) -> None:

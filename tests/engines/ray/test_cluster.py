@@ -30,7 +30,7 @@ from polyclinic.studies.run.cluster_runs import SHARED
 from polyclinic.studies.run.run_directory import Stopped
 from polyclinic.studies.run.scheduler import run as run_study
 from polyclinic.testing import equal
-from tests.studies.run.test_scheduler import facts, go, npz, study, tensors
+from tests.support.small_runs import facts, go, npz, study, tensors
 
 METHODS = ("fedavg", "fedprox", "scaffold", "fedbn", "feddyn", "ditto", "krum", "ifca", "mime", "fedadam")
 

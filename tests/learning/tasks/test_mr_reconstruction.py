@@ -6,10 +6,11 @@ import torch
 
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.mr_reconstruction import Accelerated, Reconstruction, columns, likeness, undersample
+from polyclinic.learning.tasks.mr_reconstruction import Reconstruction, columns, likeness, undersample
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import segmentation_sites
+from tests.support.undersampled import Accelerated
 
 
 def test_undersampling_is_numpys() -> None:

@@ -29,7 +29,6 @@ from polyclinic.methods.adapters.alternating import (
     A,
     B,
     Moving,
-    aggregation_error,
     alternating,
     fedsa_lora,
     ffa_lora,
@@ -95,6 +94,28 @@ def test_promises_with_adapters(name: str) -> None:
     task, sites = adapted(train=WITH_LAYERS if name == "flora" else ("adapters", "head")), little_sites()
     method = build(name, Setting(task, LocalTraining(batch_size=8, lr=0.05), tuple(sites), rounds=3))
     check_method(method, task.first(0), sites, rounds=3)
+
+
+def aggregation_error(start: Tree, ends: dict[str, Tree], weights: dict[str, float]) -> float:
+    """Return how far the product of mean factors is from the mean of products, relative to the mean change.
+
+    ``‖Σ p_i B_i A_i − B̄ Ā‖ / ‖Σ p_i B_i A_i − B_0 A_0‖``, over all adapters together.
+
+    Args:
+        start: The model with which the sites began, with A_0 and B_0.
+        ends: The model of each site after training.
+        weights: The weight of each site; p_i is its share.
+    """
+    total = sum(weights.values())
+    wrong = change = torch.zeros((), dtype=torch.float64)
+    for layer, (a0, b0) in factors(start).items():
+        pairs = {site: (weights[site] / total, *factors(end)[layer]) for site, end in ends.items()}
+        products = sum((p * product(a.double(), b.double()) for p, a, b in pairs.values()), torch.zeros(()).double())
+        a = sum((p * a.double() for p, a, _ in pairs.values()), torch.zeros(()).double())
+        b = sum((p * b.double() for p, _, b in pairs.values()), torch.zeros(()).double())
+        wrong = wrong + (products - product(a, b)).square().sum()
+        change = change + (products - product(a0.double(), b0.double())).square().sum()
+    return float((wrong / change).sqrt()) if change > 0 else 0.0
 
 
 @pytest.mark.parametrize("name", ["rolora", "ffa-lora"])

@@ -14,7 +14,7 @@ from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.mr_reconstruction import Accelerated, Reconstruction, columns
+from polyclinic.learning.tasks.mr_reconstruction import Reconstruction, columns
 from polyclinic.learning.tasks.task import InEncoder
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
@@ -23,6 +23,7 @@ from polyclinic.testing import check_method, close, equal
 from tests.conftest import segmentation_sites
 from tests.support.agreement import agree
 from tests.support.known import known
+from tests.support.undersampled import Accelerated
 
 TASK = Reconstruction(Network("unet", (1, 16, 16), 1, (("width", 2), ("norm", "batch"))))
 

@@ -25,7 +25,7 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run import deployment
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import npz
+from tests.support.small_runs import npz
 
 TEXT = """
 name = "private"

@@ -20,8 +20,8 @@ from polyclinic.studies.audits.audit_file import Inverted, Leak, NotAnAudit, rea
 from polyclinic.studies.audits.run_audit import NotAudited, audit_run
 from polyclinic.studies.run.data_identity import DataChanged
 from polyclinic.studies.run.run_directory import write_tensors
-from tests.studies.run.test_scheduler import go, npz, study
 from tests.support.known import known
+from tests.support.small_runs import go, npz, study
 
 
 @pytest.fixture(scope="module")

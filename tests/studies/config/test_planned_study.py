@@ -10,6 +10,7 @@ from polyclinic.data.fingerprint.nnunet_plan import text_of
 from polyclinic.data.fingerprint.nnunet_planner import planned
 from polyclinic.data.paired_folders import Pairs
 from polyclinic.studies.config import study_config
+from polyclinic.studies.config.loader import named_plan
 from polyclinic.studies.config.planned_study import with_plan
 from polyclinic.studies.run import deployment
 from tests.data.fingerprint.test_nnunet_planner import pooled
@@ -67,8 +68,9 @@ def test_a_plan_of_preprocessing_alone_is_left_to_the_data(tmp_path: Path) -> No
     file.write_text('version = 1\nstudy = "a"\n[use]\nsteps = []\n')
     given = tables(file)
     assert with_plan(given) == (given, [])
-    assert with_plan({"data": {"use": "x"}}) == ({"data": {"use": "x"}}, [])
-    assert with_plan({"data": 3}) == ({"data": 3}, [])
+    assert named_plan({"data": {"use": "x"}}) is None
+    assert named_plan({"data": {"use": "x", "plan": 3}}) is None
+    assert named_plan({"data": 3}) is None
 
 
 def test_mistakes_are_named(plan: Path) -> None:

@@ -21,7 +21,7 @@ from polyclinic.engines.policy.site_policy import parse as policy_of
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.config.validation import method_problems
 from tests.conftest import blobs
-from tests.studies.run.test_scheduler import facts, go, npz, stopped_and_resumed
+from tests.support.small_runs import facts, go, npz, stopped_and_resumed
 
 STUDY = """\
 name = "small"

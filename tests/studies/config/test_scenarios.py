@@ -14,7 +14,7 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.scenarios import parse_all
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import same
+from tests.support.small_runs import same
 
 TEXT = """\
 name = "several"

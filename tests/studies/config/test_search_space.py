@@ -13,7 +13,7 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.search_space import NotChosen, SearchSpec, read_chosen, read_trials
 from polyclinic.studies.config.study_config import parse, with_values
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import facts, same
+from tests.support.small_runs import facts, same
 
 TEXT = """\
 name = "search"

@@ -20,8 +20,8 @@ from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.deployment import NotElsewhere, method_runs
 from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import npz
 from tests.support.known import known
+from tests.support.small_runs import npz
 
 HEAD = """\
 name = "simulated"

@@ -23,7 +23,7 @@ from polyclinic.studies.export.vector_file import (
     read_vector,
 )
 from polyclinic.studies.run.run_directory import read_tensors, write_tensors
-from tests.studies.run.test_scheduler import npz, study
+from tests.support.small_runs import npz, study
 
 PLAN = Plan("classification", "cnn", (1, 8, 8), 2, "fedavg", ("a", "b"), 3, network_options={"width": 4, "depth": 2})
 SITES = ("a", "b", "c")

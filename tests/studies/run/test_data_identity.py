@@ -17,7 +17,7 @@ from polyclinic.studies.run.data_identity import FILE, DataChanged, differences,
 from polyclinic.studies.run.model_explanation import explain
 from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import npz
+from tests.support.small_runs import npz
 
 RUN = """
 name = "same"

@@ -17,7 +17,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.run.cluster_runs import SHARED, ClusterWorkers
 from polyclinic.studies.run.events import Event, Job
-from polyclinic.studies.run.executors import ChildProcesses, Executor, MethodRunFailed, ThisProcess, run_jobs
+from polyclinic.studies.run.executors import ChildProcesses, Executor, MethodRunFailed, run_here, run_jobs
 from polyclinic.studies.run.run_directory import Note, Stopped
 
 CLUSTER = pytest.param("cluster", marks=[pytest.mark.slow, pytest.mark.deploy])
@@ -75,7 +75,7 @@ class Journal:
         return self.entries.count(self.entries[-1])
 
 
-Start = Callable[[str, Sequence[Job], Journal], Executor]
+Start = Callable[[str, Sequence[Job], Journal], Iterator[Event]]
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +87,23 @@ def on_cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def start(tmp_path: Path, request: pytest.FixtureRequest) -> Start:
-    """Start an executor of the given kind, with two processes if it uses several."""
+def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
+    """Execute method runs in this process, or by an executor of the given kind with two processes."""
+    kept: list[Executor] = []  # so that nothing ends because it is collected as garbage
 
-    def started(kind: str, jobs: Sequence[Job], journal: Journal) -> Executor:
+    def started(kind: str, jobs: Sequence[Job], journal: Journal) -> Iterator[Event]:
         if kind == "this process":
-            return ThisProcess(Script(tmp_path), journal)
+            return run_here(jobs, Script(tmp_path), journal)
         if kind == "children":
-            return ChildProcesses(Script(tmp_path), journal, 2)
-        request.getfixturevalue("on_cluster")
-        recipe = json.dumps({"folder": str(tmp_path), "jobs": [(one.method.called, one.seed) for one in jobs]})
-        return ClusterWorkers(script_from, recipe, tmp_path, journal, len(jobs), 2)
+            kept.append(ChildProcesses(Script(tmp_path), journal, 2))
+        else:
+            request.getfixturevalue("on_cluster")
+            recipe = json.dumps({"folder": str(tmp_path), "jobs": [(one.method.called, one.seed) for one in jobs]})
+            kept.append(ClusterWorkers(script_from, recipe, tmp_path, journal, len(jobs), 2))
+        return run_jobs(jobs, kept[-1])
 
-    return started
+    yield started
+    kept.clear()
 
 
 def nothing_left(folder: Path) -> bool:
@@ -109,7 +113,7 @@ def nothing_left(folder: Path) -> bool:
 @EACH
 def test_every_executor_yields_the_events_of_each_method_run_in_order(kind: str, start: Start, tmp_path: Path) -> None:
     jobs, journal = [job("a"), job("b"), job("a", 1)], Journal()
-    found = list(run_jobs(jobs, start(kind, jobs, journal)))
+    found = list(start(kind, jobs, journal))
     for one in jobs:
         mine = [event for event in found if (event.label, event.seed) == (one.method.called, one.seed)]
         assert mine == [
@@ -127,7 +131,7 @@ def test_every_executor_yields_the_events_of_each_method_run_in_order(kind: str,
 def test_every_executor_ends_with_the_message_of_an_error(kind: str, label: str, start: Start, tmp_path: Path) -> None:
     jobs, journal = [job(label), *(job("later", seed) for seed in range(6))], Journal()
     with pytest.raises((ConfigError, ZeroDivisionError, MethodRunFailed, RuntimeError), match="no good") as error:
-        list(run_jobs(jobs, start(kind, jobs, journal)))
+        list(start(kind, jobs, journal))
     usual = {"refuses": ConfigError, "fails": ZeroDivisionError}[label]
     other = {"refuses": MethodRunFailed, "fails": RuntimeError}[label]
     assert type(error.value) is (usual if kind == "this process" else other)
@@ -140,7 +144,7 @@ def test_every_executor_stops_after_the_method_runs_that_have_begun(kind: str, s
     jobs, journal = [job("stops"), job("stops", 1), job("later"), job("later", 1)], Journal()
     found: list[Event] = []
     with pytest.raises(Stopped, match="stopped as asked"):
-        found.extend(run_jobs(jobs, start(kind, jobs, journal)))
+        found.extend(start(kind, jobs, journal))
     assert {event.label for event in found} == {"stops"}
     assert nothing_left(tmp_path)
 
@@ -148,8 +152,7 @@ def test_every_executor_stops_after_the_method_runs_that_have_begun(kind: str, s
 @EACH
 def test_every_executor_ends_its_method_runs_when_the_caller_leaves(kind: str, start: Start, tmp_path: Path) -> None:
     jobs, journal = [job("a", seed) for seed in range(4)], Journal()
-    executor = start(kind, jobs, journal)  # kept, so that nothing ends because it is collected as garbage
-    events = run_jobs(jobs, executor)
+    events = start(kind, jobs, journal)
     assert isinstance(events, Generator)
     next(events)
     events.close()
@@ -161,7 +164,7 @@ def test_every_executor_ends_its_method_runs_when_the_caller_leaves(kind: str, s
 @OTHER_PROCESSES
 def test_a_method_run_whose_process_dies_is_repeated(kind: str, start: Start, tmp_path: Path) -> None:
     jobs, journal = [job("dies-once"), job("a")], Journal()
-    found = list(run_jobs(jobs, start(kind, jobs, journal)))
+    found = list(start(kind, jobs, journal))
     assert Counter(event.label for event in found if event.what == "tested") == {"dies-once": 1, "a": 1}
     assert max(event.round for event in found if event.what == "round") == 2, "the journal has its first round twice"
     assert nothing_left(tmp_path)
@@ -171,6 +174,6 @@ def test_a_method_run_whose_process_dies_is_repeated(kind: str, start: Start, tm
 def test_a_method_run_whose_process_dies_three_times_ends_the_run(kind: str, start: Start, tmp_path: Path) -> None:
     jobs, journal = [job("dies")], Journal()
     with pytest.raises(MethodRunFailed, match=r"of a method run.* died 3 times; is there enough memory\?"):
-        list(run_jobs(jobs, start(kind, jobs, journal)))
+        list(start(kind, jobs, journal))
     assert len(journal.entries) == 3
     assert nothing_left(tmp_path)

@@ -27,7 +27,7 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.records.run_description import patients_apart
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import facts, opened_once, tensors
+from tests.support.small_runs import facts, opened_once, tensors
 
 TEXT = """\
 name = "folds"

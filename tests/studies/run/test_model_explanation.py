@@ -24,8 +24,8 @@ from polyclinic.studies.run.finished_method import NotFinished
 from polyclinic.studies.run.model_explanation import NotExplained, explain
 from polyclinic.studies.run.scheduler import run as run_study
 from tests.report.test_report import FEW, LITTLE
-from tests.studies.run.test_scheduler import npz
 from tests.support.known import known
+from tests.support.small_runs import npz
 from tests.support.synthetic_run import write_maps, write_run
 
 STUDY = """

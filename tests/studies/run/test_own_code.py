@@ -27,9 +27,9 @@ from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.deployment import NotElsewhere, method_runs
 from polyclinic.studies.run.scheduler import run
 from tests.conftest import blobs
-from tests.studies.run.test_scheduler import npz
 from tests.support.local_deployment import TRAINING, order
 from tests.support.plugin_package import installed
+from tests.support.small_runs import npz
 
 STUDY = """\
 name = "own"

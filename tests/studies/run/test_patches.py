@@ -21,7 +21,7 @@ from polyclinic.studies.run.run_directory import Stopped, read_tensors
 from polyclinic.studies.run.run_lock import ask_to_stop
 from polyclinic.studies.run.scheduler import run
 from tests.data.sources.test_folders import nifti, picture
-from tests.studies.run.test_scheduler import facts, same, tensors
+from tests.support.small_runs import facts, same, tensors
 
 STUDY = """\
 name = "patches"

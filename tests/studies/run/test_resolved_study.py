@@ -11,7 +11,7 @@ from polyclinic.engines.plan import Plan
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.resolved_study import resolve
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import npz, study
+from tests.support.small_runs import npz, study
 
 
 def test_a_run_opens_its_source_and_builds_each_method_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,12 +78,12 @@ def test_a_folder_without_a_run_is_deleted_and_leftovers_are_removed(tmp_path: P
         (tmp_path / place / f"{PREFIX}x{SUFFIX}").touch()
     (tmp_path / "run" / "stop").touch()
     folder = Folder(tmp_path / "run")
-    assert not folder.held
+    assert not run_lock.holder(folder.path)
     folder.hold()
-    assert folder.held
+    assert run_lock.holder(folder.path) == os.getpid()
     assert not [f for f in (tmp_path / "run").rglob("*") if f.is_file() and f.name != ".lock"]
     folder.close()
-    assert not folder.held
+    assert not run_lock.holder(folder.path)
     assert (tmp_path / "run" / ".lock").read_text() == ""
 
 
@@ -96,9 +96,9 @@ def test_a_run_begins_once_and_notes_count_equal_entries(tmp_path: Path) -> None
         assert [folder.note("opened", {"seed": seed}) for seed in (1, 1, 2, 1)] == [1, 2, 1, 3]
     assert not folder.running
     folder = Folder(tmp_path)
+    folder.hold()
     with pytest.raises(RunExists):
         folder.begin("another study", {}, False)
-    assert folder.held, "it is locked first"
     folder.begin("another study", {}, True)
     assert (tmp_path / "study.toml").read_text() == "a study"
     assert json.loads((tmp_path / "run.json").read_text()) == {"name": "x"}

@@ -18,9 +18,10 @@ from polyclinic.studies.run import scheduler
 from polyclinic.studies.run.data_identity import DataChanged
 from polyclinic.studies.run.resolved_study import resolve
 from polyclinic.studies.run.run_directory import RunExists, Stopped, held, read_plan, read_tensors
+from polyclinic.studies.run.run_lock import holder
 from polyclinic.studies.run.scheduler import run, work_from
 from polyclinic.testing import equal
-from tests.studies.run.test_scheduler import facts, npz, same
+from tests.support.small_runs import facts, npz, same
 
 STUDY = """\
 name = "small"
@@ -236,7 +237,7 @@ def test_a_stop_file_ends_the_run_after_its_round(done: Done, tmp_path: Path) ->
         with pytest.raises(Stopped, match="stop asked"):
             list(events)
         assert not folder.running
-        assert folder.held
+        assert holder(tmp_path / "run") == os.getpid()
     assert [e["event"] for e in verify(tmp_path / "run" / "journal.jsonl")] == ["begun", "round", "stopped"]
     assert not (tmp_path / "run" / "stop").exists()
 

@@ -20,7 +20,7 @@ from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.export.model_export import NotExported, export, network
 from polyclinic.studies.run.run_directory import read_plan, read_tensors
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import npz
+from tests.support.small_runs import npz
 from tests.support.start_weights import random_state, weights_of
 
 NET = Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2)))

@@ -21,7 +21,7 @@ from polyclinic.studies.run.cancellation import stopping
 from polyclinic.studies.run.run_directory import Folder, RunHeld, Stopped, held
 from polyclinic.studies.run.run_lock import STOP, ask_to_stop, holder
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import facts, npz, tensors
+from tests.support.small_runs import facts, npz, tensors
 
 STUDY = """\
 name = "stops"

@@ -11,7 +11,7 @@ from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.records import time_profile
 from polyclinic.studies.records.time_profile import NAME, PHASES, Stopwatch
 from polyclinic.studies.run.scheduler import run
-from tests.studies.run.test_scheduler import npz, same, study
+from tests.support.small_runs import npz, same, study
 
 
 @pytest.fixture

@@ -254,12 +254,7 @@ def stop(home: SiteFolder, patience: float = 30.0) -> bool:
     """Stop the site's processes, and return whether there were any."""
     last, was = status(home), is_up(home)
     if was:
-        os.kill(last["pid"], signal.SIGTERM)
-        until = time.monotonic() + patience
-        while flare_processes.alive(last["pid"], last["birth"]) and time.monotonic() < until:
-            time.sleep(0.1)
-        if flare_processes.alive(last["pid"], last["birth"]):
-            os.kill(last["pid"], signal.SIGKILL)
+        flare_processes.terminate(last["pid"], last["birth"], patience)
     return flare_processes.end(home.kit) > 0 or was
 
 

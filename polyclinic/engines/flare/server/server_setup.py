@@ -3,8 +3,6 @@ server.
 """
 
 import json
-import os
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -302,12 +300,7 @@ def stop(home: ServerFolder, patience: float = 30.0) -> bool:
     if not is_up(home):
         flare_processes.end(home.kit)
         return False
-    os.kill(last["pid"], signal.SIGTERM)
-    until = time.monotonic() + patience
-    while flare_processes.alive(last["pid"], last["birth"]) and time.monotonic() < until:
-        time.sleep(0.1)
-    if flare_processes.alive(last["pid"], last["birth"]):
-        os.kill(last["pid"], signal.SIGKILL)
+    flare_processes.terminate(last["pid"], last["birth"], patience)
     flare_processes.end(home.kit)
     return True
 

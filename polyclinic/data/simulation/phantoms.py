@@ -10,7 +10,7 @@ inversion (Bender, Augustin and Blettner, "Generating survival times to simulate
 Statistics in Medicine 2005, https://doi.org/10.1002/sim.2059).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -75,7 +75,7 @@ class RoiPhantom:
     @property
     def fingerprint(self) -> str:
         """Hash of the options."""
-        return digest("roi-phantom", 1, sorted(vars(self).items(), key=lambda item: item[0]))
+        return digest("roi-phantom", 1, sorted(asdict(self).items()))
 
     def table(self) -> Table:
         """Return the table of subjects."""
@@ -154,7 +154,7 @@ class SurvivalPhantom:
     @property
     def fingerprint(self) -> str:
         """Hash of the options."""
-        return digest("survival-phantom", 1, sorted(vars(self).items(), key=lambda item: item[0]))
+        return digest("survival-phantom", 1, sorted(asdict(self).items()))
 
     def table(self) -> Table:
         """Return the table of patients."""

@@ -5,7 +5,7 @@ import pytest
 
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import federate
-from polyclinic.data.simulation.phantoms import SIMULATED, RoiPhantom
+from polyclinic.data.simulation.phantoms import SIMULATED, RoiPhantom, SurvivalPhantom
 from tests.support.data_sets import data_spec
 
 
@@ -28,6 +28,13 @@ def test_scanners_differ_and_disease_shrinks_a_fifth_of_the_regions() -> None:
     assert np.std(y[:4000].mean(0) - y[4000:].mean(0)) > 1.0
     assert np.std(x[:4000].mean(0) - x[4000:].mean(0)) < 0.1
     assert RoiPhantom().fingerprint != RoiPhantom(seed=1).fingerprint
+
+
+@pytest.mark.parametrize("source", [RoiPhantom(), SurvivalPhantom()])
+def test_the_fingerprint_is_the_same_after_patients_were_drawn(source: RoiPhantom | SurvivalPhantom) -> None:
+    before = source.fingerprint
+    source.table()
+    assert source.fingerprint == before
 
 
 def test_impossible_phantoms_are_refused_all_problems_at_once() -> None:

@@ -1,5 +1,6 @@
 """Net benefit by hand and by law, as a mean over sites and seeds with its interval."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,33 @@ def test_the_curve_is_a_mean_over_sites_and_seeds_with_welchs_interval(tmp_path:
         for s, x in zip(SITES, each, strict=True)
     ]
     assert point.gain.value == pytest.approx(np.mean(gains))
+
+
+def test_seeds_with_other_patients_share_a_site_with_the_mean_of_their_standard_errors(tmp_path: Path) -> None:
+    run, t = read_run(write_run(tmp_path / "r", sites=SITES, methods=("fedavg",), seeds=(0, 1))), 0.3
+    arms = {key: dict(arm) for key, arm in run.arms.items()}
+    for site, p in arms[
+        "fedavg", 1
+    ].items():  # numbers from 0 on, one patient less: other patients than those of seed 0
+        arms["fedavg", 1][site] = replace(
+            p, patient=p.patient[:-1], score=known(p.score)[:-1], target=known(p.target)[:-1]
+        )
+    data = sample(replace(run, arms=arms), 0.95)
+    assert not data.shared
+    (point,) = nb.decision_curve(data, "fedavg", list(SITES), [t])
+    variances, df = [], []
+    for site in SITES:
+        errors, least = [], []
+        for seed in (0, 1):
+            p = arms["fedavg", seed][site]
+            worth = np.where(p.target == 1, 1, -t / (1 - t)) * (known(p.score)[:, 1] >= t)
+            errors.append((worth.var(ddof=1) / len(worth)) ** 0.5)
+            least.append(len(worth) - 1)
+        variances.append(np.mean(errors) ** 2 / 4)
+        df.append(min(least))
+    total = sum(variances)
+    half = stats.t.ppf(0.975, total**2 / sum(v**2 / k for v, k in zip(variances, df, strict=True))) * total**0.5
+    assert known(point.model.high) - known(point.model.value) == pytest.approx(half, rel=1e-6)
 
 
 def test_the_curve_is_that_of_a_metric_at_every_threshold(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ def test_a_whole_run_lacks_nothing(folder: Path) -> None:
     }
     assert set(run.digests) == files
     assert run.digests["run.json"] == hashlib.sha256((folder / "run.json").read_bytes()).hexdigest()
+    (folder / "arms" / "local-seed0" / "model.safetensors").write_bytes(b"a model")
+    added = set(read_run(folder).digests) - files
+    assert added == {"arms/local-seed0/model.safetensors"}
 
 
 def test_what_an_unfinished_run_lacks_is_listed(folder: Path) -> None:

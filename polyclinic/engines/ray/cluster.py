@@ -67,7 +67,8 @@ def connected(address: str, workers: int | None = None) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     try:
         if address == LOCAL:
-            package.init(num_cpus=workers, include_dashboard=False, **options)
+            # without the address, Ray would use a cluster that RAY_ADDRESS names or that runs on this machine
+            package.init(address=LOCAL, num_cpus=workers, include_dashboard=False, **options)
         else:
             package.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from polyclinic.engines.ray import cluster
 from polyclinic.engines.ray.site_actors import RaySites, decode_data, encode_data
 from polyclinic.studies.config.schema import EngineSpec
 from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.records import time_profile
 from polyclinic.studies.run.cluster_runs import SHARED
 from polyclinic.studies.run.run_directory import Stopped
 from polyclinic.studies.run.scheduler import run as run_study
@@ -263,6 +266,64 @@ def test_a_study_over_two_nodes_has_the_bits_of_one_machine(
     assert facts(on_one_machine / parallel) == facts(on_one_machine / "in-process")
     assert sum(1 for _ in verify(on_one_machine / parallel / "journal.jsonl")) > 10
     assert not (on_one_machine / parallel / SHARED).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+@pytest.mark.parametrize("parallel", ["arms", "sites"])
+def test_a_profile_shows_where_the_time_went_on_two_nodes(two_nodes: Any, on_one_machine: Path, parallel: str) -> None:
+    """Whole method runs are measured by their workers, side by side; sites by the workers that hold them."""
+    text, path = on_ray(on_one_machine, parallel), on_one_machine / f"profile-{parallel}"
+    begun = time.perf_counter()
+    list(run_study(parse(text), text, path, profile=True))
+    whole = time.perf_counter() - begun
+    assert facts(path) == facts(on_one_machine / "in-process")
+    found = time_profile.collect(path, whole, 0.0)
+    jobs = [p.name for p in (path / "arms").iterdir()]
+    assert len(found["method_runs"]) == len(jobs) > 2
+    for one in found["method_runs"]:
+        assert all(one["phases"][phase] > 0 for phase in ("training", "merging", "evaluation", "saving"))
+        assert sum(one["phases"].values()) < whole
+        assert sum(one["sites"].values()) > 0
+    starting = sum(one["phases"]["starting"] for one in found["method_runs"])
+    if parallel == "sites":
+        assert {one["engine"] for one in found["method_runs"]} == {"ray"}
+        assert found["workers"] == []
+        assert starting > 1.0  # each method run starts its workers
+        assert time_profile.table(found)[-1] == time_profile.NOT_SPLIT
+    else:
+        assert {one["engine"] for one in found["method_runs"]} == {"in-process"}
+        assert 1 <= len(found["workers"]) <= 2
+        assert all(worker["starting"] > 0.1 and worker["reading"] > 0 for worker in found["workers"])
+        assert starting < 1.0
+        assert " of the cluster executed whole method runs" in time_profile.table(found)[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_the_command_shows_the_profile_of_a_local_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason='needs pip install "polyclinic[ray]"')
+    npz(tmp_path)
+    text = on_ray(tmp_path, "sites").split("[[methods]]")[0].replace('kind = "ray"', 'kind = "ray"\naddress = "local"')
+    text = text.replace("seeds = [0, 1]", "seeds = [0]").replace("rounds = 4", "rounds = 2")
+    (tmp_path / "s.toml").write_text(text + '[[methods]]\nname = "fedavg"\n')
+    words = [sys.executable, "-m", "polyclinic", "run", "s.toml", "--profile"]
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}  # a local cluster is none that runs elsewhere
+    done = subprocess.run(
+        words, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").glob("small-*")
+    profile = json.loads((folder / "profile.json").read_text())
+    assert profile["cluster"] > 0.5  # Ray was started
+    (one,) = profile["method_runs"]
+    inside = sum(one["phases"].values()) + sum(profile[part] for part in ("cluster", "reading", "report", "baselines"))
+    assert 0.9 * profile["seconds"] < inside <= 1.01 * profile["seconds"]
+    assert " s: cluster " in done.stdout
+    assert "training over workers contains messages" in " ".join(done.stdout.split())
+    page = unescape((folder / "report" / "report.html").read_text())
+    assert "connecting to the cluster" in page
+    assert time_profile.NOT_SPLIT in page
 
 
 @pytest.mark.slow

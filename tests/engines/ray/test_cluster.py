@@ -6,11 +6,13 @@ The cluster is started by the test: two nodes on this machine, each with its own
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,90 @@ def test_another_installation_is_refused_by_name() -> None:
 def test_engine_options_that_do_not_fit_are_refused(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         EngineSpec(**given)
+
+
+class Refusing:
+    """What ``connected`` uses of Ray: a cluster that refuses every process."""
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **_: Any) -> None:
+        raise RuntimeError(
+            "Version mismatch: The cluster was started with:\n    Ray: 2.1\nThis process with:\n    Ray: 2.2"
+        )
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ray", Refusing)
+    monkeypatch.setattr(cluster, "ANSWER", 0.5)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+
+
+def refusal(address: str) -> str:
+    """The error of a connection to ``address``, which comes within seconds."""
+    begun = time.monotonic()
+    with pytest.raises(cluster.ClusterError) as caught, cluster.connected(address):
+        pass
+    assert time.monotonic() - begun < 5
+    return str(caught.value)
+
+
+@contextmanager
+def listener(answer: bytes | None) -> Iterator[str]:
+    """The address of a process that gives one ``answer``, or none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                received = b""
+                while len(received) < 33:  # the preface and empty settings
+                    received += connection.recv(64)
+                assert received.startswith(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                if answer is None:
+                    connection.recv(1)
+                else:
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        thread.join(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (None, "no answer within 0.5 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is not Ray"),
+        (b"", "what answers there is not Ray"),
+    ],
+)
+def test_a_program_that_is_not_ray_is_noticed_within_seconds(refusing: None, answer: bytes | None, says: str) -> None:
+    """Ray itself waits for minutes, and ends the process."""
+    with listener(answer) as address:
+        assert f"no Ray cluster can be reached at {address} ({says}): start one with" in refusal(address)
+
+
+def test_other_versions_of_a_cluster_are_named_with_the_remedy(refusing: None) -> None:
+    with listener(b"\0\0\6\4\0\0\0\0\0") as address:
+        message = refusal(address)
+    assert "(Version mismatch: The cluster was started with: Ray: 2.1 This process with: Ray: 2.2)" in message
+    assert message.endswith("install the same versions of Ray and Python on every machine of the cluster")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:x", "127.0.0.1:99999", "[::1]:1"])
+def test_an_address_where_nothing_listens_is_refused_at_once(refusing: None, address: str) -> None:
+    assert f"no Ray cluster can be reached at {address} (" in refusal(address)
+    assert "mismatch" not in refusal(address)
+
+
+def test_a_cluster_that_the_environment_names_is_named(refusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert "no Ray cluster can be reached at 127.0.0.1:1 (RAY_ADDRESS) (" in refusal("auto")
 
 
 @pytest.fixture(scope="module")

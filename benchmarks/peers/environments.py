@@ -15,9 +15,14 @@ from pathlib import Path
 
 PEERS = {
     "pfl": ["pfl==0.6.0"],
+    "fluke": ["diskcache", "pandas", "scikit-learn", "rich", "omegaconf", "seaborn", "cerberus", "torchmetrics"],
     "flower": ["flwr[simulation]==1.42.0"],
+    "flare": ["nvflare==2.9.0"],
 }
-"""Packages of each peer that is not in the environment of Polyclinic itself."""
+"""Packages of each peer."""
+ALONE = {"fluke": ["fluke-fl==0.8.1"]}
+"""Packages that are installed without those that they require: fluke requires torchvision, which the constraints
+exclude. For ``fluke.algorithms.fedavg``, those in ``PEERS`` suffice."""
 
 
 def create(folder: Path, peer: str) -> Path:
@@ -35,13 +40,18 @@ def create(folder: Path, peer: str) -> Path:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write(f"torch=={version('torch')}\ntorchvision==0\n")
         constraints.flush()
-        subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints.name, *PEERS[peer]], check=True)
+        install = [python, "-m", "pip", "install", "-q", "-c", constraints.name]
+        if alone := ALONE.get(peer):
+            subprocess.run([*install, "--no-deps", *alone], check=True)
+        subprocess.run([*install, *PEERS[peer]], check=True)
     return python
 
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     root.mkdir(parents=True, exist_ok=True)
+    if unknown := set(sys.argv[2:]) - set(PEERS):
+        sys.exit(f"no peer {', '.join(sorted(unknown))}: known are {', '.join(PEERS)}")
     for name in sys.argv[2:] or PEERS:
         try:
             print(f"{name}: {create(root, name)}")

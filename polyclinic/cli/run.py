@@ -135,25 +135,31 @@ def _one(
             print(f"\nStopped. Every completed round is saved. To continue: {again}", file=sys.stderr)
             sys.exit(signals.code)
     trained = time.perf_counter()
+    times = _times(folder, trained - begun, ready - begun) if profile else {}  # before the report, which shows them
     page = write_report(folder)
     methods = summary(page)
     _show_summary(methods, study.metric)
     if profile:
-        _show_profile(folder, begun, ready, trained)
+        _show_profile(folder, times, time.perf_counter() - trained)
     done(str(page))
     training = {method.called: study.training_of(method) for method in study.methods}
     told = {"run": folder, "metric": study.metric, "training": training}
     return {**told, "methods": methods, "tested": tested, "report": page}
 
 
-def _show_profile(folder: Path, begun: float, ready: float, trained: float) -> None:
-    """Write and show where the time went; the arguments are the times of the run's beginning and of its parts."""
+def _times(folder: Path, seconds: float, reading: float) -> dict[str, Any]:
+    """Write where the time of a run went until now."""
     from polyclinic.studies.records import time_profile
 
-    now = time.perf_counter()
-    found = time_profile.collect(folder, now - begun, ready - begun, now - trained)
+    return time_profile.collect(folder, seconds, reading)
+
+
+def _show_profile(folder: Path, times: Mapping[str, Any], report: float) -> None:
+    """Add the seconds of the report to the times of a run, and show them."""
+    from polyclinic.studies.records import time_profile
+
     line("")
-    for text in time_profile.table(found):
+    for text in time_profile.table(time_profile.add_report(folder, times, report)):
         line(f"  {text}")
     done(str(folder / time_profile.NAME))
 

@@ -87,6 +87,10 @@ def test_a_study_from_the_first_line_to_the_report(polyclinic: Command, tmp_path
     assert 0.5 * profile["seconds"] < inside + profile["reading"] + profile["report"] <= 1.05 * profile["seconds"]
     assert " s: reading " in done.out
     assert "slowest sites in training" in done.out
+    page = (folder / "report" / "report.html").read_text()
+    assert "Where the time went." in page
+    times = (folder / "report" / "tables" / "times.csv").read_text().splitlines()
+    assert [row.split(",")[0].strip('"') for row in times[1:]] == ["FedAvg", "Local"]
     assert "fedavg (seed 0)" in done.out
     assert list(folder.rglob("report.html"))
     as_run = (folder / "study.toml").read_text()

@@ -26,6 +26,7 @@ from polyclinic.learning.training.dp_sgd import Spend
 from polyclinic.privacy.guarantee import guarantee
 from polyclinic.report import build_report
 from polyclinic.report.report_builder import ReportNotWritten
+from polyclinic.studies.records.time_profile import NOT_SPLIT, PHASES
 from tests.support.known import known
 from tests.support.synthetic_run import METHODS, SITES, write_maps, write_run
 
@@ -111,6 +112,30 @@ def test_it_says_what_was_found(page: Any) -> None:
     ]
     places = [page.text.index(t) for t in titles]
     assert places == sorted(places)
+
+
+def test_the_report_of_a_measured_run_shows_where_the_time_went(tmp_path: Path) -> None:
+    run, seconds = tmp_path / "run", dict.fromkeys(PHASES, 1.5)
+    write_run(run)
+
+    def shown() -> str:
+        text = unescape(build_report(run, options=FEW).read_text(encoding="utf-8"))
+        return re.sub("[\u2009\u202f]", " ", text)
+
+    assert "Where the time went" not in shown()
+    one = {"method": "fedavg", "seed": 3, "engine": "ray", "phases": seconds, "sites": {"a": 90.0, "b": 30.5}}
+    outside = {"seconds": 90.0, "cluster": 75.0, "reading": 0.3, "baselines": 0.0, "report": 2.0, "workers": []}
+    (run / "profile.json").write_text(json.dumps({**outside, "method_runs": [one, {**one, "fold": 2}]}))
+    text = shown()
+    assert "Where the time went." in text
+    assert "FedAvg, seed 3, fold 2" in text
+    assert "2 min 0 s" in text
+    assert "Outside of method runs: connecting to the cluster 1 min 15 s, reading the data 0.3 s." in text
+    assert NOT_SPLIT in text
+    table = (run / "report" / "tables" / "times.csv").read_text().splitlines()
+    assert table[1].endswith(",120.5")
+    (run / "profile.json").write_text("{")
+    assert "Where the time went" not in shown()
 
 
 def test_it_is_self_contained(page: Any) -> None:

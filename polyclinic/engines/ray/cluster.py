@@ -24,6 +24,10 @@ from polyclinic.errors import MissingDependency, RunError
 LOCAL = "local"
 """Address that starts a cluster on this machine for the duration of the run."""
 
+ANSWER = 10.0
+"""Seconds in which the head of a cluster must answer."""
+_PREFACE, _SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\0\0\0\x04\0\0\0\0\0"
+
 
 class ClusterError(RunError):
     """A Ray cluster that cannot be reached or used. The message says what to change."""
@@ -61,17 +65,22 @@ def connected(address: str, workers: int | None = None) -> Iterator[None]:
         yield
         return
     where = "on this machine" if address == "auto" else f"at {address}"
+    if address == "auto" and (named := os.environ.get("RAY_ADDRESS")):
+        address, where = named, f"at {named} (RAY_ADDRESS)"
     remedy = 'start one with `ray start --head`, give its address, or use address = "local"'
-    if not _answers(address):
-        raise ClusterError(f"no Ray cluster can be reached {where}: {remedy}")
+    if why := _silence(address):
+        raise ClusterError(f"no Ray cluster can be reached {where} ({why}): {remedy}")
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     try:
         if address == LOCAL:
-            package.init(num_cpus=workers, include_dashboard=False, **options)
+            # without the address, Ray would use a cluster that RAY_ADDRESS names or that runs on this machine
+            package.init(address=LOCAL, num_cpus=workers, include_dashboard=False, **options)
         else:
             package.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        why = str(error).splitlines()[0]
+        why = " ".join(str(error).split())
+        if "ersion mismatch" in why:
+            remedy = "install the same versions of Ray and Python on every machine of the cluster"
         raise ClusterError(f"no Ray cluster can be reached {where} ({why}): {remedy}") from error
     try:
         yield
@@ -79,16 +88,26 @@ def connected(address: str, workers: int | None = None) -> Iterator[None]:
         package.shutdown()
 
 
-def _answers(address: str) -> bool:
-    """Return whether a process listens at ``address``, without which Ray would end this process."""
-    host, colon, port = address.rpartition(":")
-    if not colon or "//" in address:
-        return True
+def _silence(address: str) -> str:
+    """Return why no cluster can answer at ``address``, which Ray would notice after minutes; empty if one may.
+
+    Ray's head uses HTTP/2 without encryption, unless ``RAY_USE_TLS`` is set: it answers the connection preface (RFC
+    9113, 3.4) with a frame of settings.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or "//" in host:
+        return ""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, ValueError):
-        return False
-    return True
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return ""
+            connection.sendall(_PREFACE + _SETTINGS)
+            answer = connection.recv(len(_SETTINGS))
+    except TimeoutError:
+        return f"no answer within {ANSWER:g} s"
+    except (OSError, ValueError, OverflowError) as error:
+        return str(error)
+    return "" if answer[3:4] == _SETTINGS[3:4] else "what answers there is not Ray"
 
 
 def slots(cpus: float, gpus: float) -> int:

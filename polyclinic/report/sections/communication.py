@@ -6,6 +6,7 @@ from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import NONE, count, duration, number, size, whole
 from polyclinic.report.page_blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.studies.records import time_profile
 
 MODES = {
     "in-process": "All sites were simulated in one process on one machine",
@@ -30,7 +31,8 @@ def leaving_section(page: ReportContext) -> Section:
     leaves = Table("leaves", "The methods, and what leaves a site with each.", columns, sent)
     if not page.costs:
         return Section("leaving", title, [leaves, Text("No round was recorded.")])
-    return Section("leaving", title, [leaves, *_trade_off(page), _costs(page), *_sites(page), *_losses(page)])
+    costs = [_costs(page), *_times(page), *_sites(page)]
+    return Section("leaving", title, [leaves, *_trade_off(page), *costs, *_losses(page)])
 
 
 def _capital(text: str) -> str:
@@ -67,6 +69,26 @@ def _costs(page: ReportContext) -> Table:
         value = number(page.target.value, page.digits)
         note += f" Target: validation {page.label} of {value}, {page.target.meaning}."
     return Table("costs", "Cost of each method.", columns, rows, note)
+
+
+def _times(page: ReportContext) -> list[Table]:
+    """Return the table of where the time went, of a run with ``--profile``."""
+    profile = time_profile.read(page.run.path)
+    if profile is None or not profile["method_runs"]:
+        return []
+    rows: list[Row] = []
+    for one in profile["method_runs"]:
+        fold = f", fold {one['fold']}" if "fold" in one else ""
+        cells = {name: Cell(duration(one["phases"][name]), one["phases"][name]) for name in time_profile.PHASES}
+        computing = sum(one["sites"].values())
+        cells["computing"] = Cell(duration(computing), computing)
+        rows.append({"method": f"{page.title(one['method'])}, seed {one['seed']}{fold}", **cells})
+    columns = words(method="Method run")
+    columns += numbers(**{name: name.capitalize() for name in time_profile.PHASES}, computing="Computing, all sites")
+    parts = {"cluster": "connecting to the cluster", "reading": "reading the data", "baselines": "linear baselines"}
+    told = [f"{parts[name]} {duration(s)}" for name, s in time_profile.run_parts(profile).items() if name in parts]
+    note = f"Outside of method runs: {', '.join(told)}. The report is not included. "
+    return [Table("times", "Where the time went.", columns, rows, note + " ".join(time_profile.notes(profile)))]
 
 
 def _trade_off(page: ReportContext) -> list[Picture]:

@@ -9,10 +9,11 @@ another from its checkpoint.
 import asyncio
 import json
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -72,7 +73,8 @@ class Runner:
         self._jobs: dict[str, Job] = {}
 
     def prepare(self, mark: str) -> str:
-        """Read the study and its data; return the machine, its installation, and the reason why it cannot as JSON."""
+        """Read the study and its data; return, as JSON, the machine, its installation, why it cannot, and seconds."""
+        begun = time.perf_counter()
         told = {"node": socket.gethostname(), "installation": installation(), "problem": ""}
         file = self._folder / SHARED
         if not file.is_file() or file.read_text(encoding="ascii") != mark:
@@ -85,7 +87,7 @@ class Runner:
             self._work, self._jobs = self._make(self._recipe)
         except PolyclinicError as error:
             told["problem"] = f"on the machine {told['node']}: {error}"
-        return json.dumps(told)
+        return json.dumps({**told, "reading": time.perf_counter() - begun})
 
     def run(self, name: str, attempt: int) -> str:
         """Execute the method run ``name`` from its last checkpoint; return outcome, text and number of events as JSON.
@@ -115,6 +117,7 @@ class _Worker:
 
     Attributes:
         attempt: The number of this execution of a method run.
+        since: When it was started.
     """
 
     actor: Any
@@ -122,6 +125,7 @@ class _Worker:
     job: Job | None = None
     ready: bool = False
     attempt: int = 0
+    since: float = field(default_factory=time.perf_counter)
 
 
 class ClusterWorkers:
@@ -135,6 +139,7 @@ class ClusterWorkers:
         count: The number of method runs; more workers are not needed.
         workers: Number of workers; by default as many as the cluster can run at once.
         gpus: GPUs of each worker; a fraction shares one GPU between workers.
+        started: Filled with the machine and seconds of each worker that has started (``time_profile.RunTimes``).
     """
 
     def __init__(
@@ -146,6 +151,7 @@ class ClusterWorkers:
         count: int,
         workers: int | None = None,
         gpus: float = 0.0,
+        started: list[dict[str, Any]] | None = None,
     ) -> None:
         self._ray, self._note, self._shared = ray(), note, folder / SHARED
         mark = f"{socket.gethostname()} {self._ray.get_runtime_context().get_job_id()}"
@@ -158,6 +164,7 @@ class ClusterWorkers:
         self._attempts = 0
         self._deaths_at_start = 0
         self._workers: list[_Worker] = []
+        self._started = [] if started is None else started
         for _ in range(min(workers or slots(1, gpus), count)):
             self._start()
 
@@ -198,6 +205,9 @@ class ClusterWorkers:
         if not worker.ready:
             _require_usable(result)
             worker.ready = True
+            whole, reading = time.perf_counter() - worker.since, result["reading"]
+            times = {"starting": round(max(0.0, whole - reading), 4), "reading": round(reading, 4)}
+            self._started.append({"machine": result["node"], **times})
             return
         outcome, text, events = result
         while self._arrived[worker.attempt] < events:  # they arrived in the mailbox before the result
@@ -242,7 +252,7 @@ class ClusterWorkers:
                 self._mailbox.answer.remote(value["ask"], self._note(*value["note"]))
 
 
-def _require_usable(told: dict[str, str]) -> None:
+def _require_usable(told: dict[str, Any]) -> None:
     """Require that a worker can execute method runs.
 
     Raises:

@@ -104,7 +104,8 @@ class MethodRun:
                 yield self._event("arm", 0)
             else:
                 yield self._event("arm", at.round)
-            engine = self._engine(at)
+            with self.watch.phase("starting"):
+                engine = self._engine(at)
             try:
                 yield from self._train(engine, at)
             finally:
@@ -114,7 +115,7 @@ class MethodRun:
             step_file.remove(self.path)
             self.folder.close()
             if self.profile:
-                self.watch.write(self.path, self.job.who)
+                self.watch.write(self.path, {**self.job.who, "engine": self.study.engine.kind})
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
         study = self.study

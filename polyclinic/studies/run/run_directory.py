@@ -15,7 +15,7 @@ runs/<name>-<hash8>/
                        now.json                 progress within the current round
   linear/<baseline>-seed<s>.safetensors         test predictions of linear models of a table
   data.safetensors   hashes of the data's examples      stop   makes it stop after the current round
-  profile.json    where the time went, of a run with --profile
+  profile.json    where the time went, of a run with --profile (profile-run.json, until the run ends)
   .lock           held by the process of the run
 ```
 With folds, the folder of a method run is ``<label>-seed<s>-fold<f>``.

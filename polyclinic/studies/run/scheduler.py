@@ -31,6 +31,7 @@ from polyclinic.studies.config.loader import plan_content
 from polyclinic.studies.config.study_config import Study, parse, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.records.run_description import described, simulated
+from polyclinic.studies.records.time_profile import RunTimes
 from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.cluster_runs import ClusterWorkers
 from polyclinic.studies.run.events import Event, Job, cores
@@ -73,14 +74,15 @@ def run(
         NotChosen: If what a search chose was changed after training had begun with it.
     """
     _ = study.engine.device_here
-    with nullcontext(folder) if folder is not None else held(path) as own, _cluster(study):
-        yield from _run_in(own, resolve(study, text), resume, fresh, profile)
+    times = RunTimes(profile)
+    with nullcontext(folder) if folder is not None else held(path) as own, times.entered("cluster", _cluster(study)):
+        yield from _run_in(own, resolve(study, text), resume, fresh, times)
 
 
-def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, profile: bool) -> Iterator[Event]:
+def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, times: RunTimes) -> Iterator[Event]:
     path = folder.path
     study, splits, first = resolved.study, resolved.splits, resolved.splits[0]
-    work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first), profile)
+    work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first), times)
     try:
         own = path if folder.begun and read_info(path).hash == resolved.hash else None
     except NotARun:  # a damaged run, which may be there to be deleted
@@ -112,8 +114,11 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
         if jobs:
             executor = _executor(work, len(jobs), folder.note)
             yield from run_here(jobs, work, folder.note) if executor is None else run_jobs(jobs, executor)
-        if resolved.table and work.add_linear_baselines():
-            folder.note("linear baselines", {})
+        if resolved.table:
+            with times.measured("baselines"):
+                if work.add_linear_baselines():
+                    folder.note("linear baselines", {})
+        times.write(path)
         folder.finish([job.name for job in resolved.jobs])
         folder.note("finished", {})
     except Stopped:
@@ -140,12 +145,17 @@ def _executor(work: "_Work", jobs: int, note: Note) -> Executor | None:
     if not _whole_arms(study, jobs, workers):
         return None
     if study.engine.kind == "ray":
-        path = work.path.absolute()
-        recipe = _recipe(work.resolved, path, work.profile)
-        return ClusterWorkers(work_from, recipe, path, note, jobs, study.engine.workers, study.engine.gpus)
+        return _on_cluster(work, jobs, note)
     inside = study.engine.model_copy(update={"kind": "in-process"})  # each method run has one process
     work = dataclasses.replace(work, study=study.model_copy(update={"engine": inside}))
     return ChildProcesses(work, note, workers)
+
+
+def _on_cluster(work: "_Work", jobs: int, note: Note) -> ClusterWorkers:
+    """Return what executes whole method runs on a Ray cluster."""
+    path, engine = work.path.absolute(), work.study.engine
+    recipe = _recipe(work.resolved, path, work.times.wanted)
+    return ClusterWorkers(work_from, recipe, path, note, jobs, engine.workers, engine.gpus, work.times.workers)
 
 
 def _capacity(study: Study) -> int:
@@ -199,7 +209,7 @@ def work_from(recipe: str) -> tuple["_Work", dict[str, Job]]:
     engine = study.engine.model_copy(update={"kind": "in-process", "device": told["device"]})
     study = study.model_copy(update={"engine": engine})
     latest = (study.seeds[0], resolved.jobs[0].fold, resolved.splits[0])
-    work = _Work(resolved, study, Path(told["folder"]), latest, told["profile"])
+    work = _Work(resolved, study, Path(told["folder"]), latest, RunTimes(told["profile"]))
     return work, {job.name: job for job in resolved.jobs}
 
 
@@ -212,14 +222,14 @@ class _Work:
         study: The study, with the engine that the method runs use.
         path: The run folder.
         latest: Seed, fold and data of the latest split.
-        profile: Whether each method run writes where its time went.
+        times: Seconds outside of method runs, and whether each of these writes where its time went.
     """
 
     resolved: ResolvedStudy
     study: Study
     path: Path
     latest: tuple[int, Fold | None, Federated]
-    profile: bool = False
+    times: RunTimes = dataclasses.field(default_factory=RunTimes)
 
     def results(self) -> dict[str, dict[str, float]]:
         """Return the test scores of the finished method runs by name."""
@@ -268,7 +278,7 @@ class _Work:
     def _arm(self, study: Study, job: Job, folder: MethodRunFolder, sealed: bool = False) -> MethodRun:
         data = self._data(job.seed, job.fold)
         data = _sealed(data) if sealed else data
-        method, profile = self.resolved.method(job, data, study), self.profile and job.trial is None
+        method, profile = self.resolved.method(job, data, study), self.times.wanted and job.trial is None
         return MethodRun(study, self.resolved.hash, job, method, data, folder, self.resolved.numbers, profile)
 
     def _data(self, seed: int, fold: Fold | None) -> Federated:

@@ -6,10 +6,14 @@ The cluster is started by the test: two nodes on this machine, each with its own
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from polyclinic.engines.ray import cluster
 from polyclinic.engines.ray.site_actors import RaySites, decode_data, encode_data
 from polyclinic.studies.config.schema import EngineSpec
 from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.records import time_profile
 from polyclinic.studies.run.cluster_runs import SHARED
 from polyclinic.studies.run.run_directory import Stopped
 from polyclinic.studies.run.scheduler import run as run_study
@@ -125,6 +130,90 @@ def test_another_installation_is_refused_by_name() -> None:
 def test_engine_options_that_do_not_fit_are_refused(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         EngineSpec(**given)
+
+
+class Refusing:
+    """What ``connected`` uses of Ray: a cluster that refuses every process."""
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **_: Any) -> None:
+        raise RuntimeError(
+            "Version mismatch: The cluster was started with:\n    Ray: 2.1\nThis process with:\n    Ray: 2.2"
+        )
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ray", Refusing)
+    monkeypatch.setattr(cluster, "ANSWER", 0.5)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+
+
+def refusal(address: str) -> str:
+    """The error of a connection to ``address``, which comes within seconds."""
+    begun = time.monotonic()
+    with pytest.raises(cluster.ClusterError) as caught, cluster.connected(address):
+        pass
+    assert time.monotonic() - begun < 5
+    return str(caught.value)
+
+
+@contextmanager
+def listener(answer: bytes | None) -> Iterator[str]:
+    """The address of a process that gives one ``answer``, or none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                received = b""
+                while len(received) < 33:  # the preface and empty settings
+                    received += connection.recv(64)
+                assert received.startswith(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                if answer is None:
+                    connection.recv(1)
+                else:
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        thread.join(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (None, "no answer within 0.5 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is not Ray"),
+        (b"", "what answers there is not Ray"),
+    ],
+)
+def test_a_program_that_is_not_ray_is_noticed_within_seconds(refusing: None, answer: bytes | None, says: str) -> None:
+    """Ray itself waits for minutes, and ends the process."""
+    with listener(answer) as address:
+        assert f"no Ray cluster can be reached at {address} ({says}): start one with" in refusal(address)
+
+
+def test_other_versions_of_a_cluster_are_named_with_the_remedy(refusing: None) -> None:
+    with listener(b"\0\0\6\4\0\0\0\0\0") as address:
+        message = refusal(address)
+    assert "(Version mismatch: The cluster was started with: Ray: 2.1 This process with: Ray: 2.2)" in message
+    assert message.endswith("install the same versions of Ray and Python on every machine of the cluster")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:x", "127.0.0.1:99999", "[::1]:1"])
+def test_an_address_where_nothing_listens_is_refused_at_once(refusing: None, address: str) -> None:
+    assert f"no Ray cluster can be reached at {address} (" in refusal(address)
+    assert "mismatch" not in refusal(address)
+
+
+def test_a_cluster_that_the_environment_names_is_named(refusing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert "no Ray cluster can be reached at 127.0.0.1:1 (RAY_ADDRESS) (" in refusal("auto")
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +352,64 @@ def test_a_study_over_two_nodes_has_the_bits_of_one_machine(
     assert facts(on_one_machine / parallel) == facts(on_one_machine / "in-process")
     assert sum(1 for _ in verify(on_one_machine / parallel / "journal.jsonl")) > 10
     assert not (on_one_machine / parallel / SHARED).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+@pytest.mark.parametrize("parallel", ["arms", "sites"])
+def test_a_profile_shows_where_the_time_went_on_two_nodes(two_nodes: Any, on_one_machine: Path, parallel: str) -> None:
+    """Whole method runs are measured by their workers, side by side; sites by the workers that hold them."""
+    text, path = on_ray(on_one_machine, parallel), on_one_machine / f"profile-{parallel}"
+    begun = time.perf_counter()
+    list(run_study(parse(text), text, path, profile=True))
+    whole = time.perf_counter() - begun
+    assert facts(path) == facts(on_one_machine / "in-process")
+    found = time_profile.collect(path, whole, 0.0)
+    jobs = [p.name for p in (path / "arms").iterdir()]
+    assert len(found["method_runs"]) == len(jobs) > 2
+    for one in found["method_runs"]:
+        assert all(one["phases"][phase] > 0 for phase in ("training", "merging", "evaluation", "saving"))
+        assert sum(one["phases"].values()) < whole
+        assert sum(one["sites"].values()) > 0
+    starting = sum(one["phases"]["starting"] for one in found["method_runs"])
+    if parallel == "sites":
+        assert {one["engine"] for one in found["method_runs"]} == {"ray"}
+        assert found["workers"] == []
+        assert starting > 1.0  # each method run starts its workers
+        assert time_profile.table(found)[-1] == time_profile.NOT_SPLIT
+    else:
+        assert {one["engine"] for one in found["method_runs"]} == {"in-process"}
+        assert 1 <= len(found["workers"]) <= 2
+        assert all(worker["starting"] > 0.1 and worker["reading"] > 0 for worker in found["workers"])
+        assert starting < 1.0
+        assert " of the cluster executed whole method runs" in time_profile.table(found)[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_the_command_shows_the_profile_of_a_local_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason='needs pip install "polyclinic[ray]"')
+    npz(tmp_path)
+    text = on_ray(tmp_path, "sites").split("[[methods]]")[0].replace('kind = "ray"', 'kind = "ray"\naddress = "local"')
+    text = text.replace("seeds = [0, 1]", "seeds = [0]").replace("rounds = 4", "rounds = 2")
+    (tmp_path / "s.toml").write_text(text + '[[methods]]\nname = "fedavg"\n')
+    words = [sys.executable, "-m", "polyclinic", "run", "s.toml", "--profile"]
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}  # a local cluster is none that runs elsewhere
+    done = subprocess.run(
+        words, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").glob("small-*")
+    profile = json.loads((folder / "profile.json").read_text())
+    assert profile["cluster"] > 0.5  # Ray was started
+    (one,) = profile["method_runs"]
+    inside = sum(one["phases"].values()) + sum(profile[part] for part in ("cluster", "reading", "report", "baselines"))
+    assert 0.9 * profile["seconds"] < inside <= 1.01 * profile["seconds"]
+    assert " s: cluster " in done.stdout
+    assert "training over workers contains messages" in " ".join(done.stdout.split())
+    page = unescape((folder / "report" / "report.html").read_text())
+    assert "connecting to the cluster" in page
+    assert time_profile.NOT_SPLIT in page
 
 
 @pytest.mark.slow

@@ -4,9 +4,10 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,7 @@ class Cluster:
     work: Callable[[Any, Any], Iterator[Event]]
     refusal: str = ""
     notes: list[Any] | None = None
+    started: list[dict[str, Any]] = field(default_factory=list)
 
     def make(self, recipe: str) -> tuple[Any, dict[str, Any]]:
         if self.refusal:
@@ -125,8 +127,8 @@ class Cluster:
     def go(self, count: int = 4, workers: int | None = 2, gpus: float = 0.0) -> list[Event]:
         jobs: list[Any] = [Job(f"run-{i}") for i in range(count)]
         try:
-            executor = ClusterWorkers(self.make, "the recipe", self.folder, self.note, count, workers, gpus)
-            return list(run_jobs(jobs, executor))
+            given = self.folder, self.note, count, workers, gpus, self.started
+            return list(run_jobs(jobs, ClusterWorkers(self.make, "the recipe", *given)))
         finally:
             assert not (self.folder / SHARED).exists()
             assert {id(actor) for actor in self.ray.actors} == {id(actor) for actor in self.ray.killed}
@@ -162,6 +164,30 @@ def test_every_run_is_executed_once_and_its_events_arrive_as_they_were_sent(clus
     assert sorted(details["method"] for _, details in known(cluster.notes)) == [f"run-{i}" for i in range(4)]
     assert {event for event, _ in known(cluster.notes)} == {"test opened"}
     assert cluster.workers == 2
+
+
+def test_the_start_of_each_worker_is_measured(cluster: Cluster) -> None:
+    made = cluster.make
+
+    def slow(recipe: str) -> Any:
+        time.sleep(0.2)
+        return made(recipe)
+
+    cluster.make = slow  # type: ignore[method-assign]
+    both = threading.Barrier(2, timeout=300)  # so that both workers are needed
+
+    def working(job: Job, note: Any) -> Iterator[Event]:
+        both.wait()
+        yield from usual(job, note)
+
+    cluster.work = working
+    begun = time.perf_counter()
+    cluster.go()
+    whole = time.perf_counter() - begun
+    assert [one["machine"] for one in cluster.started] == [socket.gethostname()] * 2
+    for one in cluster.started:
+        assert 0.2 <= one["reading"] <= whole
+        assert 0 <= one["starting"] <= whole - 0.2
 
 
 @pytest.mark.parametrize(("count", "given", "started"), [(1, 5, 1), (5, None, 3), (6, 4, 4)])

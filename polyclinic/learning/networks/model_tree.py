@@ -10,9 +10,10 @@ merged, clipped nor counted, and methods need no notion of freezing.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any, Protocol
 
 import torch
@@ -101,15 +102,48 @@ def inspect(model: nn.Module) -> Inspection:
     )
 
 
-def params_of(model: nn.Module) -> Tree:
-    """Copy the state that may be sent: each trainable tensor and statistic once, on the CPU."""
-    return {name: leaf.detach().to("cpu", copy=True) for name, leaf in _floating(_leaves(model)).items()}
+def params_of(model: nn.Module, memory: Tree = MappingProxyType({})) -> Tree:
+    """Copy the state that may be sent: each trainable tensor and statistic once, on the CPU.
+
+    Args:
+        memory: Tensors from ``take_gradients``, which are overwritten with the copies that fit them. Large tensors are
+            written many times faster to memory that the process has used already.
+    """
+    copies: dict[str, Tensor] = {}
+    for name, leaf in _floating(_leaves(model)).items():
+        own = memory.get(name)
+        copies[name] = leaf.detach().to("cpu", copy=True) if own is None else own.copy_(leaf.detach())
+    return copies
 
 
-def changes_of(model: nn.Module, start: Tree) -> Tree:
-    """Return ``params_of(model) - start``, to the bit, without a copy of the parameters."""
-    leaves = _floating(_leaves(model))
-    return tree.sub({name: leaf.detach().to("cpu") for name, leaf in leaves.items()}, start)
+def changes_of(model: nn.Module, start: Tree, memory: Tree = MappingProxyType({})) -> Tree:
+    """Return ``params_of(model, memory) - start``, to the bit, without a copy of the parameters."""
+    leaves = {name: leaf.detach().to("cpu") for name, leaf in _floating(_leaves(model)).items()}
+    fitting = {name: own for name, own in memory.items() if name in start and start[name].dtype == own.dtype}
+    return tree.sub(leaves, start, fitting)
+
+
+def take_gradients(model: nn.Module) -> Tree:
+    """Remove the gradients from ``model``, and return those whose memory can hold new values of their parameters.
+
+    They are on the CPU, have the type and layout of the parameter, and share no memory with each other. The caller
+    knows that no one else refers to them.
+    """
+    gradients = [(name, p, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    places = Counter(g.untyped_storage().data_ptr() for _, _, g in gradients if g.layout == torch.strided)
+    return {
+        name: g
+        for name, p, g in gradients
+        if g.layout == torch.strided
+        and g.device.type == p.device.type == "cpu"
+        and not g.requires_grad
+        and g.dtype == p.dtype
+        and g.is_contiguous()
+        and p.is_contiguous()
+        and g.untyped_storage().nbytes() == g.nbytes
+        and places[g.untyped_storage().data_ptr()] == 1
+    }
 
 
 def parameter_count(model: nn.Module) -> int:

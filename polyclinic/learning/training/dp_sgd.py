@@ -94,7 +94,7 @@ class DPSGD(LocalTraining):
         trainable: Callable[[str], bool] | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
         slot: str = "",
-        result: Callable[[nn.Module], Tree] = params_of,
+        result: Callable[[nn.Module, Tree], Tree] = params_of,
     ) -> Tree:
         """Return the parameters after private training from ``start``. Arguments as in ``LocalTraining.fit``.
 
@@ -144,7 +144,7 @@ class DPSGD(LocalTraining):
                 if after_step:
                     after_step(model)
         meter(spend)
-        return result(model)
+        return result(model, {})
 
     def validate(self, task: Trainable, model: nn.Module) -> list[str]:
         """Return the reasons why the task and model cannot be trained privately, with the necessary changes."""

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 from weakref import WeakSet
 
@@ -21,7 +20,7 @@ from polyclinic.core.site import Compute, Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
-from polyclinic.learning.networks.model_tree import cached_model, changes_of, params_of
+from polyclinic.learning.networks.model_tree import cached_model, changes_of, params_of, take_gradients
 from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.image_augmentation import ImageAugmentation
 from polyclinic.learning.training.minibatches import Sampler, drawn, weights
@@ -113,7 +112,7 @@ class LocalTraining:
         trainable: Callable[[str], bool] | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
         slot: str = "",
-        result: Callable[[nn.Module], Tree] = params_of,
+        result: Callable[[nn.Module, Tree], Tree] = params_of,
     ) -> Tree:
         """Return the parameters after training from ``start`` on a site's data.
 
@@ -126,7 +125,8 @@ class LocalTraining:
             trainable: Selects the parameters to train; all others are unchanged.
             after_step: Called with the model after each step, for example to update a second model.
             slot: Name of the model, if several of one task are used at the same time.
-            result: What is returned of the trained model; it must share no memory with it.
+            result: What is returned of the trained model, with which it must share no memory. Its second argument holds
+                tensors that it may overwrite and return.
         """
         model, data = cached_model(task, start, site.device, slot), site.data[role] if data is None else data
         loss, rng = loss or task.loss, site.rng(round, "train", role, slot)
@@ -150,13 +150,16 @@ class LocalTraining:
                     after_step(model)
             if memory is not None:
                 memory[key] = {**memory.get(key, {}), **optimizer.state(list(named))}
-        model.zero_grad(set_to_none=True)  # frees the gradients before the parameters are copied
-        return result(model)
+        gradients = take_gradients(model)
+        # A hook may have kept a gradient; without hooks, no one needs the last ones, and their memory is used again.
+        return result(model, {} if gradient_hook or after_step else gradients)
 
     def change(self, task: Trainable, start: Tree, site: Site, round: int, **options: Any) -> Tree:
         """Return the change of the parameters by ``fit``, which no one else uses. ``options`` are those of ``fit``."""
         if type(self).fit is LocalTraining.fit:  # another ``fit`` may change the parameters that it returns
-            return self.fit(task, start, site, round, **options, result=partial(changes_of, start=start))
+            return self.fit(
+                task, start, site, round, **options, result=lambda model, memory: changes_of(model, start, memory)
+            )
         change = self.fit(task, start, site, round, **options)
         tree.sub_(change, start)
         return change

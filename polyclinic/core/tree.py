@@ -117,8 +117,8 @@ def scale(a: Tree, by: float) -> Tree:
 
 def scale_(a: Tree, by: float) -> None:
     """Compute ``a ← by · a`` in place."""
-    for leaf in a.values():
-        leaf.mul_(by)
+    if a:
+        torch._foreach_mul_(list(a.values()), by)
 
 
 def lerp(a: Tree, b: Tree, share: float) -> Tree:

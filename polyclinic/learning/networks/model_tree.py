@@ -25,6 +25,8 @@ from polyclinic.core.tree import Tree
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _FROZEN = "_frozen_leaves"
+LARGE = 2**16
+"""Bytes from which on the memory of a gradient is used again; smaller tensors are allocated faster."""
 
 _cache = threading.local()
 
@@ -118,19 +120,24 @@ def params_of(model: nn.Module, memory: Tree = MappingProxyType({})) -> Tree:
 
 def changes_of(model: nn.Module, start: Tree, memory: Tree = MappingProxyType({})) -> Tree:
     """Return ``params_of(model, memory) - start``, to the bit, without a copy of the parameters."""
-    leaves = {name: leaf.detach().to("cpu") for name, leaf in _floating(_leaves(model)).items()}
     fitting = {name: own for name, own in memory.items() if name in start and start[name].dtype == own.dtype}
-    return tree.sub(leaves, start, fitting)
+    with torch.no_grad():
+        leaves = {name: leaf.to("cpu") for name, leaf in _floating(_leaves(model)).items()}
+        return tree.sub(leaves, start, fitting)
 
 
 def take_gradients(model: nn.Module) -> Tree:
     """Remove the gradients from ``model``, and return those whose memory can hold new values of their parameters.
 
-    They are on the CPU, have the type and layout of the parameter, and share no memory with each other. The caller
-    knows that no one else refers to them.
+    They are large, on the CPU, have the type and layout of the parameter, and share no memory with each other. The
+    caller knows that no one else refers to them.
     """
-    gradients = [(name, p, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    model.zero_grad(set_to_none=True)
+    gradients = []
+    for name, p in model.named_parameters():
+        if (gradient := p.grad) is not None:
+            p.grad = None
+            if gradient.nbytes >= LARGE:
+                gradients.append((name, p, gradient))
     places = Counter(g.untyped_storage().data_ptr() for _, _, g in gradients if g.layout == torch.strided)
     return {
         name: g

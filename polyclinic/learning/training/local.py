@@ -313,23 +313,28 @@ def plain(local: LocalTraining) -> LocalTraining:
 @contextmanager
 def seeded(rng: torch.Generator, device: str = "cpu") -> Iterator[None]:
     """Seed PyTorch's global generators (for dropout and the like) from ``rng``, and restore them afterwards."""
-    cuda = [torch.device(device)] if device.startswith("cuda") else []
     seed = int(torch.randint(2**62, (), generator=rng))
-    with torch.random.fork_rng(devices=cuda):
+    before = torch.default_generator.get_state()
+    try:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the stack three times without a GPU
-        for one in cuda:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield
+        if device.startswith("cuda"):
+            with torch.random.fork_rng(devices=[torch.device(device)]):
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+                yield
+        else:
+            yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 @contextmanager
 def placed(model: nn.Module, site: Site) -> Iterator[nn.Module]:
     """Lay out and compile ``model`` as the site's ``compute`` says, and restore the layout afterwards."""
     compute = site.compute
-    dims = {p.ndim for p in model.parameters()}
+    dims = {p.ndim for p in model.parameters()} if compute.channels_last else set()
     layout = torch.channels_last_3d if 5 in dims else torch.channels_last
-    if compute.channels_last and dims & {4, 5}:
+    if dims & {4, 5}:
         model.to(memory_format=layout)  # type: ignore[call-overload]
     if compute.compile and model not in _compiled:
         model.compile()
@@ -337,7 +342,7 @@ def placed(model: nn.Module, site: Site) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        if compute.channels_last and dims & {4, 5}:
+        if dims & {4, 5}:
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 

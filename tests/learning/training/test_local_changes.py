@@ -41,8 +41,12 @@ class Halved(LocalTraining):
         return tree.scale(super().fit(*given, **options), 0.5)
 
 
+@pytest.mark.parametrize("large", [0, 2**16])
 @pytest.mark.parametrize("local", [LocalTraining(batch_size=4, lr=0.1), Halved(batch_size=4, lr=0.1)])
-def test_a_change_is_the_difference_of_what_fit_returns(local: LocalTraining) -> None:
+def test_a_change_is_the_difference_of_what_fit_returns(
+    local: LocalTraining, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyclinic.learning.networks.model_tree.LARGE", large)
     rng = torch.Generator().manual_seed(1)
     data = Examples(torch.randn(12, 4, generator=rng), torch.randint(0, 4, (12,), generator=rng), NAMES, NAMES)
     site, task = Site("a", {"train": data}), Task()
@@ -59,8 +63,11 @@ def test_a_change_is_the_difference_of_what_fit_returns(local: LocalTraining) ->
     assert all(torch.equal(start[name], kept[name]) for name in start)
 
 
-def test_gradients_are_overwritten_only_if_no_one_else_has_their_memory() -> None:
+def test_gradients_are_overwritten_only_if_no_one_else_has_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polyclinic.learning.networks.model_tree.LARGE", 24)
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(2, 3)) for name in "abcdefgh"})
+    model["i"] = nn.Parameter(torch.zeros(5))
+    model["i"].grad = torch.ones(5)  # small
     both = torch.ones(2, 2, 3)
     model["a"].grad, model["b"].grad = both[0], both[1]  # one memory
     model["c"].grad = torch.ones(3, 2).T  # another layout
@@ -81,7 +88,8 @@ def test_gradients_are_overwritten_only_if_no_one_else_has_their_memory() -> Non
     assert float(own.abs().max()) == 0
 
 
-def test_a_gradient_that_a_hook_has_kept_does_not_change() -> None:
+def test_a_gradient_that_a_hook_has_kept_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polyclinic.learning.networks.model_tree.LARGE", 0)
     rng = torch.Generator().manual_seed(1)
     data = Examples(torch.randn(12, 4, generator=rng), torch.randint(0, 4, (12,), generator=rng), NAMES, NAMES)
     site, task, kept = Site("a", {"train": data}), Task(), list[tuple[torch.Tensor, torch.Tensor]]()

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does, before PyTorch allocates
@@ -56,7 +57,7 @@ class GivenOrder(LocalTraining):
 
     def change(self, task, start, site, round, **how):
         _current.append(_orders[site.name, round])
-        return self.fit(task, start, site, round, **how, result=lambda model, memory: changes_of(model, start, memory))
+        return self.fit(task, start, site, round, **how, result=partial(changes_of, start=start))
 
     def _order(self, data, rng):
         yield from _current.pop().split(self.batch_size)

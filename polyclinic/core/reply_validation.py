@@ -178,15 +178,12 @@ class ReplySum:
 
     Replies are held while they are small together, or few (``GROUP``). After that, and if no limit compares them, they
     are validated, added and released together, so that memory does not grow with the number of sites. Replies of
-    different forms then have separate sums, because the majority is known at the end.
+    different forms then have separate sums, because the majority is known at the end. They are written to the tensors
+    ``spare`` of an earlier sum; at the end, those that are not needed are placed there.
     """
 
     def __init__(self, validator: ReplyValidator, request: Request, spare: Spare | None = None) -> None:
-        """Create an empty sum of replies to ``request``, which ``validator`` admits.
-
-        Args:
-            spare: Tensors of an earlier sum, which are used. At the end, those that are not needed are placed there.
-        """
+        """Create an empty sum of replies to ``request``, which ``validator`` admits."""
         self._validator, self._request = validator, request
         self._spare: Spare = {} if spare is None else spare
         self._held: dict[str, Reply] = {}
@@ -237,8 +234,7 @@ class ReplySum:
         others = _of_other_form(self._request, self._forms)
         agreed = next((form for site, form in self._forms.items() if site not in others), ())
         self._spare.clear()  # of other requests, so that memory does not grow with their number
-        if agreed in self._sums:
-            self._spare[agreed] = self._sums[agreed].spare
+        self._spare |= {agreed: self._sums[agreed].spare} if agreed in self._sums else {}
         total = self._sums[agreed].total if agreed in self._sums else Reply()
         return dict(sorted((self._reasons | others).items())), total
 

@@ -10,7 +10,6 @@ merged, clipped nor counted, and methods need no notion of freezing.
 """
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType, MethodType
@@ -25,8 +24,6 @@ from polyclinic.core.tree import Tree
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _FROZEN = "_frozen_leaves"
-LARGE = 2**16
-"""Bytes from which on the memory of a gradient is used again; smaller tensors are allocated faster."""
 
 _cache = threading.local()
 
@@ -118,39 +115,12 @@ def params_of(model: nn.Module, memory: Tree = MappingProxyType({})) -> Tree:
     return copies
 
 
-def changes_of(model: nn.Module, start: Tree, memory: Tree = MappingProxyType({})) -> Tree:
+def changes_of(model: nn.Module, memory: Tree, start: Tree) -> Tree:
     """Return ``params_of(model, memory) - start``, to the bit, without a copy of the parameters."""
     fitting = {name: own for name, own in memory.items() if name in start and start[name].dtype == own.dtype}
     with torch.no_grad():
         leaves = {name: leaf.to("cpu") for name, leaf in _floating(_leaves(model)).items()}
         return tree.sub(leaves, start, fitting)
-
-
-def take_gradients(model: nn.Module) -> Tree:
-    """Remove the gradients from ``model``, and return those whose memory can hold new values of their parameters.
-
-    They are large, on the CPU, have the type and layout of the parameter, and share no memory with each other. The
-    caller knows that no one else refers to them.
-    """
-    gradients = []
-    for name, p in model.named_parameters():
-        if (gradient := p.grad) is not None:
-            p.grad = None
-            if gradient.nbytes >= LARGE:
-                gradients.append((name, p, gradient))
-    places = Counter(g.untyped_storage().data_ptr() for _, _, g in gradients if g.layout == torch.strided)
-    return {
-        name: g
-        for name, p, g in gradients
-        if g.layout == torch.strided
-        and g.device.type == p.device.type == "cpu"
-        and not g.requires_grad
-        and g.dtype == p.dtype
-        and g.is_contiguous()
-        and p.is_contiguous()
-        and g.untyped_storage().nbytes() == g.nbytes
-        and places[g.untyped_storage().data_ptr()] == 1
-    }
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -32,8 +32,9 @@ from polyclinic.learning.networks.functional import at
 from polyclinic.learning.networks.model_tree import cached_model, live_batch_norms, params_of
 from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
-from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable, seeded
+from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable
 from polyclinic.learning.training.minibatches import Sampler
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.learning.training.step_progress import counted
 
 __all__ = ["DPSGD", "Spend", "Unit", "add_noise", "meter", "metered", "per_example_gradients"]

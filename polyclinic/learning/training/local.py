@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 from weakref import WeakSet
 
@@ -20,11 +21,13 @@ from polyclinic.core.site import Compute, Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
-from polyclinic.learning.networks.model_tree import cached_model, changes_of, params_of, take_gradients
+from polyclinic.learning.networks.model_tree import cached_model, changes_of, params_of
 from polyclinic.learning.networks.model_tree import trainable as trainable_of
+from polyclinic.learning.training.gradient_memory import take_gradients
 from polyclinic.learning.training.image_augmentation import ImageAugmentation
 from polyclinic.learning.training.minibatches import Sampler, drawn, weights
 from polyclinic.learning.training.optimizers import SGD, Adam, Optimizer, current_memory
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.learning.training.step_progress import counted
 
 Loss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
@@ -157,9 +160,7 @@ class LocalTraining:
     def change(self, task: Trainable, start: Tree, site: Site, round: int, **options: Any) -> Tree:
         """Return the change of the parameters by ``fit``, which no one else uses. ``options`` are those of ``fit``."""
         if type(self).fit is LocalTraining.fit:  # another ``fit`` may change the parameters that it returns
-            return self.fit(
-                task, start, site, round, **options, result=lambda model, memory: changes_of(model, start, memory)
-            )
+            return self.fit(task, start, site, round, **options, result=partial(changes_of, start=start))
         change = self.fit(task, start, site, round, **options)
         tree.sub_(change, start)
         return change
@@ -308,24 +309,6 @@ class LocalTraining:
 def plain(local: LocalTraining) -> LocalTraining:
     """Return the settings of ``local`` without those of a subclass, such as privacy."""
     return LocalTraining(**{field.name: getattr(local, field.name) for field in fields(LocalTraining)})
-
-
-@contextmanager
-def seeded(rng: torch.Generator, device: str = "cpu") -> Iterator[None]:
-    """Seed PyTorch's global generators (for dropout and the like) from ``rng``, and restore them afterwards."""
-    seed = int(torch.randint(2**62, (), generator=rng))
-    before = torch.default_generator.get_state()
-    try:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the stack three times without a GPU
-        if device.startswith("cuda"):
-            with torch.random.fork_rng(devices=[torch.device(device)]):
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-                yield
-        else:
-            yield
-    finally:
-        torch.default_generator.set_state(before)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.data.examples import Examples
-from polyclinic.learning.networks.model_tree import changes_of, params_of, take_gradients
+from polyclinic.learning.networks.model_tree import changes_of, params_of
+from polyclinic.learning.training.gradient_memory import take_gradients
 from polyclinic.learning.training.local import LocalTraining
 
 NAMES = tuple(f"p{i}" for i in range(12))
@@ -46,7 +47,7 @@ class Halved(LocalTraining):
 def test_a_change_is_the_difference_of_what_fit_returns(
     local: LocalTraining, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyclinic.learning.networks.model_tree.LARGE", large)
+    monkeypatch.setattr("polyclinic.learning.training.gradient_memory.LARGE", large)
     rng = torch.Generator().manual_seed(1)
     data = Examples(torch.randn(12, 4, generator=rng), torch.randint(0, 4, (12,), generator=rng), NAMES, NAMES)
     site, task = Site("a", {"train": data}), Task()
@@ -64,7 +65,7 @@ def test_a_change_is_the_difference_of_what_fit_returns(
 
 
 def test_gradients_are_overwritten_only_if_no_one_else_has_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyclinic.learning.networks.model_tree.LARGE", 24)
+    monkeypatch.setattr("polyclinic.learning.training.gradient_memory.LARGE", 24)
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(2, 3)) for name in "abcdefgh"})
     model["i"] = nn.Parameter(torch.zeros(5))
     model["i"].grad = torch.ones(5)  # small
@@ -82,14 +83,14 @@ def test_gradients_are_overwritten_only_if_no_one_else_has_their_memory(monkeypa
     assert all(p.grad is None for p in model.parameters())
     with torch.no_grad():
         model["f"].fill_(3.0)
-    for found in (params_of(model, taken), changes_of(model, params_of(model), taken)):
+    for found in (params_of(model, taken), changes_of(model, taken, params_of(model))):
         assert found["f"] is own
         assert found["a"].data_ptr() != model["a"].data_ptr()
     assert float(own.abs().max()) == 0
 
 
 def test_a_gradient_that_a_hook_has_kept_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyclinic.learning.networks.model_tree.LARGE", 0)
+    monkeypatch.setattr("polyclinic.learning.training.gradient_memory.LARGE", 0)
     rng = torch.Generator().manual_seed(1)
     data = Examples(torch.randn(12, 4, generator=rng), torch.randint(0, 4, (12,), generator=rng), NAMES, NAMES)
     site, task, kept = Site("a", {"train": data}), Task(), list[tuple[torch.Tensor, torch.Tensor]]()

@@ -7,7 +7,9 @@ A ratio is the CPU time of a framework over that of the bare loop in the same re
 can be measured, and of whole processes, with imports, data and all processes that were started (Linux: this process
 adopts those that a framework leaves). Peak memory is that of the first process of each framework. Final weights are
 compared with the bare loop's; a framework that did other work is reported as such and has no ratio. A run without a
-result after ``--timeout`` seconds is ended with all processes that it started, and reported. Run it on a quiet machine,
+result after ``--timeout`` seconds is ended with all processes that it started, and reported. ``extra_ms`` is the
+difference of the training loops, in CPU milliseconds for each time that a site trains. ``--large-pages`` sets whether
+PyTorch asks for pages of 2 MB, for all frameworks; by default only Polyclinic's runner does. Run it on a quiet machine,
 and read the spread.
 """
 
@@ -27,6 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from work import WORKS
 
 HERE = Path(__file__).parent
 TIMEOUT = 600.0
@@ -169,6 +172,9 @@ def compare(
                 mine, floor = measured[kind], bare.get(kind)
                 if apart <= SAME and mine and floor:
                     ratios.setdefault((name, kind), []).append(mine / floor)
+                    if kind == "loop_cpu_s":
+                        extra = (mine - floor) * 1000 / WORKS[work].site_rounds
+                        ratios.setdefault((name, "extra_ms"), []).append(extra)
     for (name, kind), found in ratios.items():
         summary = {"median": statistics.median(found), "least": min(found), "most": max(found), "runs": len(found)}
         rounded = {key: round(value, 3) for key, value in summary.items()}
@@ -180,10 +186,15 @@ if __name__ == "__main__":
     parser.add_argument("environments", type=Path)
     peers = [name for name in RUNNERS if name != "bare"]
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--work", nargs="+", default=["many-small", "cnn", "large"])
+    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
     parser.add_argument("--peer", nargs="+", default=peers, choices=peers)
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for each run")
+    parser.add_argument(
+        "--large-pages", choices=["0", "1"], help="for all frameworks, whether PyTorch asks for pages of 2 MB"
+    )
     given = parser.parse_args()
+    if given.large_pages is not None:
+        os.environ["THP_MEM_ALLOC_ENABLE"] = given.large_pages
     given.environments = given.environments.absolute()
     adopt_orphans()
     cores = os.cpu_count()

@@ -7,13 +7,15 @@ from work import Work, main, orders, timed, train_epoch, weights_of
 def run(work: Work):
     data, order, model = work.data(), orders(work), work.model()
     state = {name: leaf.clone() for name, leaf in model.state_dict().items()}
-    weight = sum(len(y) for _, y in data.values())
 
     def loop() -> None:
         nonlocal state
         for r in range(work.rounds):
+            names = work.cohort(r)
+            weight = sum(len(data[site][1]) for site in names)
             total = {name: torch.zeros_like(leaf) for name, leaf in state.items()}
-            for site, (x, y) in data.items():
+            for site in names:
+                x, y = data[site]
                 model.load_state_dict(state)
                 train_epoch(model, x, y, order[site, r])
                 for name, leaf in model.state_dict().items():

@@ -16,6 +16,8 @@ from work import Work, main
 
 
 def run(work: Work):
+    if work.asked is not None:
+        raise SystemExit("Flower draws the sites of a round itself")
     server_app, weights = ServerApp(), {}
 
     @server_app.main()

@@ -1,7 +1,6 @@
 """pfl-research, simulated backend in one process."""
 
 import itertools
-from collections import Counter
 
 import torch
 from pfl.aggregate.simulate import SimulatedBackend
@@ -17,23 +16,27 @@ from work import BATCH, LR, Work, main, orders, timed, weights_of
 
 
 def run(work: Work):
-    data, order, asked = work.data(), orders(work), Counter[str]()
+    data, order = work.data(), orders(work)
+    rounds_of = {site: (r for r in range(work.rounds) if (site, r) in order) for site in data}
     network = work.model()
     network.loss = lambda x, y, **_: F.cross_entropy(network(x), y)
     network.metrics = lambda x, y, **_: {}
 
     def dataset_of(site: str) -> Dataset:
         x, y = data[site]
-        now = order[site, asked[site]]
-        asked[site] += 1
+        now = order[site, next(rounds_of[site])]
         return Dataset([x[now], y[now]], user_id=site)
 
     model = PyTorchModel(network, torch.optim.SGD, torch.optim.SGD(network.parameters(), lr=1.0))
-    sites = FederatedDataset(dataset_of, itertools.cycle(work.names()).__next__)
+    asked = itertools.chain.from_iterable(work.cohort(r) for r in range(work.rounds))
+    sites = FederatedDataset(dataset_of, asked.__next__)
     backend = SimulatedBackend(sites, sites, [WeightByDatapoints()])
     settings = NNTrainHyperParams(local_num_epochs=1, local_learning_rate=LR, local_batch_size=BATCH)
     rounds = NNAlgorithmParams(
-        central_num_iterations=work.rounds, evaluation_frequency=10**9, train_cohort_size=work.sites, val_cohort_size=0
+        central_num_iterations=work.rounds,
+        evaluation_frequency=10**9,
+        train_cohort_size=work.asked or work.sites,
+        val_cohort_size=0,
     )
     loop_cpu = timed(lambda: FederatedAveraging().run(rounds, backend, model, settings, None, []))
     return weights_of(network), loop_cpu

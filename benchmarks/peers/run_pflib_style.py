@@ -29,18 +29,19 @@ class Client:
 def run(work: Work):
     order, model = orders(work), work.model()
     clients = {site: Client(model, x, y) for site, (x, y) in work.data().items()}
-    total = sum(len(client.y) for client in clients.values())
 
     def loop() -> None:
         nonlocal model
         for r in range(work.rounds):
-            for site, client in clients.items():
+            chosen = {site: clients[site] for site in work.cohort(r)}
+            total = sum(len(client.y) for client in chosen.values())
+            for site, client in chosen.items():
                 client.set_parameters(model)
                 client.train(order[site, r])
             model = copy.deepcopy(model)
             for p in model.parameters():
                 p.data.zero_()
-            for client in clients.values():
+            for client in chosen.values():
                 for p, own in zip(model.parameters(), client.model.parameters(), strict=True):
                     p.data += own.data.clone() * (len(client.y) / total)
 

@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does, before PyTorch allocates
 
@@ -73,13 +74,21 @@ def run(work: Work):
 
     def loop() -> None:
         nonlocal state
-        for step in train(method, engine, state, rounds=work.rounds):
+        for step in train(method, engine, state, rounds=work.rounds, sampler=lambda _, r: work.cohort(r)):
             state = step.state
 
     engine = Workers(method, sites, workers=2) if WORKERS else InProcess(method, sites)
-    loop_cpu = timed(loop)
+    pids = engine.pids if isinstance(engine, Workers) else []
+    before = sum(map(cpu_of, pids))
+    loop_cpu = timed(loop) + sum(map(cpu_of, pids)) - before
     engine.close()
-    return {name: leaf.numpy() for name, leaf in state.params.items()}, None if WORKERS else loop_cpu
+    return {name: leaf.numpy() for name, leaf in state.params.items()}, loop_cpu
+
+
+def cpu_of(pid: int) -> float:
+    """The CPU seconds of a running process (Linux)."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +26,31 @@ LR, BATCH = 0.05, 16
 
 @dataclass(frozen=True)
 class Work:
-    """Sites with ``rows`` examples on average, and how they are trained."""
+    """Sites with ``rows`` examples on average, of which ``asked`` train in a round (all if None), and their network."""
 
     sites: int
     rows: int
     shape: tuple[int, ...]
     rounds: int
     network: Callable[[], nn.Module]
+    asked: int | None = None
 
     def names(self) -> list[str]:
         """The sites, in the order of their names."""
-        return [f"site-{i:02}" for i in range(self.sites)]
+        return [f"site-{i:0{max(len(str(self.sites - 1)), 2)}}" for i in range(self.sites)]
+
+    def cohort(self, round: int) -> list[str]:
+        """The sites that train in a round, in the order of their names."""
+        if self.asked is None:
+            return self.names()
+        drawn = torch.randperm(self.sites, generator=torch.Generator().manual_seed(round))[: self.asked]
+        names = self.names()
+        return [names[i] for i in sorted(drawn.tolist())]
+
+    @property
+    def site_rounds(self) -> int:
+        """How often a site trains, over all sites and rounds."""
+        return self.rounds * (self.asked or self.sites)
 
     def data(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Inputs and classes of every site."""
@@ -59,10 +74,10 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
 
 
-def _cnn() -> nn.Module:
-    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 7 * 7, 2))
+def _cnn(width: int = 16) -> nn.Module:
+    layers = [nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * width * 7 * 7, 2))
 
 
 def _large() -> nn.Module:
@@ -74,20 +89,21 @@ def _large() -> nn.Module:
 WORKS = {
     "many-small": Work(23, 60, (20,), 20, _mlp),
     "cnn": Work(8, 300, (1, 28, 28), 3, _cnn),
+    "cohort": Work(1000, 40, (1, 28, 28), 6, partial(_cnn, 8), asked=50),
     "large": Work(4, 16, (1, 28, 28), 6, _large),
 }
-"""Many small sites; a small CNN; 11.2 million parameters and about one step a site, so that copies are all that shows."""
+"""Many small sites; a small CNN; 50 of 1,000 sites, a smaller CNN; 11.2 million parameters and about one step a site, so that copies are all that shows."""
 
 Orders = Mapping[tuple[str, int], Tensor]
 
 
 def orders(work: Work) -> Orders:
     """The order of examples by site and round, the same for every framework."""
-    found = {}
-    for name, (_, y) in work.data().items():
-        for r in range(work.rounds):
+    found, sizes = {}, {name: len(y) for name, (_, y) in work.data().items()}
+    for r in range(work.rounds):
+        for name in work.cohort(r):
             seed = int.from_bytes(f"{name}/{r}".encode()[-7:], "big")
-            found[name, r] = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+            found[name, r] = torch.randperm(sizes[name], generator=torch.Generator().manual_seed(seed))
     return found
 
 

@@ -9,6 +9,7 @@ import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Self, TypeAlias, TypeVar
 
 from polyclinic.core import tree
@@ -133,8 +134,6 @@ class PerSiteUniform(PerSite):
     """Per-site contributions with the same leaves: names, shapes and types are checked as those of a mean."""
 
 
-SECOND_BUFFER = 2**24
-"""Largest size in bytes of a sum for which a second buffer is allocated."""
 Stat: TypeAlias = WeightedMean | ElementwiseMean | PerSite
 Form: TypeAlias = tuple[tuple[object, ...], ...]
 S = TypeVar("S", WeightedMean, ElementwiseMean, PerSite)
@@ -159,7 +158,7 @@ class Reply:
         """Return each site's contribution to ``part``, by site name."""
         return self._get(part, PerSite).items
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Size of the transmitted tensors in bytes."""
         return sum(tree.nbytes(t) for stat in self.parts.values() for t in stat.trees)
@@ -172,7 +171,7 @@ class Reply:
             leaves.append((part, type(stat).__name__))
             if isinstance(stat, (WeightedMean, ElementwiseMean, PerSiteUniform)):
                 for first in stat.trees[:1]:  # a reply that is not validated yet may have none
-                    leaves += [(part, name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in sorted(first.items())]
+                    leaves += [(part, name, first[name].shape, first[name].dtype) for name in sorted(first)]
         return tuple(leaves)
 
     def __add__(self, other: "Reply") -> "Reply":
@@ -192,19 +191,20 @@ class Reply:
 
 
 class RunningSum:
-    """A sum to which replies are added one by one, in one buffer. It is bit-identical to adding with ``+``.
+    """A sum to which replies are added one by one or in groups. It is bit-identical to adding with ``+``.
 
     A part that only some sites sent is summed over those. No reply is kept or modified.
 
     Attributes:
-        total: The sum so far. Its tensors change when a reply is added.
+        total: The sum so far. Its tensors may change when a reply is added.
+        spare: Tensors of the form of the sum, by part, to which no one refers and the next sum may be written.
     """
 
-    def __init__(self) -> None:
-        """Create an empty sum."""
+    def __init__(self, spare: Mapping[str, Tree] = MappingProxyType({})) -> None:
+        """Create an empty sum, which may use the tensors ``spare`` of an earlier sum of replies of the same form."""
         self.total = Reply()
-        self._own = set[str]()  # the parts of `total` whose buffers were allocated here
-        self._spare = dict[str, Tree]()  # buffers of an earlier sum
+        self.spare = dict(spare)
+        self._own = set[str]()  # the parts of `total` whose tensors were allocated here
 
     def add(self, reply: Reply) -> None:
         """Add ``reply``, which is read once."""
@@ -221,40 +221,30 @@ class RunningSum:
     def add_if_finite(self, replies: Sequence[Reply]) -> bool:
         """Add ``replies`` if all their values are finite and ``total`` stays so; return whether they were added.
 
-        They have the form of ``total``, and all parts are weighted means. The sum is written to a second buffer and
-        checked block by block, so that values are read once; a large one, whose buffer takes long, is added in place.
+        They have the form of ``total``, and all parts are weighted means. The new sum is written to other tensors than
+        the old one, block by block, and each block is checked while it is in the cache: values are read once, and a
+        sum that is not finite is discarded. A single reply, for which this saves nothing, is read twice instead.
         """
-        if self._own and self.total.nbytes > SECOND_BUFFER:
-            return self._add_checked(replies)
-        parts, own = dict[str, Stat](), set[str]()
-        for part in replies[0].parts:
-            means = [r.mean(part) for r in ((self.total, *replies) if self.total.parts else replies)]
-            leaves, finite = tree.sum_of([mean.total for mean in means], self._spare.pop(part, None))
-            if not finite:
+        if len(replies) == 1 and self._own.issuperset(replies[0].parts):
+            if not all(tree.finite(mean.total) for mean in map(replies[0].mean, replies[0].parts)):
                 return False
-            if len(means) > 1:
-                own.add(part)
-            parts[part] = _mean_of(leaves, means)
-        self._spare = {part: self.total.mean(part).total for part in self._own}
-        self.total, self._own = Reply(parts), own
-        return True
+            self.add(replies[0])
+            return True
+        summands = [self.total, *replies] if self.total.parts else replies
+        sums = {part: self._sum([reply.mean(part) for reply in summands], part) for part in replies[0].parts}
+        if all(finite for _, finite in sums.values()):
+            self.spare |= {part: self.total.mean(part).total for part in self._own}
+            self._own = set(sums) if len(summands) > 1 else set()
+            self.total = Reply({part: mean for part, (mean, _) in sums.items()})
+            return True
+        if len(summands) > 1:
+            self.spare |= {part: mean.total for part, (mean, _) in sums.items()}
+        return False
 
-    def _add_checked(self, replies: Sequence[Reply]) -> bool:
-        """Add ``replies`` in place if all their values are finite, and return whether they are."""
-        if not all(tree.finite(leaves) for reply in replies for stat in reply.parts.values() for leaves in stat.trees):
-            return False
-        parts = dict[str, Stat]()
-        for part in self.total.parts:
-            means = [reply.mean(part) for reply in (self.total, *replies)]
-            tree.add_all_(means[0].total, [mean.total for mean in means[1:]])
-            parts[part] = _mean_of(means[0].total, means)
-        self.total = Reply(parts)
-        return True
-
-
-def _mean_of(total: Tree, means: Sequence[WeightedMean]) -> WeightedMean:
-    """Return the mean with the sum ``total`` of ``means``, whose weights are added from left to right."""
-    return WeightedMean(total, functools.reduce(operator.add, [mean.weight for mean in means]))
+    def _sum(self, means: Sequence[WeightedMean], part: str) -> tuple[WeightedMean, bool]:
+        """Return the sum of ``means`` in other tensors than theirs, unless there is one, and whether it is finite."""
+        leaves, finite = tree.sum_of([mean.total for mean in means], self.spare.pop(part, None))
+        return WeightedMean(leaves, functools.reduce(operator.add, [mean.weight for mean in means])), finite
 
 
 def merge(replies: Iterable[Reply]) -> Reply:

@@ -19,6 +19,10 @@ UNCOUNTED = 10.0
 BLOCK = 2**20
 HELD = 2**26
 """Bytes of replies to one request that the server holds at once; a sum of more is formed while they arrive."""
+GROUP = 4
+"""Number of larger replies that are held in order to be added at once, if they take no more than ``GROUP * HELD``."""
+Spare: TypeAlias = dict[Form, Mapping[str, Tree]]
+"""Tensors by the form of a sum and by part, to which no one refers."""
 WITNESSES = 2
 """Number of other sites that a comparison needs. With two, one hostile site can at most halve their median."""
 
@@ -172,14 +176,16 @@ class ReplyValidator:
 class ReplySum:
     """The sum of the valid replies to one request, which is that of ``ReplyValidator.merge``, to the bit.
 
-    Replies are held while they are small together. When they exceed ``HELD`` bytes, and no limit compares them,
-    they are validated, added and released together, so that memory does not grow with the number of sites. Replies of
-    different forms then have separate sums, because the majority is known at the end.
+    Replies are held while they are small together, or few (``GROUP``). After that, and if no limit compares them, they
+    are validated, added and released together, so that memory does not grow with the number of sites. Replies of
+    different forms then have separate sums, because the majority is known at the end. They are written to the tensors
+    ``spare`` of an earlier sum; at the end, those that are not needed are placed there.
     """
 
-    def __init__(self, validator: ReplyValidator, request: Request) -> None:
+    def __init__(self, validator: ReplyValidator, request: Request, spare: Spare | None = None) -> None:
         """Create an empty sum of replies to ``request``, which ``validator`` admits."""
         self._validator, self._request = validator, request
+        self._spare: Spare = {} if spare is None else spare
         self._held: dict[str, Reply] = {}
         self._size = 0
         self._reasons: dict[str, str] = {}
@@ -190,7 +196,8 @@ class ReplySum:
         """Add the reply of ``site``. Sites have one order in every engine."""
         self._held[site] = reply
         self._size += reply.nbytes
-        if self._size > HELD and not self._validator.compares:
+        many = len(self._held) >= GROUP or self._size > GROUP * HELD
+        if self._size > HELD and many and not self._validator.compares:
             self._release()
 
     def _release(self) -> None:
@@ -207,7 +214,9 @@ class ReplySum:
 
     def _add(self, form: Form, replies: Mapping[str, Reply]) -> dict[str, str]:
         """Add replies of one form, and return the sites that are refused, each with the reason."""
-        valid, sum_ = self._validator, self._sums.setdefault(form, RunningSum())
+        if form not in self._sums:
+            self._sums[form] = RunningSum(self._spare.pop(form, {}))
+        valid, sum_ = self._validator, self._sums[form]
         sound = not any(valid.refused(site, reply, finite=True) for site, reply in replies.items())
         if sound and _means(replies.values()) and sum_.add_if_finite(list(replies.values())):
             return {}
@@ -223,8 +232,11 @@ class ReplySum:
             return self._validator.merge(self._request, self._held)
         self._release()
         others = _of_other_form(self._request, self._forms)
-        agreed = next((self._sums[form].total for site, form in self._forms.items() if site not in others), Reply())
-        return dict(sorted((self._reasons | others).items())), agreed
+        agreed = next((form for site, form in self._forms.items() if site not in others), ())
+        self._spare.clear()  # of other requests, so that memory does not grow with their number
+        self._spare |= {agreed: self._sums[agreed].spare} if agreed in self._sums else {}
+        total = self._sums[agreed].total if agreed in self._sums else Reply()
+        return dict(sorted((self._reasons | others).items())), total
 
 
 def _means(replies: Iterable[Reply]) -> bool:
@@ -260,8 +272,8 @@ def _mean_weight(stat: ElementwiseMean) -> float:
 
 def _agreement(form: Form, request: Request) -> int:
     """Return the number of leaves with the name and shape of a leaf in the request."""
-    asked = {(name, tuple(leaf.shape)) for leaves in request.trees.values() for name, leaf in leaves.items()}
-    return sum(tuple(entry[1:3]) in asked for entry in form)
+    asked = {(name, leaf.shape) for leaves in request.trees.values() for name, leaf in leaves.items()}
+    return sum(entry[1:3] in asked for entry in form)
 
 
 def _difference(agreed: Form, form: Form) -> str:
@@ -271,6 +283,12 @@ def _difference(agreed: Form, form: Form) -> str:
         part, name = min((str(entry[0]), str(entry[1])) for entry in same)
         was = next(e for e in missing if e[:2] == (part, name))
         got = next(e for e in extra if e[:2] == (part, name))
-        return f"{part}: {name} is {got[2:]}, expected {was[2:]} as from the other sites"
+        return f"{part}: {name} is {_described(got)}, expected {_described(was)} as from the other sites"
     what = "/".join(str(e) for e in (missing or extra)[0][:2])
     return f"{what} is missing" if missing else f"{what} is not in the replies of the other sites"
+
+
+def _described(entry: tuple[object, ...]) -> str:
+    """Return the shape and type of a leaf's entry in a form."""
+    *_, shape, dtype = entry
+    return str((tuple(shape) if isinstance(shape, torch.Size) else shape, str(dtype)))

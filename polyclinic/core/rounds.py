@@ -11,7 +11,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from polyclinic.core.aggregates import PerSite, Reply, merge
 from polyclinic.core.method import Method, Request
-from polyclinic.core.reply_validation import Figures, ReplySum, ReplyValidator
+from polyclinic.core.reply_validation import Figures, ReplySum, ReplyValidator, Spare
 from polyclinic.core.site import Site
 from polyclinic.errors import ConfigError, RunError
 
@@ -117,10 +117,11 @@ def train(
     Raises:
         TooFewReplies: If a round has fewer than ``min_replies``. The message names every lost site with the reason.
     """
+    spare: Spare = {}
     while (request := method.request(state)) is not None and request.round < rounds:
         asked = sorted(sampler(federation.sites, request.round) if request.recipients is None else request.recipients)
         federation.send(request, asked)
-        step, reply = _collect(request, asked, federation.replies(deadline), gate, state)
+        step, reply = _collect(request, asked, federation.replies(deadline), ReplySum(gate, request, spare), state)
         if (usable_count := len(asked) - len(step.lost)) < min_replies:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in step.lost.items())
             raise TooFewReplies(
@@ -134,7 +135,7 @@ def train(
 
 
 def _collect(
-    request: Request, asked: Sequence[str], arrivals: Iterator[Arrival], gate: ReplyValidator, state: State
+    request: Request, asked: Sequence[str], arrivals: Iterator[Arrival], total: ReplySum, state: State
 ) -> tuple[Step[State], Reply]:
     """Divide the arrivals into usable replies and lost sites, and sum the replies.
 
@@ -145,7 +146,7 @@ def _collect(
     expected, waiting = set(asked), dict[str, Arrival]()
     among: dict[str, tuple[str, ...]] = {}
     up, seconds = dict[str, int](), dict[str, float]()
-    total, turns = ReplySum(gate, request), deque(asked)
+    turns = deque(asked)
 
     def take_turns(over: bool = False) -> None:
         while turns and (over or turns[0] not in expected):

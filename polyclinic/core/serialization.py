@@ -269,6 +269,16 @@ def write_into(buffer: Any, head: bytes, tensors: list[Tensor]) -> int:
     return offset
 
 
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the memory of a tensor as bytes, without a copy if it is contiguous and on the CPU."""
+    if not tensor.numel():
+        return b""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if flat.stride(0) != 1:  # of a single number, which is contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
+
+
 def decode(buffer: Any, *, share: bool = False) -> Any:
     """Decode the value in ``buffer``. With ``share``, its tensors are views of ``buffer``, which must be writable.
 

@@ -4,8 +4,10 @@ A ``state_dict`` is a tree, so models, messages and files share one structure. F
 except those whose names end in ``_``, as in PyTorch.
 """
 
+import cmath
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor
 
 Tree: TypeAlias = Mapping[str, Tensor]
 Trees: TypeAlias = Mapping[str, Tree]
-CACHED = 2**20
-"""Bytes of a block of a sum, so that it stays in the cache of a core while all summands are added."""
+CACHED = 2**21
+"""Bytes of a block of a sum, so that it stays in the cache of a processor while all summands are added."""
 
 
 def zip_with(f: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
@@ -36,16 +38,6 @@ def add_(a: Tree, b: Tree) -> None:
         leaf.add_(b[name])
 
 
-def add_all_(a: Tree, trees: Sequence[Tree]) -> None:
-    """Add ``trees`` to ``a`` in place, from left to right. Each block of ``a`` is read and written once."""
-    for other in trees:
-        _require_same_names(a, other)
-    for name, leaf in a.items():
-        for block, *others in _blocks(leaf, [tree[name] for tree in trees]):
-            for summand in others:
-                block.add_(summand)
-
-
 def sum_of(trees: Sequence[Tree], buffer: Tree | None = None) -> tuple[Tree, bool]:
     """Return the sum of trees of the same form, and whether it is finite, in one pass over memory.
 
@@ -60,20 +52,36 @@ def sum_of(trees: Sequence[Tree], buffer: Tree | None = None) -> tuple[Tree, boo
         return trees[0], finite(trees[0])
     for other in trees[1:]:
         _require_same_names(trees[0], other)
-    total: dict[str, Tensor] = {}
+    total = {name: _space(leaf, None if buffer is None else buffer[name]) for name, leaf in trees[0].items()}
+    if nbytes(total) <= CACHED:
+        _sum_small(trees, total)
+        return total, finite(total)
     sound = True
-    for name, first in trees[0].items():
-        leaf = torch.empty(first.shape, dtype=first.dtype, device=first.device) if buffer is None else buffer[name]
+    for name, leaf in total.items():
         checks = []
         for block, one, two, *others in _blocks(leaf, [tree[name] for tree in trees]):
             torch.add(one, two, out=block)
             for summand in others:
                 block.add_(summand)
-            if leaf.is_floating_point() or leaf.is_complex():
-                checks.append(bool(block.sum().isfinite()))
+            checks.append(_finite_sum(block))
         sound = sound and (all(checks) or finite_leaf(leaf))
-        total[name] = leaf
     return total, sound
+
+
+def _space(like: Tensor, buffer: Tensor | None) -> Tensor:
+    """Return ``buffer``, or a new tensor if there is none on the device of ``like``."""
+    if buffer is not None and buffer.device == like.device:
+        return buffer
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _sum_small(trees: Sequence[Tree], total: Tree) -> None:
+    """Write the sum of ``trees`` to ``total``, tree by tree: many small tensors are added in one call."""
+    sums = list(total.values())
+    for leaf, one, two in zip(sums, trees[0].values(), map(trees[1].__getitem__, total), strict=True):
+        torch.add(one, two, out=leaf)
+    for other in trees[2:]:
+        torch._foreach_add_(sums, [other[name] for name in total])
 
 
 def _blocks(leaf: Tensor, others: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
@@ -84,9 +92,10 @@ def _blocks(leaf: Tensor, others: Sequence[Tensor]) -> Iterable[Sequence[Tensor]
     return zip(leaf.view(-1).split(size), *(other.reshape(-1).split(size) for other in others), strict=True)
 
 
-def sub(a: Tree, b: Tree) -> Tree:
-    """Return ``a - b``."""
-    return zip_with(torch.sub, a, b)
+def sub(a: Tree, b: Tree, out: Tree = MappingProxyType({})) -> Tree:
+    """Return ``a - b``; the leaves of ``out`` are overwritten with those of their names."""
+    _require_same_names(a, b)
+    return {name: torch.sub(leaf, b[name], out=out.get(name)) for name, leaf in a.items()}
 
 
 def sub_(a: Tree, b: Tree) -> None:
@@ -108,8 +117,8 @@ def scale(a: Tree, by: float) -> Tree:
 
 def scale_(a: Tree, by: float) -> None:
     """Compute ``a ← by · a`` in place."""
-    for leaf in a.values():
-        leaf.mul_(by)
+    if a:
+        torch._foreach_mul_(list(a.values()), by)
 
 
 def lerp(a: Tree, b: Tree, share: float) -> Tree:
@@ -194,9 +203,12 @@ def finite_leaf(leaf: Tensor) -> bool:
     A sum over NaN or infinity is not finite, and computing it is faster than a mask of the same size. The elements are
     checked only if the sum is not finite, which an overflow can also cause.
     """
-    if not leaf.is_floating_point() and not leaf.is_complex():
-        return True
-    return bool(torch.isfinite(leaf.sum())) or bool(torch.isfinite(leaf).all())
+    return _finite_sum(leaf) or bool(torch.isfinite(leaf).all())
+
+
+def _finite_sum(leaf: Tensor) -> bool:
+    """Return whether the sum of all elements is finite; True for integers."""
+    return not (leaf.is_floating_point() or leaf.is_complex()) or cmath.isfinite(leaf.sum().item())
 
 
 def prefixed(prefix: str, a: Tree) -> Tree:

@@ -3,14 +3,17 @@
 import functools
 import math
 from collections.abc import Mapping
+from weakref import ref
 
 import pytest
 import torch
+from torch import Tensor
 
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, PerSiteUniform, Reply, WeightedMean, merge
 from polyclinic.core.method import Request
-from polyclinic.core.reply_validation import ReplySum, ReplyValidator
+from polyclinic.core.reply_validation import ReplySum, ReplyValidator, Spare
 from polyclinic.core.tree import Tree
+from polyclinic.testing import equal
 
 ASK = Request(0, {"params": {"w": torch.zeros(2)}})
 
@@ -23,8 +26,10 @@ def leaf_mean(*weights: float, total: Tree | None = None) -> Reply:
     return Reply({"fisher": ElementwiseMean(total or {"w": torch.ones(len(weights))}, {"w": torch.tensor(weights)})})
 
 
-def summed(gate: ReplyValidator, replies: Mapping[str, Reply]) -> tuple[dict[str, str], Reply]:
-    total = ReplySum(gate, ASK)
+def summed(
+    gate: ReplyValidator, replies: Mapping[str, Reply], spare: Spare | None = None
+) -> tuple[dict[str, str], Reply]:
+    total = ReplySum(gate, ASK, spare)
     for site, reply in replies.items():
         total.add(site, reply)
     return total.result()
@@ -218,17 +223,29 @@ def test_the_sum_is_of_the_replies_that_are_not_refused(bad: tuple[float, ...]) 
     assert total.mean("update").weight == expected.weight == 2
 
 
-@pytest.mark.parametrize("second_buffer", [0, 2**30], ids=["in place", "second buffer"])
+@pytest.mark.parametrize("group", [1, 2, 3])
 @pytest.mark.parametrize("held", [0, 100, 250, 2**30])
 @pytest.mark.parametrize("hostile", [(), (0,), (6,), (3, 4), (0, 1, 2, 3, 4, 5, 6)])
 def test_sums_of_blocks_are_those_of_plus_whoever_is_refused(
-    hostile: tuple[int, ...], held: int, second_buffer: int, monkeypatch: pytest.MonkeyPatch
+    hostile: tuple[int, ...], held: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Leaves of one element, of several blocks, and not contiguous; the number that is not finite is in the last block."""
+    """Leaves of one element, of several blocks, and not contiguous; the number that is not finite is in the last block.
+
+    The second sum may use the tensors of the first one, and leaves it as it is.
+    """
     monkeypatch.setattr("polyclinic.core.reply_validation.HELD", held)
-    monkeypatch.setattr("polyclinic.core.aggregates.SECOND_BUFFER", second_buffer)
+    monkeypatch.setattr("polyclinic.core.reply_validation.GROUP", group)
     monkeypatch.setattr("polyclinic.core.tree.CACHED", 16)
-    rng = torch.Generator().manual_seed(0)
+    spare: Spare = {(): {}}  # of another request
+    first = check_sum_of_blocks(0, hostile, spare)
+    check_sum_of_blocks(1, hostile, spare)
+    assert equal(first, check_sum_of_blocks(0, hostile, {}))
+    assert len(spare) <= 1
+    assert held > 100 or () not in spare
+
+
+def check_sum_of_blocks(seed: int, hostile: tuple[int, ...], spare: Spare) -> Reply:
+    rng = torch.Generator().manual_seed(seed)
     replies, before = {}, {}
     for i in range(7):
         leaves = {"a": torch.randn((), generator=rng), "b": torch.randn(3, 5, generator=rng).T}
@@ -237,7 +254,7 @@ def test_sums_of_blocks_are_those_of_plus_whoever_is_refused(
             leaves["c"][-1] = (math.nan, math.inf, -math.inf)[i % 3]
         replies[f"s{i}"] = Reply({"update": WeightedMean(leaves, 0.1 * (i + 1))})
         before[f"s{i}"] = {name: leaf.clone() for name, leaf in leaves.items()}
-    reasons, total = summed(ReplyValidator(), replies)
+    reasons, total = summed(ReplyValidator(), replies, spare)
     assert reasons == {f"s{i}": "update: c contains NaN or infinity" for i in hostile}
     good = [reply for site, reply in replies.items() if site not in reasons]
     if good:
@@ -247,6 +264,25 @@ def test_sums_of_blocks_are_those_of_plus_whoever_is_refused(
     for site, reply in replies.items():
         found = reply.mean("update").total
         assert all(torch.equal(found[k], leaf) or site in reasons for k, leaf in before[site].items())
+    return total
+
+
+@pytest.mark.parametrize(("kilobytes", "most"), [(1, 8), (20, 3), (40, 2), (300, 1)])
+def test_few_large_replies_are_held(kilobytes: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit, four replies are added at once, or fewer that exceed four times the limit.
+
+    The first reply is the sum until there is another one.
+    """
+    monkeypatch.setattr("polyclinic.core.reply_validation.HELD", 24_000)
+    total, replies, alive = ReplySum(ReplyValidator(), ASK), list[ref[Tensor]](), list[int]()
+    for i in range(8):
+        leaf = torch.full((250 * kilobytes,), float(i))
+        replies.append(ref(leaf))
+        total.add(f"s{i}", Reply({"update": WeightedMean({"w": leaf}, 1.0)}))
+        del leaf
+        alive.append(sum(one() is not None for one in replies))
+    assert max(alive) == most
+    assert total.result()[1].mean("update").total["w"].unique().tolist() == [28.0]
 
 
 @pytest.mark.usefixtures("_size")

@@ -51,6 +51,13 @@ def is_number(word: str) -> bool:
     return _NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
 
 
+def numbers_of(words: Sequence[str]) -> list[float] | None:
+    """Return the numbers that ``words`` are; None if one of them is not a finite number."""
+    if all(map(_NUMBER.fullmatch, words)) and all(map(math.isfinite, numbers := list(map(float, words)))):
+        return numbers
+    return None
+
+
 def similar(word: str) -> str:
     """Return a key that is equal for words that differ in case, width, accents' encoding, spaces or punctuation only.
 

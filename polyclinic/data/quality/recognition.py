@@ -593,7 +593,7 @@ def _table(draft: _Draft, layout: Layout, limits: Limits) -> None:
         _target(draft, label, [c for c in columns.get(label, []) if plain(c) not in codes])
 
 
-def _columns(draft: _Draft, layout: Layout, limits: Limits) -> dict[str, list[str]]:
+def _columns(draft: _Draft, layout: Layout, limits: Limits) -> dict[str, Sequence[str]]:
     """Return the columns of the layout's table, and set its path and sheet."""
     assert layout.table is not None
     draft.options["path"] = str(layout.table)

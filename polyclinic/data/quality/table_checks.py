@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from polyclinic.data.formats.column_roles import SPLITS, column_of
@@ -74,5 +75,5 @@ def check_table(
     )
 
 
-def _is_number(column: list[str]) -> bool:
+def _is_number(column: Sequence[str]) -> bool:
     return all(is_number(v) for v in column if not is_missing(v))

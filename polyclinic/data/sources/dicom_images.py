@@ -5,7 +5,7 @@ The scanner (manufacturer and model) is always a column, so that simulated hospi
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -241,7 +241,7 @@ class _Patients:
     """
 
     name: str
-    rows: Mapping[str, list[str]]
+    rows: Mapping[str, Sequence[str]]
     who: str
     label: str
     site: str

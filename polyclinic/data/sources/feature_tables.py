@@ -31,7 +31,7 @@ from polyclinic.data.formats.column_roles import (
     no_column,
     same_patients,
 )
-from polyclinic.data.formats.parsing import is_missing, is_number, plain
+from polyclinic.data.formats.parsing import is_missing, is_number, numbers_of, plain
 from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, comma_hint, survival_notes
 from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
@@ -140,13 +140,13 @@ class FeatureTable:
         if unlabeled := len(self._raw[self._use.labels[0]]) - len(self._kept):
             notes.append(f"{unlabeled} rows without {self._named} are left out.")
         if self.event:
-            sites = [self._raw[self._use.site][i] for i in self._kept] if self._use.site else []
+            sites = self._words(self._use.site) if self._use.site else []
             notes += survival_notes(self._targets[0].tolist(), sites)
         notes += detected({"patient": (self.patient, self._use.patient), "site": (self.site, self._use.site)})
         if idle := sorted(self._apart - set(self._features) - {*self._use.columns, *self.leave_out, "split"}):
             notes.append(f"Not used as features, by their names: {', '.join(idle)}; list them in features to use them.")
         if self._use.patient:
-            notes += same_patients([self._raw[self._use.patient][i] for i in self._kept])[1]
+            notes += same_patients(self._words(self._use.patient))[1]
         if not self._use.patient:
             notes.append(UNKNOWN_PATIENTS.replace("image", "row"))
         stem = Path(self.path).name.partition(".")[0]
@@ -179,7 +179,7 @@ class FeatureTable:
         raw, rows = self._raw, self._kept
         ids = tuple(f"row {i + 2}" for i in rows)
         use = self._use
-        patients = same_patients([raw[use.patient][i] for i in rows])[0] if use.patient else ids
+        patients = same_patients(self._words(use.patient))[0] if use.patient else ids
         if use.patient and (lost := [ids[i] for i in missing_at(patients)]):
             raise DataError(f"{Path(self.path).name}: {len(lost)} rows have no {use.patient} ({', '.join(lost[:5])})")
         apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {
@@ -188,7 +188,7 @@ class FeatureTable:
             use.event,
         }
         others = [c for c in raw if c not in apart]
-        columns = {c: tuple(raw[c][i] for i in rows) for c in others}
+        columns = {c: tuple(self._words(c)) for c in others}
         return Table(ids, patients, self._targets[0], columns, (use.site,) if use.site else (), bool(use.event))
 
     def examples(self, ids: Sequence[str]) -> Examples:
@@ -290,7 +290,7 @@ class FeatureTable:
         return Examples(x, torch.from_numpy(table.labels[rows]), tuple(table.patients[i] for i in rows), tuple(ids))
 
     @cached_property
-    def _raw(self) -> dict[str, list[str]]:
+    def _raw(self) -> dict[str, Sequence[str]]:
         path = placed(self.path)
         columns = read_rows(path, sheet=self.sheet)
         problems: list[str] = []
@@ -338,6 +338,11 @@ class FeatureTable:
             raise DataError(f"{Path(self.path).name}: {self._named} is missing in every row")
         return [i for i in range(rows) if self.missing_labels == "refuse" or i not in lost]
 
+    def _words(self, column: str) -> list[str]:
+        """Return the cells of a column in the rows that are kept."""
+        cells = list(self._raw[column])
+        return [cells[i] for i in self._kept]
+
     @property
     def _named(self) -> str:
         """The columns of labels in words."""
@@ -365,11 +370,11 @@ class FeatureTable:
     @cached_property
     def _targets(self) -> tuple[Array, tuple[str, ...]]:
         """The label of each retained row (float32 [n, L] of several), and the classes."""
-        columns = {label: [self._raw[label][i] for i in self._kept] for label in self._use.labels}
+        columns = {label: self._words(label) for label in self._use.labels}
         label, words = next(iter(columns.items()))
         places, problems = [f"row {i + 2}" for i in self._kept], list[str]()
         if self.event:
-            events = [self._raw[self._use.event][i] for i in self._kept]
+            events = self._words(self._use.event)
             pairs = self._survival.read((label, words), (self._use.event, events), problems, places)
             if problems:
                 raise DataError([f"{Path(self.path).name}: {problem}" for problem in problems])
@@ -404,15 +409,17 @@ class FeatureTable:
         amounts: set[str] = set()
         missing: dict[str, Array] = {}
         for name in self._features:
-            words = [self._raw[name][i] for i in self._kept]
-            gone = np.array([self._is_missing(w) for w in words])
+            words = self._words(name)
+            plainly = None if self.missing or name in self.categories else numbers_of(words)
+            gone = np.zeros(len(words), bool) if plainly else np.array([self._is_missing(w) for w in words])
             if name in self.categories:
                 words = [plain(w) for w in words]
                 for value in sorted({w for w, no in zip(words, gone, strict=True) if not no}):
                     columns[f"{name} = {value}"] = np.array([float(w == value) for w in words])
             else:
                 numbers = np.array(
-                    [
+                    plainly
+                    or [
                         np.nan if no else self._number(w, name, i)
                         for w, no, i in zip(words, gone, self._kept, strict=True)
                     ]

@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -160,7 +160,7 @@ class Manifest(FromFiles):
         found = Info(table.stem, table.stem, "not stated", "not stated", task, classes)
         return self.made(described(self.about, found, notes), entries, (use.site,) if use.site else ())
 
-    def _columns(self, rows: dict[str, list[str]], problems: list[str]) -> "_Columns":
+    def _columns(self, rows: Mapping[str, Sequence[str]], problems: list[str]) -> "_Columns":
         """Return the columns to use. Append to ``problems`` the names that no column has."""
         given = self.images or tuple(usual_columns(rows, "image")[:1])
         labels = [self.label] if isinstance(self.label, str) else list(self.label)
@@ -200,7 +200,7 @@ class Manifest(FromFiles):
     def _entries(
         self,
         table: Path,
-        rows: dict[str, list[str]],
+        rows: Mapping[str, Sequence[str]],
         use: "_Columns",
         targets: list[int] | list[tuple[float, ...]] | list[None],
         patients: tuple[str, ...],
@@ -266,7 +266,7 @@ class _Columns:
     split: str
 
 
-def _filled(file: str, rows: dict[str, list[str]], row: int) -> str:
+def _filled(file: str, rows: Mapping[str, Sequence[str]], row: int) -> str:
     """Return the path in a column, or composed of columns."""
     return _FIELD.sub(lambda m: rows[m.group(1)][row], file) if "{" in file else rows[file][row]
 

@@ -4,8 +4,11 @@ import codecs
 import csv
 import io
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, islice, zip_longest
 from pathlib import Path
+from typing import overload
 
 from polyclinic.data.examples import DataError
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, inflate, read_whole, refusing
@@ -17,10 +20,68 @@ TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", *EXCEL, *PARQUET)
 """Suffixes of tables."""
 SEPARATORS = ",;\t|"
 GZIP = 31
+CHUNK = 256
+"""Rows that are in memory as separate cells while a table is read."""
 csv.field_size_limit(2**20)
 
 
-def read_rows(path: Path, limits: Limits = LIMITS, sheet: str = "") -> dict[str, list[str]]:
+class Cells(Sequence[str]):
+    """The cells of a column as one text and the ends of its cells.
+
+    A cell is an object only while it is used. A list of all cells takes several times the memory, which Python does not
+    return to the system when they are freed.
+    """
+
+    def __init__(self, cells: Iterable[str] = ()) -> None:
+        self._pieces: list[str] = []
+        self._ends = array("Q", [0])
+        self._joined = ""
+        self.extend(cells)
+
+    def extend(self, cells: Iterable[str]) -> None:
+        """Append ``cells``."""
+        cells = list(cells)
+        self._ends.extend(accumulate(map(len, cells), initial=self._ends.pop()))
+        self._pieces.append("".join(cells))
+
+    @property
+    def _text(self) -> str:
+        if self._pieces:
+            self._joined, self._pieces = "".join([self._joined, *self._pieces]), []
+        return self._joined
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return list(self)[i]
+        count = len(self._ends) - 1
+        if not -count <= i < count:
+            raise IndexError(i)
+        i %= count
+        return self._text[self._ends[i] : self._ends[i + 1]]
+
+    def __iter__(self) -> Iterator[str]:
+        text, start = self._text, 0
+        for end in islice(self._ends, 1, None):
+            yield text[start:end]
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+def read_rows(path: Path, limits: Limits = LIMITS, sheet: str = "") -> dict[str, Sequence[str]]:
     """Return the columns of a table by name, as ``read_columns`` does.
 
     Raises:
@@ -32,7 +93,7 @@ def read_rows(path: Path, limits: Limits = LIMITS, sheet: str = "") -> dict[str,
         raise DataError(str(error)) from None
 
 
-def read_columns(path: Path, limits: Limits = LIMITS, sheet: str = "") -> dict[str, list[str]]:
+def read_columns(path: Path, limits: Limits = LIMITS, sheet: str = "") -> dict[str, Sequence[str]]:
     """Return the columns of a table by name. Missing is "".
 
     CSV is read in UTF-8, UTF-16 (with a byte order mark) or Windows-1252. The separator is a comma, semicolon, tab or
@@ -54,10 +115,10 @@ def read_columns(path: Path, limits: Limits = LIMITS, sheet: str = "") -> dict[s
         rows = read_sheet(path, sheet, limits)
         columns = _named(path, rows[0] if rows else [], rows[1:])
     else:
-        columns = _named(path, *_csv(path, limits))
+        columns = _csv(path, limits)
     if not columns or not next(iter(columns.values())):
         raise Unreadable(path, "has no rows")
-    return columns
+    return dict(columns)
 
 
 def _text_of(path: Path, data: bytes) -> str:
@@ -73,47 +134,72 @@ def _text_of(path: Path, data: bytes) -> str:
             return data.decode("cp1252")
 
 
-def _csv(path: Path, limits: Limits) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the other rows of a CSV file."""
+def _csv(path: Path, limits: Limits) -> dict[str, Cells]:
+    """Return the columns of a CSV file."""
     data = read_whole(path, limits)
     if data[:2] == b"\x1f\x8b":
         data = inflate(path, data, limits.text_bytes, GZIP)
     text = _text_of(path, data)
+    del data
     first, _, rest = text.partition("\n")
     if stated := re.fullmatch(r"\"?sep=(.)\"?\r?", first, re.IGNORECASE):
         separator, text = stated.group(1), rest
     else:
         separator = max(SEPARATORS, key=first.count)
+    del rest
     with refusing(path, "is not a sound CSV table"):
-        header, *lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    return header, lines
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        if (header := next(lines, None)) is None:
+            raise ValueError("no header")
+        return _named(path, header, lines)
 
 
-def _named(path: Path, header: Sequence[str], lines: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+def _named(path: Path, header: Sequence[str], lines: Iterable[Sequence[str]]) -> dict[str, Cells]:
     """Return rows as columns by name, without what has no content."""
     header = [name.strip() for name in header]
-    lines = [line for line in lines if any(cell.strip() for cell in line)]
-    while header and not header[-1] and all(len(line) < len(header) or not line[-1].strip() for line in lines):
-        header, width = header[:-1], len(header) - 1
-        lines = [line[:width] for line in lines]
+    spare = next(
+        (i for i, name in enumerate(reversed(header)) if name), len(header)
+    )  # columns without a name at the end
+    columns, widths, count = [Cells() for _ in header], dict[int, tuple[int, int]](), 0
+    rows = (line for line in lines if any(map(str.strip, line)))
+    while chunk := list(islice(rows, CHUNK)):
+        for line in chunk:
+            many, row = widths.get(len(line), (0, count + 2))
+            widths[len(line)] = many + 1, row
+            count += 1
+            if spare:
+                spare = _spare(line, len(header), spare)
+        for column, cells in zip(columns, zip_longest(*chunk, fillvalue=""), strict=False):
+            column.extend(map(str.strip, cells))
+    width = len(header) - spare
+    header, columns = header[:width], columns[:width]
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise Unreadable(path, f"the column {twice[0]!r} occurs twice")
-    if bad := [i for i, line in enumerate(lines, start=2) if len(line) != len(header)]:
+    bad = [of for size, of in widths.items() if (size < width if spare else size != width)]
+    if bad:
         raise Unreadable(
             path,
-            f"{len(bad)} rows have another number of columns than the header's {len(header)} "
-            f"(the first is row {bad[0]})",
+            f"{sum(many for many, _ in bad)} rows have another number of columns than the header's {width} "
+            f"(the first is row {min(row for _, row in bad)})",
         )
-    columns = [[line[i].strip() for line in lines] for i in range(len(header))]
     numbered = header[:1] in ([""], ["Unnamed: 0"]) and all(cell.isdigit() for cell in columns[0])
-    if numbered and len(set(columns[0])) == len(lines):
+    if numbered and len(set(columns[0])) == count:
         header, columns = header[1:], columns[1:]
     if "" in header:
         raise Unreadable(path, f"column {header.index('') + 1} has no name")
     return dict(zip(header, columns, strict=True))
 
 
-def _parquet(path: Path, limits: Limits) -> dict[str, list[str]]:
+def _spare(line: Sequence[str], width: int, most: int) -> int:
+    """Return how many of the last ``most`` columns of a header of ``width`` have no content in ``line``."""
+    found = 0
+    while found < most and (len(line) < width - found or not line[-1].strip()):
+        found += 1
+        line = line[: width - found]
+    return found
+
+
+def _parquet(path: Path, limits: Limits) -> dict[str, Cells]:
     try:
         from pyarrow import parquet
     except ImportError:
@@ -123,7 +209,10 @@ def _parquet(path: Path, limits: Limits) -> dict[str, list[str]]:
         if sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)) > limits.decoded_bytes:
             raise Unreadable(path, "holds a table larger than the limit")
         table = parquet.read_table(path)
-        return {name: [_text(value) for value in table[name].to_pylist()] for name in table.column_names}
+        return {
+            name: Cells(_text(value) for chunk in table[name].chunks for value in chunk.to_pylist())
+            for name in table.column_names
+        }
 
 
 def _text(value: object) -> str:

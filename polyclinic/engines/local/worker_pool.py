@@ -20,16 +20,19 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 
 from polyclinic.core.execution import Policy
 from polyclinic.core.method import Method, Request
+from polyclinic.core.reply_validation import GROUP
 from polyclinic.core.rounds import Arrival
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.engines.devices import worker_device
 from polyclinic.engines.local import shared_memory
+from polyclinic.engines.local.shared_memory import SharedFiles
 from polyclinic.engines.site_runtime import work
 from polyclinic.secure_aggregation.engine_simulation import secured
 
@@ -44,6 +47,8 @@ class _Job:
     round: int
     request: Path
     deaths: int = 0
+    files: tuple[Path, ...] = ()
+    """The files of the site state, of the reply and of the new site state, while it is executed."""
 
 
 @dataclass
@@ -87,11 +92,12 @@ class Workers:
         self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
         self._given = (method, sites, dict(policies or {}), progress)
-        self._numbers = {name: i for i, name in enumerate(self.memory)}
+        self._names = list(self.memory)
         self._folder = shared_memory.new_folder()
+        self._files = SharedFiles(self._folder, spare=2 * workers + GROUP)
         self._queue: deque[_Job] = deque()
         self._pending: dict[Path, int] = {}
-        self._asks = 0
+        self._viewed: set[Path] = set()
         self._last: tuple[Request | None, Sequence[str]] = (None, ())
         self._workers: list[_Worker] = []
         for number in range(max(1, min(workers, len(sites)))):
@@ -100,7 +106,7 @@ class Workers:
     @property
     def sites(self) -> Sequence[str]:
         """Names of all sites, in order."""
-        return list(self._numbers)
+        return self._names
 
     @property
     def pids(self) -> list[int]:
@@ -112,8 +118,7 @@ class Workers:
         self._last = (request, to)
         if not to:
             return
-        path = self._folder / f"ask-{self._asks}"
-        self._asks += 1
+        path = self._files.new("request")
         shared_memory.put(path, request)
         self._pending[path] = len(to)
         self._queue.extend(_Job(name, request.round, path) for name in to)
@@ -170,14 +175,9 @@ class Workers:
             if worker.job is None and self._queue:
                 job = worker.job = self._queue.popleft()
                 worker.since = time.monotonic()
-                memory = self._file("memory", job.site)
-                shared_memory.put(memory, self.memory[job.site])
-                files = [
-                    str(job.request),
-                    str(memory),
-                    str(self._file("reply", job.site)),
-                    str(self._file("kept", job.site)),
-                ]
+                job.files = job.files or tuple(map(self._files.new, ("state", "reply", "state")))
+                shared_memory.put(job.files[0], self.memory[job.site])
+                files = [str(path) for path in (job.request, *job.files)]
                 with suppress(OSError):  # the worker died while idle; `wait` will report its closed pipe
                     worker.line.send_bytes(json.dumps([job.site, *files]).encode())
 
@@ -186,7 +186,7 @@ class Workers:
         job = worker.job
         assert job is not None
         try:
-            lost, seconds = json.loads(worker.line.recv_bytes())
+            lost, seconds, viewed = json.loads(worker.line.recv_bytes())
         except (EOFError, OSError):
             self._replace(worker)
             job.deaths += 1
@@ -197,9 +197,11 @@ class Workers:
             return Arrival(job.site, job.round, None, f"its worker died {DEATHS} times; check the available memory")
         worker.job = None
         reply = None
-        if not lost:
-            reply = shared_memory.take(self._file("reply", job.site))
-            self.memory[job.site] = shared_memory.take(self._file("kept", job.site))
+        if not lost and job.files:
+            _, answer, kept = job.files
+            job.files = job.files[:1]
+            reply, self.memory[job.site] = self._files.take(answer), self._files.take(kept)
+        self._viewed.update(map(Path, viewed))
         self._finished(job)
         return Arrival(job.site, job.round, reply, lost, seconds)
 
@@ -219,15 +221,16 @@ class Workers:
         self._workers.insert(position, self._start(position))
 
     def _finished(self, job: _Job) -> None:
-        for kind in ("memory", "reply", "kept"):
-            self._file(kind, job.site).unlink(missing_ok=True)
+        for path in job.files:
+            self._release(path)
         self._pending[job.request] -= 1
         if not self._pending[job.request]:
             del self._pending[job.request]
-            job.request.unlink(missing_ok=True)
+            self._release(job.request)
 
-    def _file(self, kind: str, site: str) -> Path:
-        return self._folder / f"{kind}-{self._numbers[site]}"
+    def _release(self, path: Path) -> None:
+        self._files.release(path, reusable=path not in self._viewed)
+        self._viewed.discard(path)
 
 
 def _serve(
@@ -251,7 +254,9 @@ def _serve(
             name, request, memory, reply, kept = json.loads(line.recv_bytes())
         except (EOFError, OSError):
             os._exit(0)
-        asked, before = shared_memory.view(Path(request)), shared_memory.view(Path(memory))
+        (asked, first), (before, second) = shared_memory.view(Path(request)), shared_memory.view(Path(memory))
+        views = {request: ref(first), memory: ref(second)}
+        del first, second
         done = work(method, asked, before, sites[name], policies.get(name), progress, number)
         lost = done.lost
         if done.reply is not None:
@@ -260,7 +265,10 @@ def _serve(
                 shared_memory.put(Path(kept), done.memory)
             except (OSError, TypeError) as error:
                 lost = f"failed: {type(error).__name__}: {error}"
+        seconds = done.seconds
+        del asked, before, done
+        viewed = [path for path, mapped in views.items() if mapped() is not None]  # something has kept a tensor
         try:
-            line.send_bytes(json.dumps([lost, done.seconds]).encode())
+            line.send_bytes(json.dumps([lost, seconds, viewed]).encode())
         except OSError:
             os._exit(0)

@@ -12,7 +12,7 @@ merged, clipped nor counted, and methods need no notion of freezing.
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any, Protocol
 
 import torch
@@ -112,15 +112,26 @@ def first_names(model: nn.Module) -> dict[str, str]:
     }
 
 
-def params_of(model: nn.Module) -> Tree:
-    """Copy the state that may be sent: each trainable tensor and statistic once, on the CPU."""
-    return {name: leaf.detach().to("cpu", copy=True) for name, leaf in _floating(_leaves(model)).items()}
+def params_of(model: nn.Module, memory: Tree = MappingProxyType({})) -> Tree:
+    """Copy the state that may be sent: each trainable tensor and statistic once, on the CPU.
+
+    Args:
+        memory: Tensors from ``take_gradients``, which are overwritten with the copies that fit them. Large tensors are
+            written many times faster to memory that the process has used already.
+    """
+    copies: dict[str, Tensor] = {}
+    for name, leaf in _floating(_leaves(model)).items():
+        own = memory.get(name)
+        copies[name] = leaf.detach().to("cpu", copy=True) if own is None else own.copy_(leaf.detach())
+    return copies
 
 
-def changes_of(model: nn.Module, start: Tree) -> Tree:
-    """Return ``params_of(model) - start``, to the bit, without a copy of the parameters."""
-    leaves = _floating(_leaves(model))
-    return tree.sub({name: leaf.detach().to("cpu") for name, leaf in leaves.items()}, start)
+def changes_of(model: nn.Module, memory: Tree, start: Tree) -> Tree:
+    """Return ``params_of(model, memory) - start``, to the bit, without a copy of the parameters."""
+    fitting = {name: own for name, own in memory.items() if name in start and start[name].dtype == own.dtype}
+    with torch.no_grad():
+        leaves = {name: leaf.to("cpu") for name, leaf in _floating(_leaves(model)).items()}
+        return tree.sub(leaves, start, fitting)
 
 
 def parameter_count(model: nn.Module) -> int:

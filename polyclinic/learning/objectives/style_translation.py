@@ -17,7 +17,8 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.generative import Up
 from polyclinic.learning.networks.model_tree import initial
 from polyclinic.learning.objectives.adversarial import pass_for_real, tell_apart
-from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.seeding import seeded
 
 
 def images_only(inputs: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model, gradient, trainable
 from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import seeded
+from polyclinic.learning.training.seeding import seeded
 
 CHUNK = 256  # examples in memory at once
 

@@ -32,8 +32,9 @@ from polyclinic.learning.networks.functional import at
 from polyclinic.learning.networks.model_tree import cached_model, live_batch_norms, params_of
 from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
-from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable, seeded
+from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable
 from polyclinic.learning.training.minibatches import Sampler
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.learning.training.step_progress import counted
 
 __all__ = ["DPSGD", "Spend", "Unit", "add_noise", "meter", "metered", "per_example_gradients"]
@@ -94,7 +95,7 @@ class DPSGD(LocalTraining):
         trainable: Callable[[str], bool] | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
         slot: str = "",
-        result: Callable[[nn.Module], Tree] = params_of,
+        result: Callable[[nn.Module, Tree], Tree] = params_of,
     ) -> Tree:
         """Return the parameters after private training from ``start``. Arguments as in ``LocalTraining.fit``.
 
@@ -142,7 +143,7 @@ class DPSGD(LocalTraining):
                 if after_step:
                     after_step(model)
         meter(spend)
-        return result(model)
+        return result(model, {})
 
     def validate(self, task: Trainable, model: nn.Module) -> list[str]:
         """Return the reasons why the task and model cannot be trained privately, with the necessary changes."""

@@ -23,9 +23,11 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_tree import cached_model, changes_of, params_of
 from polyclinic.learning.networks.model_tree import trainable as trainable_of
+from polyclinic.learning.training.gradient_memory import take_gradients
 from polyclinic.learning.training.image_augmentation import ImageAugmentation
 from polyclinic.learning.training.minibatches import Sampler, drawn, weights
 from polyclinic.learning.training.optimizers import SGD, Adam, Optimizer, current_memory
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.learning.training.step_progress import counted
 
 Loss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
@@ -113,7 +115,7 @@ class LocalTraining:
         trainable: Callable[[str], bool] | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
         slot: str = "",
-        result: Callable[[nn.Module], Tree] = params_of,
+        result: Callable[[nn.Module, Tree], Tree] = params_of,
     ) -> Tree:
         """Return the parameters after training from ``start`` on a site's data.
 
@@ -126,7 +128,8 @@ class LocalTraining:
             trainable: Selects the parameters to train; all others are unchanged.
             after_step: Called with the model after each step, for example to update a second model.
             slot: Name of the model, if several of one task are used at the same time.
-            result: What is returned of the trained model; it must share no memory with it.
+            result: What is returned of the trained model, with which it must share no memory. Its second argument holds
+                tensors that it may overwrite and return.
         """
         model, data = cached_model(task, start, site.device, slot), site.data[role] if data is None else data
         loss, rng = loss or task.loss, site.rng(round, "train", role, slot)
@@ -150,8 +153,9 @@ class LocalTraining:
                     after_step(model)
             if memory is not None:
                 memory[key] = {**memory.get(key, {}), **optimizer.state(list(named))}
-        model.zero_grad(set_to_none=True)  # frees the gradients before the parameters are copied
-        return result(model)
+        gradients = take_gradients(model)
+        # A hook may have kept a gradient; without hooks, no one needs the last ones, and their memory is used again.
+        return result(model, {} if gradient_hook or after_step else gradients)
 
     def change(self, task: Trainable, start: Tree, site: Site, round: int, **options: Any) -> Tree:
         """Return the change of the parameters by ``fit``, which no one else uses. ``options`` are those of ``fit``."""
@@ -308,25 +312,12 @@ def plain(local: LocalTraining) -> LocalTraining:
 
 
 @contextmanager
-def seeded(rng: torch.Generator, device: str = "cpu") -> Iterator[None]:
-    """Seed PyTorch's global generators (for dropout and the like) from ``rng``, and restore them afterwards."""
-    cuda = [torch.device(device)] if device.startswith("cuda") else []
-    seed = int(torch.randint(2**62, (), generator=rng))
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the stack three times without a GPU
-        for one in cuda:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def placed(model: nn.Module, site: Site) -> Iterator[nn.Module]:
     """Lay out and compile ``model`` as the site's ``compute`` says, and restore the layout afterwards."""
     compute = site.compute
-    dims = {p.ndim for p in model.parameters()}
+    dims = {p.ndim for p in model.parameters()} if compute.channels_last else set()
     layout = torch.channels_last_3d if 5 in dims else torch.channels_last
-    if compute.channels_last and dims & {4, 5}:
+    if dims & {4, 5}:
         model.to(memory_format=layout)  # type: ignore[call-overload]
     if compute.compile and model not in _compiled:
         model.compile()
@@ -334,7 +325,7 @@ def placed(model: nn.Module, site: Site) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        if compute.channels_last and dims & {4, 5}:
+        if dims & {4, 5}:
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 

@@ -99,6 +99,7 @@ class SGD(Optimizer):
             dampening=0.0,
             nesterov=self.nesterov,
             maximize=False,
+            foreach=_foreach(parameters),
         )
         if self.momentum:
             self._buffers |= zip(places, buffers, strict=True)
@@ -145,6 +146,7 @@ class Adam(Optimizer):
             eps=1e-8,
             maximize=False,
             decoupled_weight_decay=self.apart,
+            foreach=_foreach(parameters),
         )
 
     def state(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -162,6 +164,11 @@ class Adam(Optimizer):
             if f"steps/{names[i]}" in state:
                 first, second = (_fitting(state[f"{kind}/{names[i]}"], p, names[i]) for kind in ("first", "second"))
                 self._moments[i] = first, second, state[f"steps/{names[i]}"].clone()
+
+
+def _foreach(parameters: Sequence[Tensor]) -> bool | None:
+    """Return PyTorch's choice for a CPU, which takes it longer than the step of a small model, and None for others."""
+    return False if all(p.device.type == "cpu" for p in parameters) else None
 
 
 def _copied(leaf: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.model_tree import cached_model, params_of
-from polyclinic.learning.training.local import LocalTraining, Trainable, seeded
+from polyclinic.learning.training.local import LocalTraining, Trainable
+from polyclinic.learning.training.seeding import seeded
 
 METHODS = (
     *("local", "pooled", "cross", "fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedbn", "silobn"),

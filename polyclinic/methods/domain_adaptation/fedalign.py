@@ -26,7 +26,8 @@ from polyclinic.learning.networks.latent import encode_all, encoded, encoded_wid
 from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, pass_for_real, tell_apart
 from polyclinic.learning.tasks.task import InEncoder, Task
-from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.methods.base.site_weights import SizeWeighted
 
 

@@ -30,7 +30,8 @@ from polyclinic.learning.networks.latent import encode_all, encoded, encoded_wid
 from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
 from polyclinic.learning.objectives.adversarial import Discriminator, confusion, moments
 from polyclinic.learning.tasks.task import InEncoder, Task
-from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.seeding import seeded
 
 
 @savable("fedharmony.State", 2)

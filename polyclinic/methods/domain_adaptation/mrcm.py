@@ -25,7 +25,8 @@ from polyclinic.learning.networks.latent import encode_all, encoded, encoded_wid
 from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, pass_for_real, tell_apart
 from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.seeding import seeded
 
 
 @savable("fl-mrcm.State", 1)

@@ -21,7 +21,7 @@ from polyclinic.learning.networks.functional import at, still
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.risk import trained
 from polyclinic.learning.tasks.task import InHead
-from polyclinic.learning.training.local import seeded
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 PASSES, WINDOW, SPREAD = 100, 10, 0.1

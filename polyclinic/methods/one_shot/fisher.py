@@ -22,7 +22,8 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.model_tree import cached_model, gradient, trainable
 from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.methods.one_shot.one_message import OneMessage
 from polyclinic.methods.optimization.fedavg import State
 

@@ -14,7 +14,7 @@ from polyclinic.core.tree import Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import chunks
 from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
-from polyclinic.learning.training.local import seeded
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 

@@ -17,7 +17,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import at
 from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
-from polyclinic.learning.training.local import seeded
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 

@@ -13,7 +13,8 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.model_tree import cached_model, params_of, trainable
-from polyclinic.learning.training.local import Proximal, seeded
+from polyclinic.learning.training.local import Proximal
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 

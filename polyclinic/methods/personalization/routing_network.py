@@ -28,8 +28,8 @@ from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.model_mixture import prediction
 from polyclinic.learning.networks.model_tree import cached_model, first_names, initial, inspect, params_of, trainable
 from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import seeded
 from polyclinic.learning.training.optimizers import Adam
+from polyclinic.learning.training.seeding import seeded
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.objectives.distillation_loss import Said
 from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.seeding import seeded
 from polyclinic.methods.topology.network_chain import Piece, first_bend, length
 
 

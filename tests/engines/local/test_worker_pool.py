@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply
 from polyclinic.core.execution import Refused
 from polyclinic.core.method import Request
 from polyclinic.core.rounds import TooFewReplies, train
 from polyclinic.core.site import Site
-from polyclinic.core.tree import Trees
+from polyclinic.core.tree import Tree, Trees
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.worker_pool import DEATHS, Workers
 from polyclinic.learning.tasks.classification import Classification
@@ -188,13 +189,40 @@ def test_a_failing_site_is_lost_with_its_reason_and_keeps_its_memory(
     here.close()
 
 
+_models = list[tuple[Tree, Tree]]()
+
+
+@dataclass(frozen=True)
+class Remembering(FedAvg):
+    """FedAvg, but a process keeps the models that it receives, and fails if one of them changes."""
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        params = request.trees["params"]
+        _models.append((params, tree.copy(params)))
+        if not all(equal(kept, copy) for kept, copy in _models):
+            raise ValueError("a model that was kept has changed")
+        return super().site_update(request, memory, site)
+
+
+def test_what_is_kept_of_earlier_rounds_does_not_change(task: Classification, local: LocalTraining) -> None:
+    """Files are written again only if nothing refers to their content, at the server and in the workers."""
+    sites = dict(list(little_sites().items())[:1])  # a sum of one reply is the reply, as it was received
+    expected = run(FedAvg(task, local), InProcess(FedAvg(task, local), sites), task.first(0), rounds=5)[1]
+    with Workers(Remembering(task, local), sites) as engine:
+        steps = run(Remembering(task, local), engine, task.first(0), rounds=5)[1]
+    assert not any(step.lost for step in steps)
+    assert all(equal(step.reply, other.reply) for step, other in zip(steps, expected, strict=True))
+
+
 def test_nothing_is_left_behind(task: Classification, local: LocalTraining) -> None:
     method = FedAvg(task, local)
-    engine = Workers(method, little_sites())
-    folder, pids = engine._folder, engine.pids
-    run(method, engine, task.first(0), rounds=2)
-    assert not list(folder.iterdir())
-    engine.close()
+    with Workers(method, little_sites()) as engine:
+        folder, pids = engine._folder, engine.pids
+        run(method, engine, task.first(0), rounds=2)
+        files = list(folder.iterdir())
+        assert files
+        run(method, engine, task.first(0), rounds=5)
+        assert sorted(folder.iterdir()) == sorted(files)  # they are written again
     assert not folder.exists()
     for pid in pids:
         with pytest.raises(ProcessLookupError):

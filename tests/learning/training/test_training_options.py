@@ -12,8 +12,9 @@ import torch
 from polyclinic.core.site import Compute, Site
 from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.learning.training.optimizers import optimizer_memory
+from polyclinic.learning.training.seeding import seeded
 from tests.support.agreement import KINDS, place
 
 

@@ -12,7 +12,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from polyclinic.core import atomic, serialization
@@ -30,22 +29,11 @@ def write(path: Path, value: Any, durable: bool = True) -> tuple[int, str]:
     head, tensors = serialization.header_of(value)
     hasher, size = hashlib.sha256(), 0
     with atomic.writing(path, private=True, durable=durable) as file:
-        for piece in (head, *(_bytes_of(tensor) for tensor in tensors)):
+        for piece in (head, *(serialization.bytes_of(tensor) for tensor in tensors)):
             file.write(piece)
             hasher.update(piece)
             size += len(piece)
     return size, hasher.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    """Return the memory of a tensor as bytes, without a copy if it is contiguous."""
-    if not tensor.numel():
-        return b""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    if flat.stride(0) != 1:  # of a single number, which is contiguous with any stride
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    flat = flat.view(torch.uint8)
-    return flat.numpy().data
 
 
 def read(path: Path) -> Any:

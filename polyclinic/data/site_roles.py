@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from polyclinic.data.annotations import Annotation, accelerated, annotated
+from polyclinic.data.annotations import Annotation, accelerated, annotated, column_generator
 from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError, Dataset, concat, in_memory
 from polyclinic.data.source import Info, Table
-from polyclinic.data.splits import rng_for
 
 Sites = dict[str, dict[str, Dataset]]
 
@@ -62,13 +61,12 @@ def hold(sites: Sites, named: Named, spec: DataSpec, table: Table, seed: int) ->
         data[site] = {role: _placed(examples, table, where, spec) for role, examples in weak.items()}
     if spec.accelerate:
         for site, roles in data.items():
-            column_seed = int(rng_for(seed, "columns", site).integers(2**31))
             data[site] = {
                 role: accelerated(
                     in_memory(examples, "accelerate = ..."),
                     spec.accelerate,
                     spec.center,
-                    torch.Generator().manual_seed(column_seed),
+                    column_generator(seed, site),
                 )
                 for role, examples in roles.items()
             }

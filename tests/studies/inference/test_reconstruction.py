@@ -187,3 +187,14 @@ def test_a_frozen_model_scores_as_its_run(reconstructed: Finished, tmp_path: Pat
         expected = np.mean([leaves[f"{site}/psnr"].mean() for leaves in stored])
         assert found["results"][0]["sites"][site]["psnr"]["value"] == pytest.approx(expected, rel=1e-5)
     assert parse(text).hash == model.study
+    table = text.split("[data]")[1].split("[task]")[0]
+    alone = "[data]" + "".join(
+        f"\n{line}" for line in table.splitlines() if not line.startswith(("accel", "center", "steps"))
+    )
+    study = study_for(trained_model(run, seeds=[0]), alone, tmp_path / "data.toml")
+    assert (study.data.accelerate, study.data.center, study.task.kind) == (3, 0.2, "reconstruction")
+    new = summary(evaluate_frozen([trained_model(run, seeds=[0])], study, everything=True))
+    assert sum(new["images"].values()) == 14
+    assert 5 < new["results"][0]["mean_over_sites"]["value"] < 100
+    other = study_for(model, alone + "\naccelerate = 2\n", tmp_path / "data.toml")
+    assert (other.data.accelerate, other.data.center) == (2, 0.08)  # the file says how

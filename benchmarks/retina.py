@@ -129,6 +129,8 @@ def compare(out: Path) -> None:
     seeds = [seed for seed in study.seeds if all(_predictions(out / name, seed).is_file() for name in NAMES)]
     if seeds != list(study.seeds):
         print(f"Not finished: {len(seeds)} of {len(study.seeds)} splits.\n")
+    if len(seeds) < 2:
+        return
     resized, patches = ([dice(out, name, seed) for seed in seeds] for name in NAMES)
     means = {site: (_means(resized, site), _means(patches, site)) for site in (OVERALL, *SITES)}
     found = {

@@ -25,11 +25,14 @@ def predict(
     probabilities: bool = False,
     uncertainty: bool = False,
     dicom_seg: bool = False,
+    reference: Path | None = None,
+    undersample: str = "",
     device: str = "cpu",
     fresh: bool = False,
     json_: Json = False,
 ) -> None:
-    """Apply the model of a run to new images: masks in the geometry of each image, or a table of probabilities.
+    """Apply the model of a run to new images: masks or reconstructions in the geometry of each image, or a table of
+    probabilities.
 
     The images are read and prepared as the study says. Models of several seeds and folds are averaged. An interrupted
     prediction continues when the command is repeated. Exit code 1 if an image cannot be predicted; the others are.
@@ -37,7 +40,7 @@ def predict(
     Args:
         model: A finished run, or a bundle of `polyclinic export`.
         images: An image, a `.npz` archive, a folder of images, or a folder of folders of DICOM series.
-        out: Folder for the masks and `predictions.csv`.
+        out: Folder for the masks or reconstructed images and `predictions.csv`.
         method: The method whose model is used; by default the main method of the report.
         seed: The seeds whose models are averaged; all by default.
         fold: The folds whose models are averaged; all by default.
@@ -47,6 +50,10 @@ def predict(
         probabilities: Also write the probability of each class for each voxel.
         uncertainty: Also write the entropy for each voxel and, with several models, their disagreement.
         dicom_seg: Write the masks of DICOM images as DICOM segmentations (SEG), `CASE.dcm`. Needs the extra dicom-seg.
+        reference: For reconstructions, a folder of the complete images under the same names: the table then has PSNR,
+            SSIM and NMSE.
+        undersample: For reconstructions of complete images: leave out the columns of k-space that the study left out at
+            this site first.
         device: The device of PyTorch, such as `cuda:0`.
         fresh: Repeat what an earlier prediction in the folder has done.
     """
@@ -59,7 +66,9 @@ def predict(
         size = tuple(window) if window else None
         require_window(size, trained)
         predictor = Predictor(trained, tta_axes(trained) if tta else (), device, size)
-        work = Work(predictor, images, out, Outputs(probabilities, uncertainty, dicom_seg), fresh)
+        work = Work(
+            predictor, images, out, Outputs(probabilities, uncertainty, dicom_seg), fresh, reference, undersample
+        )
         members = ", ".join(member.name for member in trained.members)
         results = []
         with progress.status("") as status:

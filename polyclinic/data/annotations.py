@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polyclinic.data.cases.cases import Cases
 from polyclinic.data.examples import DataError, Dataset, Examples, in_memory
+from polyclinic.data.splits import rng_for
 from polyclinic.learning.tasks.mr_reconstruction import columns, undersample
 
 Annotation = Literal["full", "boxes", "labels", "none"]
@@ -62,6 +63,11 @@ def boxes(masks: Tensor) -> Tensor:
             low, high = where.amin(0).tolist(), where.amax(0).tolist()
             out[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))] = mask.amax()
     return filled
+
+
+def column_generator(seed: int, site: str) -> torch.Generator:
+    """Return the generator that draws the columns of k-space which ``site`` measures, for a study's ``seed``."""
+    return torch.Generator().manual_seed(int(rng_for(seed, "columns", site).integers(2**31)))
 
 
 def accelerated(examples: Examples, factor: float, center: float, rng: torch.Generator) -> Examples:

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from polyclinic.data.annotations import Annotation, accelerated, annotated
+from polyclinic.data.annotations import Annotation, accelerated, annotated, column_generator
 from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError, Dataset, concat, in_memory
 from polyclinic.data.source import Info, Table
-from polyclinic.data.splits import rng_for
 
 Sites = dict[str, dict[str, Dataset]]
 
@@ -83,13 +82,9 @@ def described(info: Info, named: Named, spec: DataSpec, titles: Mapping[str, str
 
 def _accelerated(roles: Mapping[str, Dataset], spec: DataSpec, site: str, seed: int) -> dict[str, Dataset]:
     """Return the examples of ``site`` as if acquired faster, with the same columns of k-space for each role."""
-    column_seed = int(rng_for(seed, "columns", site).integers(2**31))
     return {
         role: accelerated(
-            in_memory(examples, "accelerate = ..."),
-            spec.accelerate,
-            spec.center,
-            torch.Generator().manual_seed(column_seed),
+            in_memory(examples, "accelerate = ..."), spec.accelerate, spec.center, column_generator(seed, site)
         )
         for role, examples in roles.items()
     }

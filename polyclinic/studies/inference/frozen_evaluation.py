@@ -64,7 +64,7 @@ class FrozenResult:
 
 
 def study_for(model: TrainedModel, text: str, path: Path, changed: Mapping[str, Any] | None = None) -> Study:
-    """Return the study in ``text``, completed by what the model determines: its task and preparation of images.
+    """Return the study in ``text``, completed by what the model determines: its task, and how images are acquired.
 
     A file with a ``[data]`` table alone is enough.
 
@@ -84,6 +84,9 @@ def study_for(model: TrainedModel, text: str, path: Path, changed: Mapping[str, 
     steps = model.reading.table.get("steps")
     if isinstance(data, dict) and not {"steps", "plan"} & data.keys() and steps:
         changes["data.steps"] = steps
+    acquired = model.data.data if model.data else None
+    if isinstance(data, dict) and acquired and acquired.accelerate and "accelerate" not in data:
+        changes |= {"data.accelerate": acquired.accelerate, "data.center": data.get("center", acquired.center)}
     if "task" not in given:
         own = model.data.task.model_dump(mode="json", exclude_unset=True) if model.data else {}
         changes["task"] = own or {"kind": model.plan.kind}

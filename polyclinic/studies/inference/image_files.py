@@ -40,7 +40,11 @@ def write_mask(folder: Path, case: Case, labels: Tensor, geometry: Geometry) -> 
     """
     name = mask_name(case, geometry)
     if is_picture(case, geometry):
-        atomic.write(folder / name, _png(labels.numpy()), durable=False)
+        atomic.write(
+            folder / name,
+            _png(labels.numpy().astype(np.uint8 if int(labels.numpy().max(initial=0)) < 256 else np.uint16)),
+            durable=False,
+        )
     else:
         atomic.write(folder / name, _nifti(geometry.in_file(labels).numpy(), case, geometry), durable=False)
     return name
@@ -82,20 +86,26 @@ def write_map(folder: Path, case: Case, what: str, values: Tensor, geometry: Geo
     Args:
         folder: The folder.
         case: The image.
-        what: What the numbers are, such as ``"entropy"``, the end of the file's name.
+        what: What the numbers are, such as ``"entropy"``, the end of the file's name; empty for the image itself.
         values: Shape [*original], or [C, *original] for the probabilities of classes.
         geometry: The geometry of the image.
     """
-    classes = values.ndim > len(geometry.original)
+    classes, name = values.ndim > len(geometry.original), f"{case.id}-{what}" if what else case.id
     if is_picture(case, geometry):
         buffer = io.BytesIO()
         np.save(buffer, values.float().numpy(), allow_pickle=False)
-        atomic.write(folder / f"{case.id}-{what}.npy", buffer.getvalue(), durable=False)
-        return f"{case.id}-{what}.npy"
+        atomic.write(folder / f"{name}.npy", buffer.getvalue(), durable=False)
+        return f"{name}.npy"
     parts = [geometry.in_file(part).float().numpy() for part in (values if classes else values[None])]
     content = _nifti(np.stack(parts) if classes else parts[0], case, geometry)
-    atomic.write(folder / f"{case.id}-{what}.nii.gz", content, durable=False)
-    return f"{case.id}-{what}.nii.gz"
+    atomic.write(folder / f"{name}.nii.gz", content, durable=False)
+    return f"{name}.nii.gz"
+
+
+def write_picture(folder: Path, case: Case, pixels: "np.ndarray[Any, Any]") -> str:
+    """Write a PNG file of [y, x, C], C = 1 or 3, uint8, or uint16 with C = 1; return its name."""
+    atomic.write(folder / f"{case.id}.png", _png(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), durable=False)
+    return f"{case.id}.png"
 
 
 def _nifti(array: "np.ndarray[Any, Any]", case: Case, geometry: Geometry) -> bytes:
@@ -120,9 +130,9 @@ def _nifti(array: "np.ndarray[Any, Any]", case: Case, geometry: Geometry) -> byt
     return gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
 
 
-def _png(labels: "np.ndarray[Any, Any]") -> bytes:
+def _png(pixels: "np.ndarray[Any, Any]") -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(labels.astype(np.uint8 if int(labels.max(initial=0)) < 256 else np.uint16)).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

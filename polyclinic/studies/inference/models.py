@@ -121,8 +121,6 @@ def trained_model(
     _require_among(origin, "seed", seeds, run.info.seeds)
     _require_among(origin, "fold", folds, range(run.info.folds))
     study = parse(run.study, run.path / "study.toml")
-    if study.data.accelerate:
-        raise NoModel(f"{origin}: its images were undersampled in simulation, which new images are not")
     splits = (folds or range(run.info.folds)) if run.info.folds else [None]
     names = [arm_name(label, seed, fold) for seed in seeds or run.info.seeds for fold in splits]
     ready = [name for name in names if (run.path / "arms" / name / "model.safetensors").is_file()]

@@ -1,4 +1,5 @@
-"""Application of a trained model to new images or rows of a table: a file of masks, or a row of predictions, for each.
+"""Application of a trained model to new images or rows of a table: a file of masks, a reconstructed image, or a row of
+predictions, for each.
 
 The output folder contains ``predictions.csv``; ``prediction.json``, which says by which model and how;
 ``labels.json``, the names of the labels of masks; and ``cases.jsonl``, a line for each finished image, from which an
@@ -28,6 +29,7 @@ from polyclinic.errors import ConfigError, PolyclinicError
 from polyclinic.studies.inference.image_files import write_map, write_mask, write_segments
 from polyclinic.studies.inference.predictor import Prediction, Predictor
 from polyclinic.studies.inference.reading import Case, Reading, cases_at, pictures
+from polyclinic.studies.inference.reconstruction import Acquisition, scores, write_image
 from polyclinic.studies.inference.table_reading import TableReading
 
 ABOUT, LINES, TABLE, LABELS = "prediction.json", "cases.jsonl", "predictions.csv", "labels.json"
@@ -76,17 +78,29 @@ class Work:
         out: The output folder. It may contain an earlier prediction by the same model in the same way.
         outputs: What is written.
         fresh: Whether to repeat what an earlier prediction in ``out`` has done.
+        references: Place of the complete images, under the names of the undersampled ones, for the scores of
+            reconstructions.
+        undersample: The site whose columns of k-space are left out of complete images before their reconstruction.
 
     Raises:
         ConfigError: If there are no images, or ``out`` contains something else.
     """
 
     def __init__(
-        self, predictor: Predictor, place: Path, out: Path, outputs: Outputs = Outputs(), fresh: bool = False
+        self,
+        predictor: Predictor,
+        place: Path,
+        out: Path,
+        outputs: Outputs = Outputs(),
+        fresh: bool = False,
+        references: Path | None = None,
+        undersample: str = "",
     ) -> None:
         self.predictor, self.out, self.outputs = predictor, out, outputs
-        if predictor.kind == "reconstruction":
-            raise ConfigError("the model reconstructs images from undersampled ones, which is not supported here")
+        if predictor.kind != "reconstruction" and (references is not None or undersample):
+            raise ConfigError(
+                f"--reference and --undersample are for reconstructions, and the model predicts {predictor.kind}"
+            )
         if (outputs.probabilities or outputs.uncertainty) and predictor.kind != "segmentation":
             raise ConfigError(
                 f"--probabilities and --uncertainty write maps of masks; the table has them for {predictor.kind} anyway"
@@ -98,6 +112,11 @@ class Work:
         _require_apart(place, out)
         reading = predictor.model.reading
         self.cases = reading.cases(place) if isinstance(reading, TableReading) else cases_at(place, reading)
+        self.acquisition = Acquisition({})
+        if predictor.kind == "reconstruction":
+            self.acquisition = Acquisition.of(predictor.model, references, undersample)
+            if self.acquisition.references and not any(case.id in self.acquisition.references for case in self.cases):
+                raise ConfigError(f"--reference {references}: no image there has the name of one in {place}")
         self.about = self._about()
         self.done = self._earlier(fresh)
 
@@ -126,7 +145,12 @@ class Work:
             ):
                 result = self._one(case, picture)
                 if not result.problem:
-                    line = {"id": case.id, "content": case.content, "row": dict(result.row), "files": result.files}
+                    line = {
+                        "id": case.id,
+                        "content": self.acquisition.content(case),
+                        "row": dict(result.row),
+                        "files": result.files,
+                    }
                     lines.write(json.dumps(line) + "\n")
                     lines.flush()
                 found.append(result)
@@ -143,6 +167,8 @@ class Work:
             return Predicted(case.id, problem=f"{case.files[0].name}: is no DICOM image: leave --dicom-seg out")
         row: dict[str, Any] = {"id": case.id, "file": case.files[0].name}
         try:
+            if self.predictor.kind == "reconstruction":
+                return self._image(case, picture, row)
             prediction = self.predictor(picture.pixels)
             if self.predictor.kind == "segmentation":
                 assert picture.geometry is not None
@@ -152,6 +178,17 @@ class Work:
         except PolyclinicError as error:
             return Predicted(case.id, problem=f"{case.files[0].name}: {error}")
         return Predicted(case.id, row | self._values(prediction))
+
+    def _image(self, case: Case, picture: Picture, row: dict[str, Any]) -> Predicted:
+        """Reconstruct an image, score it if its complete image is known, and write it."""
+        reading = self.predictor.model.reading
+        assert isinstance(reading, Reading)
+        assert picture.geometry is not None
+        given = self.acquisition.acquired(picture.pixels)
+        truth = self.acquisition.reference(case, picture.pixels, reading)
+        image = self.predictor(given).scores
+        row["image"] = write_image(self.out, case, image, picture.geometry, reading)
+        return Predicted(case.id, row | scores(image, given, truth), (row["image"],))
 
     def _mask(self, case: Case, prediction: Prediction, geometry: Geometry, row: dict[str, Any]) -> Predicted:
         labels = geometry.labels(prediction.scores, self.predictor.labels)
@@ -211,6 +248,8 @@ class Work:
         outputs = {"probabilities": self.outputs.probabilities, "uncertainty": self.outputs.uncertainty}
         outputs["dicom"] = self.outputs.dicom
         model = json.loads(json.dumps(self.predictor.model.identity))
+        if self.predictor.kind == "reconstruction":
+            outputs |= self.acquisition.table
         return {"polyclinic": __version__, "kind": self.predictor.kind, "model": model, **how, **outputs}
 
     def _earlier(self, fresh: bool) -> dict[str, dict[str, Any]]:
@@ -243,7 +282,7 @@ class Work:
 
     def _same(self, case: Case, line: Mapping[str, Any]) -> bool:
         try:
-            return bool(case.content == line["content"])
+            return bool(self.acquisition.content(case) == line["content"])
         except OSError:
             return False
 

@@ -14,12 +14,13 @@ from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.engines.site_runtime import repeatable
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.model_tree import cached_model
+from polyclinic.learning.tasks.mr_reconstruction import Reconstruction
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
 from polyclinic.studies.inference.models import TrainedModel
 
-NUMBERS = ("regression", "survival")
-"""Kinds of task whose predictions are averaged as they are: values, or probabilities of survival at each time."""
+NUMBERS = ("regression", "survival", "reconstruction")
+"""Kinds of task whose predictions are averaged as they are: values, survival at each time, or images."""
 
 
 class NotPredicted(ConfigError):
@@ -31,7 +32,8 @@ class Prediction:
     """The prediction of one image on the grid of the preprocessed image.
 
     Attributes:
-        scores: Mean logits [C, *grid] for masks; [C] logits for classes and labels; [C] values for numbers.
+        scores: Mean logits [C, *grid] for masks; [C] logits for classes and labels; [C] values for numbers;
+            the image [C, *grid] for reconstructions.
         probabilities: Their probabilities (the values themselves for numbers). Same shape.
         entropy: Entropy of the predicted distribution in nats (summed over labels), [*grid] or []; None for numbers.
         disagreement: Mutual information in nats between class and model (over members and mirrored copies), [*grid] or
@@ -104,6 +106,9 @@ class Predictor:
                 if isinstance(task, Segmentation):
                     scores = self._sized(task, copy).predict(model, copy).float().cpu()
                     yield (scores.flip(axes) if axes else scores)[0]
+                elif isinstance(task, Reconstruction):
+                    self._require_size(copy)
+                    yield task.predict(model, copy).float().cpu()[0]
                 else:
                     if member.statistics is not None:
                         copy = self._scaled(member.statistics, copy)

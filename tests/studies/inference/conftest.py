@@ -106,3 +106,58 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("boxes")
     data = write_pairs(folder / "data")
     return finish(STUDY.format(path=data), folder / "run"), data
+
+
+RECONSTRUCTED = """
+name = "fast"
+rounds = 1
+seeds = [0, 1]
+[data]
+kind = "pairs"
+path = "{path}"
+patient = "(.*)"
+sites = {{ partition = "iid", count = 2 }}
+min_patients = 1
+split = [0.5, 0.2, 0.3]
+accelerate = 3
+center = 0.2
+steps = {steps}
+[task]
+kind = "reconstruction"
+network = "unet"
+options = {{ width = 4, norm = "batch" }}
+[training]
+steps = 20
+batch_size = 4
+optimizer = "adam"
+lr = 0.01
+[[methods]]
+name = "fedavg"
+[engine]
+kind = "in-process"
+"""
+
+
+def write_slices(folder: Path, count: int = 14) -> Path:
+    """Write smooth pictures of 8 bits, 20 x 16 pixels, and empty masks that a reconstruction does not use."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:20, :16]
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        top, left, size = rng.uniform(5, 14), rng.uniform(4, 11), rng.uniform(2, 5)
+        bump = np.exp(-((y - top) ** 2 + (x - left) ** 2) / size**2)
+        Image.fromarray((240 * bump).astype(np.uint8)).save(folder / "images" / f"slice{i:02}.png")
+        Image.fromarray((bump > 0.5).astype(np.uint8)).save(folder / "labels" / f"slice{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="package")
+def reconstructed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished run of reconstruction, and the folder of its complete images."""
+    folder = tmp_path_factory.mktemp("slices")
+    data = write_slices(folder / "data")
+    steps = '[{ step = "crop_pad", size = 16 }]'
+    return finish(RECONSTRUCTED.format(path=data, steps=steps), folder / "run"), data

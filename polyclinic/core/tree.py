@@ -80,7 +80,7 @@ def _sum_small(trees: Sequence[Tree], total: Tree) -> None:
     sums = list(total.values())
     for leaf, one, two in zip(sums, trees[0].values(), map(trees[1].__getitem__, total), strict=True):
         torch.add(one, two, out=leaf)
-    for other in trees[2:]:
+    for other in trees[2:] if sums else ():
         torch._foreach_add_(sums, [other[name] for name in total])
 
 

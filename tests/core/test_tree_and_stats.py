@@ -115,3 +115,7 @@ def test_a_wrong_name_says_what_there_is() -> None:
 def test_finite_looks_at_every_number_where_a_sum_cannot_tell(values: list[float], dtype: torch.dtype) -> None:
     leaf = torch.tensor(values, dtype=dtype)
     assert tree.finite_leaf(leaf) == bool(torch.isfinite(leaf).all())
+
+
+def test_the_sum_of_trees_without_leaves_has_none() -> None:
+    assert tree.sum_of([{}, {}, {}]) == ({}, True)

@@ -15,10 +15,21 @@ import pytest
 from polyclinic.engines.ray import cluster
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.schema import MethodSpec
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run import scheduler
 from polyclinic.studies.run.cluster_runs import SHARED, ClusterWorkers
 from polyclinic.studies.run.events import Event, Job
-from polyclinic.studies.run.executors import ChildProcesses, Executor, MethodRunFailed, run_here, run_jobs
+from polyclinic.studies.run.executors import (
+    ChildProcesses,
+    Ended,
+    Executor,
+    MethodRunFailed,
+    ended,
+    run_here,
+    run_jobs,
+)
 from polyclinic.studies.run.run_directory import Note, Stopped
+from tests.support.small_runs import STUDY
 
 CLUSTER = pytest.param("cluster", marks=[pytest.mark.slow, pytest.mark.deploy])
 EACH = pytest.mark.parametrize("kind", ["this process", "children", CLUSTER])
@@ -177,3 +188,51 @@ def test_a_method_run_whose_process_dies_three_times_ends_the_run(kind: str, sta
         list(start(kind, jobs, journal))
     assert len(journal.entries) == 3
     assert nothing_left(tmp_path)
+
+
+DISTRIBUTED = [
+    # kind, parallel, further keys, method runs, workers, whether workers share whole method runs
+    ("ray", "auto", {}, 8, 4, True),
+    ("ray", "auto", {}, 7, 4, False),
+    ("ray", "arms", {}, 1, 4, True),
+    ("ray", "sites", {}, 8, 4, False),
+    (
+        "ray",
+        "auto",
+        {"attack.name": "sign-flip", "attack.attackers": 1},
+        1,
+        4,
+        True,
+    ),  # an attack is not distributed by sites
+    ("workers", "auto", {}, 8, 4, True),
+    ("workers", "auto", {}, 7, 4, False),
+    ("workers", "auto", {}, 8, 1, False),
+    ("workers", "arms", {}, 1, 4, True),
+    ("workers", "sites", {}, 8, 4, False),
+    ("workers", "auto", {"deadline": 60.0}, 8, 4, False),
+    ("in-process", "auto", {}, 8, 4, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "parallel", "keys", "jobs", "workers", "whole"), DISTRIBUTED)
+def test_when_workers_share_whole_method_runs(
+    kind: str,
+    parallel: str,
+    keys: dict[str, Any],
+    jobs: int,
+    workers: int,
+    whole: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler, "possible", lambda: True)  # this process may have threads
+    table = {"engine.kind": kind} | ({"engine.parallel": parallel} if kind != "in-process" else {}) | keys
+    study = parse(STUDY.format(path="a.npz", engine=kind), changes=table)
+    assert scheduler._whole_arms(study, jobs, workers) is whole
+
+
+def test_how_a_method_run_ended_has_its_message() -> None:
+    assert ended(job("fedavg"), Stopped("after round 3")) == Ended(job("fedavg"), "stopped", "after round 3")
+    assert ended(job("fedavg"), ConfigError("no such key")) == Ended(job("fedavg"), "refused", "no such key")
+    failed = ended(job("fedavg"), ZeroDivisionError("its arithmetic"))
+    assert failed.outcome == "failed"
+    assert failed.text.endswith("ZeroDivisionError: its arithmetic\n")

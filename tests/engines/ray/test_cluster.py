@@ -404,7 +404,7 @@ def test_the_command_shows_the_profile_of_a_local_cluster(tmp_path: Path) -> Non
     assert profile["cluster"] > 0.5  # Ray was started
     (one,) = profile["method_runs"]
     inside = sum(one["phases"].values()) + sum(profile[part] for part in ("cluster", "reading", "report", "baselines"))
-    assert 0.9 * profile["seconds"] < inside <= 1.01 * profile["seconds"]
+    assert 0.7 * profile["seconds"] < inside <= 1.01 * profile["seconds"]
     assert " s: cluster " in done.stdout
     assert "training over workers contains messages" in " ".join(done.stdout.split())
     page = unescape((folder / "report" / "report.html").read_text())

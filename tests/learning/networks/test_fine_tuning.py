@@ -293,12 +293,13 @@ def test_adapters_are_the_only_tensors_of_the_tree_and_merge_into_the_plain_netw
     assert len(params) == 6
     assert task.first(0).keys() == params.keys()
     assert all(torch.equal(a, b) for a, b in zip(task.first(0).values(), params.values(), strict=True))
+    torch.manual_seed(0)
     model = load(task.model(), {name: torch.randn_like(leaf) for name, leaf in params.items()}).eval()
     x = torch.randn(3, 1, 8, 8)
     expected = model(x)
     plain = merge_adapters(model)
     assert set(plain.state_dict()) == set(CNN().state_dict())
-    assert torch.allclose(plain(x), expected, atol=1e-5)
+    assert torch.allclose(plain(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_gradients_of_single_examples_reach_adapters() -> None:

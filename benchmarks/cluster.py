@@ -6,9 +6,9 @@ Both parts start Ray on this machine. Lines are JSON objects.
 training takes less than a millisecond, so that the difference is what a request and a reply cost: wall time, and CPU
 time of the process that starts the run.
 
-``arms``: a study of 24 method runs (FedAvg on a small CNN, 24 seeds), whole, on one worker and on two, in alternation.
-Two cores of this machine may be threads of one core: ``threads`` says what two processes without Ray gain on them, by
-the same training.
+``arms``: a study of 24 method runs (FedAvg on a small CNN, 24 seeds), whole, on one worker and on two, in alternation,
+on a cluster that runs already. Two cores of this machine may be threads of one core: ``threads`` says what two
+processes without Ray gain on them, with convolutions.
 
     python benchmarks/cluster.py [sites] [arms] [--times 3]
 """
@@ -40,7 +40,7 @@ from polyclinic.studies.run.scheduler import run as run_study
 SITES, ROWS, ROUNDS, ARMS = 20, 40, 10, 24
 STUDY = """\
 name = "sweep"
-rounds = 6
+rounds = 40
 seeds = {seeds}
 
 [data]
@@ -111,14 +111,15 @@ def measure_arms(times: int) -> dict[str, object]:
         images = rng.normal(100, 30, (240, 28, 28)).clip(0, 255).astype(np.uint8)
         where = np.repeat(["north", "south", "east", "west"], 60)
         np.savez(folder / "images.npz", images=images, labels=labels, site=where)
-        for time_ in range(times):
-            for key, workers in (("one", 1), ("two", 2)):
-                text = STUDY.format(path=folder / "images.npz", seeds=list(range(ARMS)), workers=workers)
-                begun = time.perf_counter()
-                for _ in run_study(parse(text, folder / "sweep.toml"), text, folder / f"{key}-{time_}"):
-                    pass
-                found[key].append(time.perf_counter() - begun)
-            found["ratio"].append(found["one"][-1] / found["two"][-1])
+        with cluster.connected("local", 2):
+            for time_ in range(times):
+                for key, workers in (("one", 1), ("two", 2)):
+                    text = STUDY.format(path=folder / "images.npz", seeds=list(range(ARMS)), workers=workers)
+                    begun = time.perf_counter()
+                    for _ in run_study(parse(text, folder / "sweep.toml"), text, folder / f"{key}-{time_}"):
+                        pass
+                    found[key].append(time.perf_counter() - begun)
+                found["ratio"].append(found["one"][-1] / found["two"][-1])
     return {key: spread(values) for key, values in found.items()} | {"threads": spread(threads(times))}
 
 

@@ -284,7 +284,8 @@ def test_personalized_methods_train_every_network(name: str, method: str) -> Non
         f"site-{k}": Site(f"site-{k}", {r: examples(network, 10 * k + i, 4) for i, r in enumerate(roles)})
         for k in range(2)
     }
-    setting = Setting(task, LocalTraining(epochs=1, batch_size=4, lr=0.01), tuple(sites), rounds=3)
+    # With four images a batch, deep networks overflow at usual rates, and replies that are not finite have no order.
+    setting = Setting(task, LocalTraining(epochs=1, batch_size=4, lr=0.0001), tuple(sites), rounds=3)
     try:
         built = build(method, setting, KNOWN.get(method, {}))
     except ConfigError as refusal:

@@ -104,10 +104,11 @@ def inspect(model: nn.Module) -> Inspection:
 
 def first_names(model: nn.Module) -> dict[str, str]:
     """Return, for each name of a floating-point tensor, the one under which ``params_of`` lists the tensor."""
-    listed = {(leaf.data_ptr(), tuple(leaf.shape)): name for name, leaf in _floating(_leaves(model)).items()}
+    leaves = _leaves(model)
+    listed = {(leaf.data_ptr(), tuple(leaf.shape)): name for name, leaf in _floating(leaves).items()}
     return {
         name: listed[leaf.data_ptr(), tuple(leaf.shape)] if leaf.numel() else name
-        for name, leaf in _leaves(model)
+        for name, leaf in leaves
         if leaf.is_floating_point()
     }
 

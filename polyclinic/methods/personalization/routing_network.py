@@ -51,7 +51,9 @@ class Routed(Composed):
 
     def filled(self, models: Sequence[Tree], routed: bool) -> Tree:
         """Return parameters with the layers of ``models``, and all other layers of the first of them."""
-        leaves, listed = dict(initial(self, 0)), first_names(self.network())
+        leaves = dict(initial(self, 0))
+        with torch.random.fork_rng(devices=[]):  # only the names are needed, not the random weights
+            listed = first_names(self.network())
         for name in leaves:
             place, inside, of = name.removeprefix("body.").partition(".member.")
             if inside:

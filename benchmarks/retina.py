@@ -2,17 +2,19 @@
 
     python benchmarks/retina.py prepare DRIVE_AND_CHASE STARE FOLDER
     python benchmarks/retina.py ceiling FOLDER
-    RETINA=FOLDER python benchmarks/retina.py run [--out runs]
-    python benchmarks/retina.py compare [--out runs]
+    RETINA=FOLDER python benchmarks/retina.py run [--out runs] [--patches retina-patches] [--seeds 201 202 ...]
+    python benchmarks/retina.py compare [--out runs] [--patches retina-patches] [--seeds 201 202 ...]
 
 ``prepare`` writes the images and masks of three cameras as PNG files, from checkouts of two public repositories:
 https://github.com/mipple1986/data (DRIVE and CHASE_DB1) and https://github.com/orobix/retina-unet (STARE, as panels of
 image, mask and prediction). ``ceiling`` prints the Dice that remains when the true masks are resized and brought back.
 ``run`` runs both studies, or continues them. ``compare`` prints Dice on the grid of each file and the difference of the
-two studies, as Markdown.
+two studies, as Markdown. The study of patches is retina-patches or retina-common-scale; the seeds are those of its file,
+for both studies, unless others are given.
 """
 
 import argparse
+import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +34,7 @@ from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
 
 STUDIES = Path(__file__).parent / "studies"
-NAMES = ("retina-resized", "retina-patches")
+RESIZED, PATCHES = "retina-resized", ("retina-patches", "retina-common-scale")
 OVERALL = "mean over sites"
 SITES = {"chasedb1": 28, "drive": 40, "stare": 20}
 
@@ -74,7 +76,7 @@ def prepare(drive_and_chase: Path, stare: Path, folder: Path) -> None:
 
 def ceiling(folder: Path) -> None:
     """Print the Dice on the grid of the files of the true masks after resizing and back, by site."""
-    sizes = (256, 512)
+    sizes = (256, 512, 576)
     print("| site | " + " | ".join(f"labels at {size} x {size} | shares at {size} x {size}" for size in sizes) + " |")
     print("|" + "---|" * (1 + 2 * len(sizes)))
     rows = dict[str, np.ndarray]()
@@ -121,29 +123,30 @@ def dice(out: Path, name: str, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def compare(out: Path) -> None:
+def compare(out: Path, patches: str, seeds: list[int]) -> None:
     """Print the Dice of both studies and their difference: over sites, which is primary, and by site."""
-    study, _ = _study(NAMES[0])
+    study, _ = _study(patches, seeds)
     assert not isinstance(study.data.split, str)
     train, _, test = study.data.split
-    seeds = [seed for seed in study.seeds if all(_predictions(out / name, seed).is_file() for name in NAMES)]
-    if seeds != list(study.seeds):
-        print(f"Not finished: {len(seeds)} of {len(study.seeds)} splits.\n")
-    if len(seeds) < 2:
+    names = (RESIZED, patches)
+    finished = [seed for seed in seeds if all(_predictions(out / name, seed).is_file() for name in names)]
+    if finished != seeds:
+        print(f"Not finished: {len(finished)} of {len(seeds)} splits.\n")
+    if len(finished) < 2:
         return
-    resized, patches = ([dice(out, name, seed) for seed in seeds] for name in NAMES)
-    means = {site: (_means(resized, site), _means(patches, site)) for site in (OVERALL, *SITES)}
+    scores = [[dice(out, name, seed) for seed in finished] for name in names]
+    means = {site: (_means(scores[0], site), _means(scores[1], site)) for site in (OVERALL, *SITES)}
     found = {
         site: corrected_t([b - a for a, b in zip(*pair, strict=True)], test, train) for site, pair in means.items()
     }
     adjusted = dict(zip(SITES, holm([_p(found[site]) for site in SITES]), strict=True))
-    print("| site | images at 256 x 256 | patches at full resolution | difference (95 % interval) | p |")
+    print("| site | images at 256 x 256 | patches | difference (95 % interval) | p |")
     print("|---|---|---|---|---|")
     for site, (before, after) in means.items():
         d, p = found[site], adjusted.get(site, _p(found[site]))
         cells = f"{np.mean(before):.3f} | {np.mean(after):.3f} | {_interval(d)}"
         print(f"| {site} | {cells} | {p:.4f}{' (Holm)' if site in adjusted else ''} |")
-    print("\n| split | " + " | ".join(map(str, seeds)) + " |\n" + "|---|" + "---|" * len(seeds))
+    print("\n| split | " + " | ".join(map(str, finished)) + " |\n" + "|---|" + "---|" * len(finished))
     for title, values in zip(("resized", "patches"), means[OVERALL], strict=True):
         print(f"| {title}, {OVERALL} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
 
@@ -158,10 +161,12 @@ def _interval(d: Difference) -> str:
     )
 
 
-def _study(name: str) -> tuple[Study, str]:
-    """Return a study and the text of its file."""
+def _study(name: str, seeds: list[int] | None = None) -> tuple[Study, str]:
+    """Return a study and its text, which is that of its file with ``seeds``."""
     file = STUDIES / f"{name}.toml"
     text = file.read_text(encoding="utf-8")
+    if seeds:
+        text = re.sub(r"(?m)^seeds = .*$", f"seeds = {seeds}", text)
     return parse(text, file), text
 
 
@@ -170,13 +175,13 @@ def _predictions(folder: Path, seed: int) -> Path:
     return folder / "arms" / f"fedavg-seed{seed}" / "predictions.safetensors"
 
 
-def run_both(out: Path) -> None:
+def run_both(out: Path, patches: str, seeds: list[int]) -> None:
     """Run both studies, or continue them, split by split, so that an interrupted run has both studies of a split."""
-    for seed in _study(NAMES[0])[0].seeds:
-        for name in NAMES:
+    for seed in seeds:
+        for name in (RESIZED, patches):
             if _predictions(out / name, seed).is_file():
                 continue
-            study, text = _study(name)
+            study, text = _study(name, seeds)
             with closing(run(study, text, out / name, resume=(out / name).exists())) as events:
                 for event in events:
                     print(name, event.what, event.seed, event.round, dict(event.scores), flush=True)
@@ -201,19 +206,19 @@ def main() -> None:
         making.add_argument(name, type=Path)
     commands.add_parser("ceiling", help="score the resized masks themselves").add_argument("folder", type=Path)
     for name, text in (("run", "run or continue both studies"), ("compare", "print both and their difference")):
-        commands.add_parser(name, help=text).add_argument(
-            "--out", type=Path, default=Path("runs"), help="folder of the run folders"
-        )
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--out", type=Path, default=Path("runs"), help="folder of the run folders")
+        command.add_argument("--patches", choices=PATCHES, default=PATCHES[0], help="the study of patches")
+        command.add_argument("--seeds", type=int, nargs="+", help="default: those of the study of patches")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.command == "prepare":
         prepare(given.drive_and_chase, given.stare, given.folder)
     elif given.command == "ceiling":
         ceiling(given.folder)
-    elif given.command == "compare":
-        compare(given.out)
     else:
-        run_both(given.out)
+        seeds = given.seeds or list(_study(given.patches)[0].seeds)
+        (compare if given.command == "compare" else run_both)(given.out, given.patches, seeds)
 
 
 if __name__ == "__main__":

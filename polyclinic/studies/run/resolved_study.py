@@ -209,8 +209,8 @@ def _size_problem(model: nn.Module, data: Federated, study: Study) -> str | None
             return None
     size = " x ".join(map(str, x.shape[2:] if x.ndim > 2 else x.shape[1:]))
     return (
-        f"this network cannot be trained with inputs of {size} and batch_size = {study.training.batch_size}: use larger "
-        f"images, patches or batches, or another network or options. {found}"
+        f"this network cannot be trained with inputs of {size} and batch_size = {study.training.batch_size}: use "
+        f"larger images, patches or batches, or another network or options. {found}"
     )
 
 

@@ -11,16 +11,17 @@ Sizes are relative to honest updates, so that an attack has the same strength fo
 - IPM: Xie, Koyejo and Gupta, "Fall of Empires", UAI 2019, section 4, https://arxiv.org/abs/1903.03936.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
+from polyclinic.learning.batch import Batch
 
 
 class Known(NamedTuple):
@@ -77,11 +78,11 @@ class LabelFlip(Attack):
 
     def data(self, data: Any) -> Any:
         """Return the same inputs with flipped targets."""
-        return Altered(data, self)
+        return altered(data, lambda x, y, _: (x, self.flip(y)))
 
-    def alter(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Flip the targets of one minibatch."""
-        return x, 1 - y if y.is_floating_point() else self.classes - 1 - y
+    def flip(self, y: Tensor) -> Tensor:
+        """Return flipped targets."""
+        return 1 - y if y.is_floating_point() else self.classes - 1 - y
 
 
 @dataclass(frozen=True)
@@ -118,21 +119,24 @@ class Backdoor(Attack):
     value: float = 3.0
 
     def data(self, data: Any) -> Any:
-        """Return the same data with a fraction of the examples marked."""
-        return Altered(data, self)
+        """Return the same data with a fraction of the examples, drawn once, marked and with the target ``target``."""
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+        chosen = order < round(self.share * len(data))
 
-    def alter(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mark the first examples of one minibatch, with target ``target``."""
-        count = round(self.share * len(y))
-        wrong = torch.full_like(y[:count], self.target)
-        return torch.cat([self.mark(x[:count]), x[count:]]), torch.cat([wrong, y[count:]])
+        def alter(x: Tensor, y: Tensor, index: Tensor) -> Batch:
+            x, y, marked = x.clone(), y.clone(), chosen[index]
+            x[marked], y[marked] = self.mark(x[marked]), torch.full_like(y[marked], self.target)
+            return x, y
+
+        return altered(data, alter)
 
     def mark(self, x: Tensor) -> Tensor:
         """Return the inputs ``x`` [b, C, *spatial] or [b, F] with the mark."""
         x = x.clone()
         corner = x
         for axis in range(2 if x.ndim > 2 else 1, x.ndim):
-            corner = corner.narrow(axis, x.shape[axis] - self.side, self.side)
+            side = min(self.side, x.shape[axis])
+            corner = corner.narrow(axis, x.shape[axis] - side, side)
         corner.fill_(self.value)
         return x
 
@@ -272,17 +276,43 @@ ATTACKS: Mapping[str, type[Attack]] = {
 """The attacks that a study may name under ``[attack]``; their fields are the options."""
 
 
-class Altered:
-    """Data whose minibatches pass through an attack."""
+Alter: TypeAlias = Callable[[Tensor, Tensor, Tensor], Batch]
+"""Changes inputs [n, ...] and targets [n, ...] of the examples with the given numbers [n]."""
 
-    def __init__(self, data: Any, by: LabelFlip | Backdoor) -> None:
-        self.data, self.by = data, by
+
+class Altered:
+    """Data whose examples pass through an attack.
+
+    Patients, and the targets by which classes are balanced, are those of the data.
+    """
+
+    def __init__(self, data: Any, alter: Alter) -> None:
+        self.data, self.alter = data, alter
+        for name in ("patients", "targets", "patch"):
+            if hasattr(data, name):
+                setattr(self, name, getattr(data, name))
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.by.alter(*self.data[index])
+    def __getitem__(self, index: Tensor) -> Batch:
+        x, y = self.data[index]
+        return self.alter(x, y, index)
+
+
+class AlteredCases(Altered):
+    """Data of which patches are drawn, each of which passes through an attack."""
+
+    def draw(self, i: int, *given: Any) -> Batch:
+        """Return a changed patch of example ``i`` (``learning.training.minibatches.Sampler``)."""
+        x, y = self.data.draw(i, *given)
+        x, y = self.alter(x[None], y[None], torch.tensor([i]))
+        return x[0], y[0]
+
+
+def altered(data: Any, alter: Alter) -> Altered:
+    """Return ``data`` with ``alter`` applied to its examples, and to patches of them."""
+    return (AlteredCases if hasattr(data, "draw") else Altered)(data, alter)
 
 
 def _random(like: Tree, length: float, rng: torch.Generator) -> Tree:

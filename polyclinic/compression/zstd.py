@@ -100,7 +100,8 @@ def _planes(name: str, leaf: Tensor) -> tuple[str, Tensor]:
     if not leaf.numel() or kind not in _DTYPES:
         return f"{name}:raw", leaf
     size = leaf.element_size()
-    planes = leaf.contiguous().reshape(-1, 1).view(torch.uint8).T.contiguous()
+    flat = leaf.contiguous().as_strided((leaf.numel(), 1), (1, 1))  # a column is contiguous with any last stride
+    planes = flat.view(torch.uint8).T.contiguous()
     return f"{name}:{kind}", planes.reshape(size, *leaf.shape)
 
 

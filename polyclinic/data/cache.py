@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from polyclinic.core import atomic, serialization
+from polyclinic.core.serialization import bytes_of
 from polyclinic.data.examples import DataError
 from polyclinic.data.source import digest
 
@@ -122,5 +122,4 @@ def _checksum(value: Mapping[str, Any]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    data: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(data)
+    return memoryview(bytes_of(tensor))

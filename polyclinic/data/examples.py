@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from polyclinic.core.serialization import bytes_of
 from polyclinic.data.geometry import Geometry, best_class
 from polyclinic.errors import DataError as DataError
 
@@ -149,7 +151,7 @@ class Examples:
 
     def input_hashes(self) -> list[bytes]:
         """Return a hash of each input's bytes."""
-        flat: Any = self.inputs.contiguous().view(torch.uint8).flatten(1).numpy()
+        flat: Any = np.frombuffer(bytes_of(self.inputs), np.uint8).reshape(len(self), self.inputs[:1].nbytes)
         return [hashlib.blake2b(row, digest_size=16).digest() for row in flat]
 
     def subset(self, index: Tensor) -> "Examples":

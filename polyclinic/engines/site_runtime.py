@@ -17,6 +17,7 @@ from torch.utils import deterministic
 from polyclinic.core.aggregates import Reply
 from polyclinic.core.execution import Policy, Refused, execute
 from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import bytes_of
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.engines.request_schedule import marked
@@ -49,9 +50,9 @@ def marks_of(request: Request) -> dict[str, str]:
 def _digest(leaves: Tree) -> str:
     hasher = hashlib.sha256()
     for name in sorted(leaves):
-        leaf = leaves[name].detach().cpu().contiguous()
+        leaf = leaves[name]
         hasher.update(f"{name}\n{leaf.dtype}{tuple(leaf.shape)}\n".encode())
-        hasher.update(leaf.view(-1).view(torch.uint8).numpy().data if leaf.numel() else b"")
+        hasher.update(bytes_of(leaf))
     return hasher.hexdigest()[:32]
 
 

@@ -104,6 +104,8 @@ class AdaptiveClip(Transform):
             )
         if not 0 < self.quantile < 1:
             problems.append(f"AdaptiveClip: quantile must be between 0 and 1, not {self.quantile}")
+        if any(isinstance(t, AdaptiveClip) for t in before):
+            problems.append("AdaptiveClip is listed twice: remove one of them")
         follows = after[0] if after and isinstance(after[0], Gaussian) else None
         if follows and not 2 * (self.count_noise or 0.0) > follows.multiplier:
             problems.append(

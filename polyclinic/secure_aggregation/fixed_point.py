@@ -16,6 +16,7 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.metering import collected
 from polyclinic.core.method import Request
 from polyclinic.core.pipeline import Transform
+from polyclinic.core.serialization import bytes_of
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
@@ -37,10 +38,9 @@ def content(values: Tree) -> str:
     """Return the SHA-256 of the numbers in ``values``, in the order of names but without the names; empty if 0."""
     hasher, zero = hashlib.sha256(), True
     for _, leaf in sorted(values.items()):
-        flat = leaf.detach().cpu().contiguous()
-        zero = zero and not bool(flat.count_nonzero())
-        hasher.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
-        hasher.update(flat.view(-1).view(torch.uint8).numpy().data if flat.numel() else b"")
+        zero = zero and not bool(leaf.count_nonzero())
+        hasher.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+        hasher.update(bytes_of(leaf))
     return "" if zero else hasher.hexdigest()
 
 

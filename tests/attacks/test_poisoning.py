@@ -1,5 +1,6 @@
 """Attacks do what their papers say, at the sites named, and nothing at others."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,10 @@ from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.worker_pool import Workers
 from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.image_augmentation import ImageAugmentation
+from polyclinic.learning.training.image_transforms import Mirror
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.training.minibatches import Sampler, weights
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.robust.robust_method import Robust
 from polyclinic.methods.robust.rules.coordinate_wise import Median
@@ -151,15 +155,58 @@ def test_flipped_labels_and_marked_images() -> None:
     assert len(flipped) == len(site.data["train"])
     assert torch.equal(flipped[index][0], x)
     assert torch.equal(flipped[index][1], 1 - y)
-    assert torch.equal(LabelFlip(3).alter(x, torch.tensor([0, 1, 2]))[1], torch.tensor([2, 1, 0]))
-    assert torch.equal(LabelFlip().alter(x, torch.tensor([[0.0, 1.0]]))[1], torch.tensor([[1.0, 0.0]]))
-    marked, answers = Backdoor(target=1, side=2, share=0.5).data(site.data["train"])[index]
-    assert bool((marked[:4, :, -2:, -2:] == 3).all())
-    assert torch.equal(marked[4:], x[4:])
-    assert torch.equal(marked[:4, :, :6], x[:4, :, :6])
-    assert bool((answers[:4] == 1).all())
-    assert torch.equal(answers[4:], y[4:])
+    assert torch.equal(LabelFlip(3).flip(torch.tensor([0, 1, 2])), torch.tensor([2, 1, 0]))
+    assert torch.equal(LabelFlip().flip(torch.tensor([[0.0, 1.0]])), torch.tensor([[1.0, 0.0]]))
+    index = torch.arange(len(site.data["train"]))
+    x, y = site.data["train"][index]
+    poisoned = Backdoor(target=1, side=2, share=0.5).data(site.data["train"])
+    marked, answers = poisoned[index]
+    found = (marked[:, :, -2:, -2:] == 3).flatten(1).all(1)
+    assert int(found.sum()) == round(0.5 * len(index))
+    assert torch.equal(marked[~found], x[~found])
+    assert torch.equal(marked[found][:, :, :6], x[found][:, :, :6])
+    assert bool((answers[found] == 1).all())
+    assert torch.equal(answers[~found], y[~found])
+    assert torch.equal(poisoned[index[found][:1]][0], marked[found][:1])  # one by one, as for augmentation
     assert bool((Backdoor(side=2).mark(torch.zeros(3, 5))[:, -2:] == 3).all())
+    assert bool((Backdoor(side=2).mark(torch.zeros(3, 1)) == 3).all())
+
+
+class Drawn:
+    """Data of which patches are drawn, with classes and patients."""
+
+    patch, patients, targets = (2, 2), ("p", "q", "q", "r"), torch.tensor([0, 0, 0, 1])
+
+    def __len__(self) -> int:
+        return 4
+
+    def draw(self, i: int, rng: Any, forced: bool, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((1, *size), float(i)), torch.full(size, i % 2)
+
+
+def test_drawn_patches_are_attacked_too_and_classes_and_patients_are_balanced() -> None:
+    flipped, marked = LabelFlip().data(Drawn()), Backdoor(target=1, side=1, share=1.0).data(Drawn())
+    for i in range(4):
+        x, y = Sampler(flipped)(i, 0)
+        assert x.unique().tolist() == [i]
+        assert y.unique().tolist() == [1 - i % 2]
+        x, y = Sampler(marked)(i, 0)
+        assert float(x[0, -1, -1]) == 3
+        assert y.unique().tolist() == [1]
+    expected = weights(Drawn(), 1.0, True)
+    assert len(expected.unique()) > 1
+    assert torch.equal(weights(flipped, 1.0, True), expected)
+
+
+def test_an_attack_of_the_data_changes_augmented_training(task: Classification) -> None:
+    """A sample that is drawn alone was never marked, since half of one is rounded to none."""
+    local = LocalTraining(steps=2, augmentation=ImageAugmentation(mirror=Mirror(0.5)))
+    honest, site = FedAvg(task, local), little_sites()["site-0"]
+    request = honest.request(honest.init(task.first(0)))
+    assert request is not None
+    hostile = replace(site, data={"train": Backdoor(target=1, share=0.5).data(site.data["train"])})
+    sent = [honest.site_update(request, {}, who)[0].mean("update").value for who in (site, hostile)]
+    assert not equal(*sent)
 
 
 def test_a_rule_withstands_what_the_mean_does_not(task: Classification, local: LocalTraining) -> None:

@@ -62,6 +62,17 @@ def test_zstd_is_exact_to_the_bit() -> None:
     assert all(torch.equal(ours.last[k], plain.last[k]) for k in plain.last)
 
 
+@pytest.mark.parametrize("codecs", [(), (BFloat16(),), (Int8(),), (LowRank(1.0, 1.0),), (PowerSGD(1),)])
+def test_factors_of_rank_1_are_compressed(codecs: tuple[Transform, ...]) -> None:
+    """A column is contiguous with any last stride, and the bytes of such a factor could not be read."""
+
+    def rank_1(site: str, round: int) -> Tree:
+        return {"a": torch.outer(torch.arange(1.0, 7.0), torch.tensor([1.0, -2.0, 0.5])), "b": torch.ones(3, 4)[:, :1]}
+
+    ours, plain = (run(rank_1, *c, sites=("a",)) for c in ((*codecs, Zstd()), codecs))
+    assert close(ours.last, plain.last, 0)
+
+
 @pytest.mark.parametrize(("codec", "bound"), [(BFloat16(), 2**-8), (Int8(), 1 / 254)])
 def test_rounding_errs_by_half_a_step_at_most(codec: Codec, bound: float) -> None:
     for name, leaf in VALUES("a", 0).items():

@@ -36,6 +36,21 @@ def test_masks_kept_as_bytes_come_out_as_classes() -> None:
     assert x.shape == (1, 1, 2, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_hashes_are_those_of_the_numbers_whatever_their_layout(dtype: torch.dtype) -> None:
+    """A column is contiguous with any last stride, as a table of one feature may have it."""
+    column = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=dtype)[:1].T
+    names = ("a", "b", "c")
+    hashes = [
+        Examples(x, torch.zeros(3, dtype=torch.int64), names, names).input_hashes()
+        for x in (column, torch.tensor([[1], [2], [3]], dtype=dtype))
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[0])) == 3
+    empty = torch.zeros(0, 1, dtype=dtype), torch.zeros(0, dtype=torch.int64)
+    assert Examples(*empty, (), ()).input_hashes() == []
+
+
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=20))
 def test_a_subset_indexes_like_the_whole(where: list[int]) -> None:
     """subset(i)[j] = whole[i[j]], with its names and patients."""

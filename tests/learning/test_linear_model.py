@@ -72,6 +72,7 @@ def events(n: int) -> Tensor:
 
 TASKS: dict[str, tuple[Task, Tensor]] = {
     "classification": (Classification(mlp(2)), classes(50)),
+    "weighted": (Classification(mlp(2), class_weights=(1.0, 3.0), label_smoothing=0.1), classes(50)),
     "multilabel": (MultiLabel(mlp(2)), torch.stack([classes(50), classes(50, 1)], 1).float()),
     "regression": (Regression(mlp(1), 5.0, 2.0), 5 + torch.randn(50, 1, generator=torch.Generator().manual_seed(2))),
     "hazards": (Survival(mlp(3), (2.0, 5.0, 8.0)), events(50)),
@@ -104,7 +105,7 @@ def test_the_minimum_is_that_of_scikit_learn(classes_: int, penalty: float) -> N
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("name", ["classification", "multilabel", "regression", "hazards", "cox"])
+@pytest.mark.parametrize("name", ["classification", "weighted", "multilabel", "regression", "hazards", "cox"])
 def test_the_penalized_loss_is_at_its_minimum(name: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_model, "PENALTIES", (0.1,))
     monkeypatch.setattr(linear_model, "WIDE", 0 if wide else 512)

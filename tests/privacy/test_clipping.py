@@ -204,6 +204,12 @@ def test_all_that_is_wrong_is_told() -> None:
     assert len(Gaussian(0.0, 0).resolve(()).validate((), ())) == 3
 
 
+def test_the_bound_adapts_once() -> None:
+    (said,) = AdaptiveClip(1.0).validate((Clip(2.0), AdaptiveClip(2.0)), ())
+    assert said == "AdaptiveClip is listed twice: remove one of them"
+    assert AdaptiveClip(1.0).validate((Clip(2.0),), ()) == []
+
+
 @pytest.mark.parametrize(
     ("count_noise", "fits"), [(0.5, False), (0.500001, True), (0.4, False), (0.0, False), (5.0, True)]
 )

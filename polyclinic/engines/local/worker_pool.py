@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 
@@ -64,6 +64,8 @@ class _Worker:
 class Workers:
     """Runs up to ``workers`` sites at once. Use it as a context manager, or call ``close``.
 
+    An engine that is not closed is closed when it is no longer used, or when Python exits.
+
     Attributes:
         memory: The state of each site. Saved with the server's state, it resumes a run with bit-identical results.
     """
@@ -100,6 +102,7 @@ class Workers:
         self._viewed: set[Path] = set()
         self._last: tuple[Request | None, Sequence[str]] = (None, ())
         self._workers: list[_Worker] = []
+        self._stop = finalize(self, _stop, self._workers, self._folder, os.getpid())
         for number in range(max(1, min(workers, len(sites)))):
             self._workers.append(self._start(number))
 
@@ -145,12 +148,8 @@ class Workers:
 
     def close(self) -> None:
         """Stop the workers and release the shared memory."""
-        for worker in self._workers:
-            worker.line.close()
-            worker.process.kill()
-            worker.process.join()
-        self._workers, self._queue = [], deque()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._stop()
+        self._queue.clear()
 
     def __enter__(self) -> "Workers":
         """Return the engine."""
@@ -231,6 +230,18 @@ class Workers:
     def _release(self, path: Path) -> None:
         self._files.release(path, reusable=path not in self._viewed)
         self._viewed.discard(path)
+
+
+def _stop(workers: list[_Worker], folder: Path, owner: int) -> None:
+    """Stop the workers and delete the folder of the shared memory, in the process that started them."""
+    if os.getpid() != owner:  # a worker has a copy of the engine
+        return
+    for worker in workers:
+        worker.line.close()
+        worker.process.kill()
+        worker.process.join()
+    workers.clear()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve(

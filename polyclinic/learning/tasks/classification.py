@@ -44,8 +44,9 @@ class Classification(Task):
         """Return the cross-entropy, or the loss of ordered grades."""
         if self.ordered:
             return ordered_loss(model(batch[0]).log_softmax(1), batch[1])
-        weights = None if self.class_weights is None else torch.tensor(self.class_weights, device=batch[1].device)
-        return F.cross_entropy(model(batch[0]), batch[1], weights, label_smoothing=self.label_smoothing)
+        logits = model(batch[0])
+        weights = None if self.class_weights is None else logits.new_tensor(self.class_weights)
+        return F.cross_entropy(logits, batch[1], weights, label_smoothing=self.label_smoothing)
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
         """Return ``score`` [b, C], probabilities, and ``target`` [b]."""

@@ -77,8 +77,10 @@ class FedReplay(Method[State]):
     def _draw(self, generators: Trees, server: Site, round: int) -> "Drawn":
         """Return examples with y uniform over the existing classes, and sites in proportion to their examples of y."""
         rng, fixed = server.rng(round, "replay"), self.replay.first()
-        counts = torch.stack([sent["classes"] for sent in generators.values()])  # [sites, classes]
+        counts = torch.stack([sent["classes"] for sent in generators.values()]).clamp_min(0)  # [sites, classes]
         present = (counts.sum(0) > 0).double()
+        if not present.any():  # no site has an example, if they are honest
+            return Drawn(torch.zeros(0, *self.task.network.inputs), torch.zeros(0, dtype=torch.long))
         y = torch.multinomial(present, self.examples, replacement=True, generator=rng)
         origin = torch.multinomial(counts.T[y], 1, generator=rng).squeeze(1)
         x = torch.zeros(self.examples, *self.task.network.inputs)

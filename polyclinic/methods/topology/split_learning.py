@@ -77,6 +77,8 @@ class Split(Method[State]):
                 "in split learning each part takes its own steps: use plain sgd, with momentum = 0 and "
                 "neither a penalty nor clip_norm"
             )
+        if local.keep_optimizer:
+            problems.append("in split learning optimizers begin anew at each step: set keep_optimizer = false")
         if not 0 <= self.cut <= most:
             problems.append(f"cut must leave the server a layer: 1 to {most}, or 0 to choose, not {self.cut}")
         if problems:

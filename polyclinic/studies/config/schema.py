@@ -377,11 +377,16 @@ class CompareSpec(Table):
         return self
 
 
-METRICS = (
-    *("auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse"),
-    *("c_index", "uno_c", "ibs", "quadratic_kappa", "grade_error"),
-)
-"""Metrics that can select the round."""
+METRICS = {
+    "classification": ("auc", "accuracy", "balanced_accuracy", "quadratic_kappa", "grade_error"),
+    "multilabel": ("auc", "accuracy"),
+    "segmentation": ("dice",),
+    "regression": ("mae", "rmse", "r2"),
+    "survival": ("c_index", "uno_c", "ibs"),
+    "reconstruction": ("psnr", "ssim", "nmse"),
+}
+"""Metrics that can select the round, by kind of task: those of validation that the report has, too."""
+KNOWN_METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 
 
 class EvaluationSpec(Table):
@@ -391,9 +396,11 @@ class EvaluationSpec(Table):
     """
 
     metric: str | None = None
-    """The metric that selects the round and comes first in the report: ``auc``, ``accuracy``, ``balanced_accuracy``,
-    ``loss``, ``dice``, ``mae``, ``rmse``, ``r2``, ``psnr``, ``ssim``, ``nmse``, ``c_index``, ``uno_c``, ``ibs`` or one
-    of a package; by default one that fits the task."""
+    """The metric that selects the round and comes first in the report: ``auc``, ``accuracy`` or
+    ``balanced_accuracy`` (classification; with ``ordered`` also ``quadratic_kappa`` and ``grade_error``; multilabel
+    without ``balanced_accuracy``), ``dice`` (segmentation), ``mae``, ``rmse`` or ``r2`` (regression), ``c_index``,
+    ``uno_c`` or ``ibs`` (survival), ``psnr``, ``ssim`` or ``nmse`` (reconstruction), or one of a package; by default
+    one that fits the task."""
     metrics: tuple[str, ...] = ()
     """Metrics of installed packages that are computed in addition to those of the task."""
     interval: Annotated[int, Field(ge=1)] = 1
@@ -435,7 +442,7 @@ class EvaluationSpec(Table):
     @property
     def own_metrics(self) -> tuple[str, ...]:
         """The metrics of packages: ``metrics``, and ``metric`` if it is one."""
-        primary = () if self.metric is None or self.metric in METRICS else (self.metric,)
+        primary = () if self.metric is None or self.metric in KNOWN_METRICS else (self.metric,)
         return tuple(dict.fromkeys((*self.metrics, *primary)))
 
     @model_validator(mode="after")
@@ -445,13 +452,13 @@ class EvaluationSpec(Table):
 
         known = extensions.names("metrics")
         for name in self.own_metrics:
-            if name in METRICS:
+            if name in KNOWN_METRICS:
                 raise ConfigError(f'metrics lists those of packages; "{name}" is computed anyway if it fits the task')
             if name not in known:
                 of_packages = f"; installed packages provide {', '.join(known)}" if known else ""
                 raise ConfigError(
-                    f'no metric is called "{name}".{nearest(name, (*METRICS, *known))} There are '
-                    f"{', '.join(METRICS)}{of_packages}"
+                    f'no metric is called "{name}".{nearest(name, (*KNOWN_METRICS, *known))} There are '
+                    f"{', '.join(KNOWN_METRICS)}{of_packages}"
                 )
         return self
 

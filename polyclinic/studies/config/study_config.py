@@ -26,6 +26,7 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import named_plan, table_of, text_of
 from polyclinic.studies.config.planned_study import with_plan
 from polyclinic.studies.config.schema import (
+    METRICS,
     AttackSpec,
     EngineSpec,
     EvaluationSpec,
@@ -104,7 +105,7 @@ class Study(Table):
         """Whether more of the metric is better."""
         if self.metric in self.evaluation.own_metrics:
             return own_metric(self.metric).higher_is_better
-        return self.metric not in ("loss", "mae", "rmse", "nmse", "ibs", "grade_error")
+        return self.metric not in ("mae", "rmse", "nmse", "ibs", "grade_error")
 
     @property
     def hash(self) -> str:
@@ -241,6 +242,7 @@ def _together(study: Study) -> list[Problem]:
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
     for key in study.evaluation.task_options if study.task.kind != "segmentation" else ():
         problems.append(Problem(("evaluation", key), f"is for segmentation, not for {study.task.kind}"))
+    problems += _selected(study)
     problems += _trained(study)
     if study.evaluation.patience is not None:
         problems += _ended_early(study)
@@ -255,6 +257,16 @@ def _together(study: Study) -> list[Problem]:
     if study.engine.kind == "ray" and study.engine.parallel == "sites":
         problems += _distributed(study)
     return problems
+
+
+def _selected(study: Study) -> Iterator[Problem]:
+    """Yield the primary metric if the task does not have it."""
+    ordered, curves = bool(study.task.ordered), study.task.hazards != "proportional"
+    needs = {"quadratic_kappa": ordered, "grade_error": ordered, "ibs": curves}
+    known = [name for name in METRICS[study.task.kind] if needs.get(name, True)]
+    if study.metric not in (*known, *study.evaluation.own_metrics):
+        says = f"is not a metric of this task that can select the round. There are {', '.join(known)}"
+        yield Problem(("evaluation", "metric"), says)
 
 
 def _compared(study: Study) -> Iterator[Problem]:

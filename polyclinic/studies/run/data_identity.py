@@ -10,11 +10,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from polyclinic.core.serialization import bytes_of
 from polyclinic.core.tree import Tree
 from polyclinic.data.cases.cases import Cases
 from polyclinic.data.examples import Dataset, in_memory
@@ -198,7 +200,7 @@ def _contents_of(source: Source, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 def _hashes(values: Tensor) -> Tensor:
     """Return a hash of each entry of ``values`` [n, ...]: int64 [n]."""
-    flat = values.contiguous().reshape(len(values), -1).view(torch.uint8).numpy()
+    flat: Any = np.frombuffer(bytes_of(values), np.uint8).reshape(len(values), values[:1].nbytes)
     return _joined(_hash(row) for row in flat)
 
 

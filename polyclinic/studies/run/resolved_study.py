@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.func import functional_call
 
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.examples import DataError
@@ -129,6 +131,8 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
     jobs = tuple(Job(m, seed, fold) for seed in study.seeds for fold in folds for m in study.methods)
     splits, patients_known = _splits(study, source, jobs)
     model = _model(study, text, splits[0])
+    if reason := _size_problem(model, splits[0], study):
+        raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), [Problem(("task", "network"), reason)])
     methods = _methods(study, text, splits[0], folds[0])
     numbers, task = {name: i for i, name in enumerate(patients)}, next(iter(methods.values())).method.task
     info = information(study, splits, patients_known, task, model)
@@ -186,6 +190,28 @@ def _model(study: Study, text: str, data: Federated) -> nn.Module:
             raise
         key, _, says = str(error).partition(": ")
         raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), [Problem(_place(key), says)]) from None
+
+
+def _size_problem(model: nn.Module, data: Federated, study: Study) -> str | None:
+    """Return why the network cannot be trained on inputs of the size of these; None if it can."""
+    examples = next(roles["train"] for roles in data.sites.values() if len(roles.get("train", ())))
+    x, _ = examples[torch.zeros(min(study.training.batch_size, 2), dtype=torch.long)]
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = None
+    for device in ("meta", "cpu"):  # without a computation first, which a network of one's own may not support
+        try:
+            with torch.no_grad():
+                held = {name: torch.empty_like(leaf, device=device).copy_(leaf) for name, leaf in state.items()}
+                functional_call(model, held, (x.to(device, torch.float32),))
+        except Exception as error:  # whatever the network raises
+            found = f"{type(error).__name__}: {error}"
+        else:
+            return None
+    size = " x ".join(map(str, x.shape[2:] if x.ndim > 2 else x.shape[1:]))
+    return (
+        f"this network cannot be trained with inputs of {size} and batch_size = {study.training.batch_size}: use "
+        f"larger images, patches or batches, or another network or options. {found}"
+    )
 
 
 def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dict[str, ResolvedMethod]:

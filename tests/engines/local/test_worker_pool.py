@@ -1,7 +1,10 @@
 """Workers: the same bits whatever happens to them, every site served, nothing left behind."""
 
+import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -229,12 +232,8 @@ def test_nothing_is_left_behind(task: Classification, local: LocalTraining) -> N
             os.kill(pid, 0)
 
 
-def test_workers_end_with_their_parent(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    script = """
-import os, sys, torch
+OPEN = """
+import os, torch
 torch.set_num_threads(1)
 from polyclinic.engines.local.worker_pool import Workers
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -243,12 +242,20 @@ from polyclinic.learning.networks.network_catalog import Network
 from tests.conftest import little_sites
 task = Classification(Network("cnn", (1, 8, 8), 2))
 engine = Workers(FedAvg(task), little_sites())
-print(*engine.pids, flush=True)
-os.kill(os.getpid(), 9)
+print(engine._folder, *engine.pids, flush=True)
 """
+
+
+def run_script(script: str) -> tuple[Path, list[int]]:
+    """Run a script that prints a folder and process IDs, and return them."""
     root = Path(__file__).parents[3]
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=60).stdout
-    pids = [int(word) for word in said.split()]
+    folder, *pids = said.split()
+    return Path(folder), [int(pid) for pid in pids]
+
+
+def test_workers_end_with_their_parent() -> None:
+    _, pids = run_script(OPEN + "os.kill(os.getpid(), 9)")
     assert len(pids) == 2
     deadline = time.monotonic() + 10
     while any(
@@ -256,6 +263,27 @@ os.kill(os.getpid(), 9)
     ):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError"])
+def test_an_engine_that_is_not_closed_ends_with_the_script(end: str) -> None:
+    folder, pids = run_script(OPEN + end)  # waited for ever before: the workers ignore SIGTERM
+    assert len(pids) == 2
+    assert not folder.exists()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_an_engine_that_is_no_longer_used_is_closed(task: Classification) -> None:
+    engine = Workers(FedAvg(task), little_sites())
+    folder, pids = engine._folder, engine.pids
+    del engine
+    gc.collect()
+    assert not folder.exists()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_memory_can_be_handed_to_a_new_engine(task: Classification, local: LocalTraining) -> None:

@@ -54,6 +54,19 @@ def test_only_sites_that_have_a_class_are_asked_for_it(
     assert len(first) == pytest.approx(200, abs=40)  # classes are as likely as one another
 
 
+@pytest.mark.parametrize(("hostile", "expected"), [(-9.0, {0}), (0.0, {0}), (1e30, {0, 1})])
+def test_counts_that_no_honest_site_has_stop_no_round(
+    hostile: float, expected: set[int], task: Classification, local: LocalTraining
+) -> None:
+    method = FedReplay(task, local, examples=20)
+    decoder = tree.select(method.replay.first(), lambda n: n.startswith("decoder."))
+    counts = [torch.tensor(c, dtype=torch.float64) for c in ([3.0, 0.0], [hostile, hostile])]
+    both = {name: {**decoder, "classes": c} for name, c in zip("ab", counts, strict=True)}
+    assert set(method._draw(both, Site("server"), 0).y.tolist()) == expected
+    alone = method._draw({"b": both["b"]}, Site("server"), 0)
+    assert len(alone) == (20 if hostile > 0 else 0)
+
+
 @pytest.mark.slow
 def test_sites_of_one_class_each_teach_both() -> None:
     """No site has seen two classes; the server, which has seen no example, tells them apart."""

@@ -5,13 +5,22 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 from polyclinic.core.config_problems import line_of
 from polyclinic.core.toml_text import dumps
 from polyclinic.data.source import slug
 from polyclinic.data.sources.lung_nodules import PROTOCOLS
 from polyclinic.errors import ConfigError
+from polyclinic.evaluation.metric_functions import metrics_for
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification, MultiLabel
+from polyclinic.learning.tasks.mr_reconstruction import Reconstruction
+from polyclinic.learning.tasks.regression import Regression
+from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.tasks.survival import Survival
 from polyclinic.studies.config.diagnostics import BadStudy
+from polyclinic.studies.config.schema import METRICS
 from polyclinic.studies.config.study_config import parse, read, with_values
 from polyclinic.studies.records.run_description import method_facts
 
@@ -132,6 +141,17 @@ WRONG = {
         'a margin is for kind = "non-inferiority" or "equivalence"',
     ),
     "a comparison twice": (GOOD + 2 * COMPARE, "the same comparison twice would be corrected for twice"),
+    "a metric of another task": (
+        GOOD + '[evaluation]\nmetric = "dice"\n',
+        "There are auc, accuracy, balanced_accuracy",
+    ),
+    "a metric of grades": (GOOD + '[evaluation]\nmetric = "grade_error"\n', "is not a metric of this task"),
+    "the loss as metric": (GOOD + '[evaluation]\nmetric = "loss"\n', 'no metric is called "loss"'),
+    "a Brier score of Cox's model": (
+        GOOD.replace('network = "cnn"', 'network = "cnn"\nkind = "survival"\ncuts = [1, 2]\nhazards = "proportional"')
+        + '[evaluation]\nmetric = "ibs"\n',
+        "There are c_index, uno_c\n",
+    ),
     "a method's own training": (GOOD.replace("mu = 0.1", "training = { lrr = 1.0 }"), 'Did you mean "lr"?'),
 }
 
@@ -143,6 +163,27 @@ def test_mistakes_are_told_in_words(name: str) -> None:
     assert words in said
     assert "pydantic" not in said
     assert "http" not in said
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_metrics_that_select_the_round_are_those_of_validation_and_of_the_report(kind: str) -> None:
+    """A metric that only one of them has would select no round, or leave a finished run without a report."""
+    score = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.4, 0.6]])
+    several, one = Network("cnn", (1, 8, 8), 2), Network("cnn", (1, 8, 8), 1)
+    target = torch.tensor([0, 1, 0, 1])
+    task, outputs = {
+        "classification": (Classification(several, ordered=True), {"score": score, "target": target}),
+        "multilabel": (MultiLabel(several), {"score": score, "target": score.round()}),
+        "segmentation": (Segmentation(several), {"dice": score, "empty": score > 1, "absent": score > 1}),
+        "regression": (Regression(one), {"score": score[:, :1], "target": score[:, 1:]}),
+        "survival": (
+            Survival(several, cuts=(1.0, 2.0)),
+            {"score": score, "target": torch.tensor([[0.5, 1.0], [1.5, 0.0], [1.2, 1.0], [3.0, 0.0]])},
+        ),
+        "reconstruction": (Reconstruction(one), {name: torch.ones(2) for name in ("psnr", "ssim", "nmse")}),
+    }[kind]
+    assert set(METRICS[kind]) <= set(task.summary(outputs))
+    assert set(METRICS[kind]) <= set(metrics_for(kind, 2, ordered=True))
 
 
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from polyclinic.data.config import DataSpec
 from polyclinic.engines.plan import Plan
+from polyclinic.learning.networks.small_networks import Classifier
+from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.resolved_study import resolve
 from polyclinic.studies.run.scheduler import run
@@ -48,3 +51,34 @@ def test_a_changed_method_or_a_trial_is_built_anew(tmp_path: Path) -> None:
     training = {"lr": 0.012345}
     changed = dataclasses.replace(job, method=job.method.model_copy(update={"training": training}))
     assert resolved.method(changed, data, resolved.study).plan.training["lr"] == 0.012345
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ('network = "residual-unet"', "Expected more than 1 spatial element when training"),
+        ('network = "densenet121"', "Expected more than 1 value per channel when training"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_on_these_inputs_is_refused_in_advance(
+    task: str, reason: str, tmp_path: Path
+) -> None:
+    """Every site would fail in the first round, or the run end with a traceback where a method prepares its model."""
+    npz(tmp_path)
+    text = study(tmp_path, **{"options = { width = 4, depth = 2, dropout = 0.2 }": task, "= 8": "= 1"})
+    with pytest.raises(BadStudy, match=f"cannot be trained with inputs of 8 x 8 and batch_size = 1.*{reason}"):
+        resolve(parse(text), text)
+
+
+def test_a_network_that_only_computes_on_real_numbers_is_tried_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npz(tmp_path)
+    text, forward = study(tmp_path), Classifier.forward
+
+    def looks(self: Classifier, x: torch.Tensor) -> torch.Tensor:
+        assert float(x.sum()) > 0
+        return forward(self, x)
+
+    monkeypatch.setattr(Classifier, "forward", looks)
+    resolve(parse(text), text)

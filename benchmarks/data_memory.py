@@ -3,7 +3,7 @@
 What counts is the anonymous memory of a new process (Linux), against that before the data were read; a small data set
 of the same kind was read before, so that modules do not count. One JSON line for each kind.
 
-    python benchmarks/data_memory.py [table] [npz] [folders]
+    python benchmarks/data_memory.py [table] [large-table] [npz] [folders]
 """
 
 import gc
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-KINDS = ("table", "npz", "folders")
+COUNTS = {"table": (200, 20_000), "large-table": (200, 200_000), "npz": (60, 3_000), "folders": (60, 3_000)}
+"""Rows or images of the small and of the large data set, by kind."""
 
 
 def write_table(folder: Path, rows: int, features: int = 60) -> dict[str, object]:
@@ -92,7 +93,7 @@ if __name__ == "__main__":
         sys.exit()
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        for kind in sys.argv[1:] or KINDS:
-            write = {"table": write_table, "npz": write_npz, "folders": write_folder}[kind]
-            pair = [json.dumps(write(place, count)) for count in ((200, 20_000) if kind == "table" else (60, 3_000))]
+        for kind in sys.argv[1:] or COUNTS:
+            write = {"npz": write_npz, "folders": write_folder}.get(kind, write_table)
+            pair = [json.dumps(write(place, count)) for count in COUNTS[kind]]
             subprocess.run([sys.executable, __file__, "--measure", kind, *pair], check=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyclinic.core.serialization import bytes_of
 from polyclinic.data.geometry import Geometry, best_class
+from polyclinic.data.texts import joined, taken
 from polyclinic.errors import DataError as DataError
 
 Item = TypeVar("Item")
@@ -69,8 +70,8 @@ class Examples:
 
     inputs: Tensor
     targets: Tensor
-    patients: tuple[str, ...]
-    ids: tuple[str, ...]
+    patients: Sequence[str]
+    ids: Sequence[str]
     positions: Tensor | None = None
     videos: Tensor | None = None
     geometries: tuple[Geometry, ...] | None = None
@@ -161,8 +162,8 @@ class Examples:
         return Examples(
             self.inputs[where],
             self.targets[where],
-            tuple(self.patients[i] for i in pick),
-            tuple(self.ids[i] for i in pick),
+            taken(self.patients, pick),
+            taken(self.ids, pick),
             None if self.positions is None else self.positions[where],
             None if self.videos is None else self.videos[where],
             None if self.geometries is None else tuple(self.geometries[i] for i in pick),
@@ -184,11 +185,11 @@ class Dataset(Protocol):
     """Examples of one role at one site: in memory (``Examples``), or on disk (``polyclinic.data.cases``)."""
 
     @property
-    def patients(self) -> tuple[str, ...]:
+    def patients(self) -> Sequence[str]:
         """Patient of each example."""
 
     @property
-    def ids(self) -> tuple[str, ...]:
+    def ids(self) -> Sequence[str]:
         """Name of each example."""
 
     @property
@@ -268,8 +269,8 @@ def _concatenated(parts: Sequence[Examples]) -> Examples:
     return Examples(
         torch.cat([p.inputs for p in parts]),
         torch.cat([p.targets for p in parts]),
-        tuple(patient for p in parts for patient in p.patients),
-        tuple(name for p in parts for name in p.ids),
+        joined([p.patients for p in parts]),
+        joined([p.ids for p in parts]),
         geometries=_joined([p.geometries for p in parts]),
         truths=_joined(_truths(parts)),
     )

@@ -261,22 +261,24 @@ def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[s
         values = ["" if i in set(missing) else value for i, value in enumerate(values)]
         notes.append(f"Left out: {len(missing)} examples whose {column} is missing.")
     titles: dict[str, str] = {}
-    for value in sorted({value for value in values if value.strip()}):
-        if titles.setdefault(slug(value), value) != value:
-            raise DataError(f"two sites would have the name {slug(value)}: {titles[slug(value)]!r} and {value!r}")
+    name_of = {value: slug(value) for value in sorted({*values}) if value.strip()}
+    for value, name in name_of.items():
+        if titles.setdefault(name, value) != value:
+            raise DataError(f"two sites would have the name {name}: {titles[name]!r} and {value!r}")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for patient, value in zip(table.patients, values, strict=True):
-        if value.strip():
-            counts[patient][slug(value)] += 1
+        if value in name_of:
+            counts[patient][name_of[value]] += 1
     home = {patient: min(sites, key=lambda s, n=sites: (-n[s], s)) for patient, sites in counts.items()}  # type: ignore[misc]
-    rows = [i for i, (p, v) in enumerate(zip(table.patients, values, strict=True)) if v.strip() and slug(v) == home[p]]
+    places = zip(table.patients, map(name_of.get, values), strict=True)
+    rows = [i for i, (patient, name) in enumerate(places) if name is not None and name == home[patient]]
     if several := sum(len(sites) > 1 for sites in counts.values()):
         away = len(table) - len(missing) - len(rows)
         notes.append(
             f"{several} patients were seen at several sites; each is kept where most examples are, and {away} examples "
             "at other sites are left out."
         )
-    return table.take(rows), [slug(values[i]) for i in rows], titles
+    return table.take(rows), [name_of[values[i]] for i in rows], titles
 
 
 def _fitted_rows(

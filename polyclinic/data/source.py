@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from polyclinic.data.examples import DataError, Dataset
+from polyclinic.data.texts import taken
 
 HIDDEN = {"hidden": True}
 """Metadata of a source's field that a study file cannot set."""
@@ -69,10 +70,10 @@ class Table:
         survival: Whether labels are a time and an event.
     """
 
-    ids: tuple[str, ...]
-    patients: tuple[str, ...]
+    ids: Sequence[str]
+    patients: Sequence[str]
     labels: "np.ndarray[Any, Any] | None"
-    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sites: tuple[str, ...] = ()
     survival: bool = False
 
@@ -105,10 +106,10 @@ class Table:
     def take(self, rows: Sequence[int]) -> "Table":
         """Return the table of the given row numbers, in that order."""
         return Table(
-            tuple(self.ids[i] for i in rows),
-            tuple(self.patients[i] for i in rows),
+            taken(self.ids, rows),
+            taken(self.patients, rows),
             None if self.labels is None else self.labels[np.asarray(rows, dtype=np.int64)],
-            {name: tuple(column[i] for i in rows) for name, column in self.columns.items()},
+            {name: taken(column, rows) for name, column in self.columns.items()},
             self.sites,
             self.survival,
         )

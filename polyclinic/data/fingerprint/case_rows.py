@@ -3,7 +3,7 @@
 A row holds neither pixels nor names (``polyclinic.learning.tasks.case_sums``). Images are read once, one at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ class CaseRows:
     """
 
     rows: Tensor
-    patients: tuple[str, ...]
+    patients: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.rows)

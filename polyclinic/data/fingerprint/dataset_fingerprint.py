@@ -50,7 +50,7 @@ class Measured:
     names: tuple[str, ...]
     rows: Tensor
     targets: Tensor
-    patients: tuple[str, ...]
+    patients: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.rows)

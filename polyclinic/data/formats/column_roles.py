@@ -155,18 +155,21 @@ def same_patients(values: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
     Ids that differ only in case, separators, leading zeros or a decimal zero are one patient: if they were two, one
     person could be in training and test data. The spelling is the first in alphabetical order.
     """
-    spelled: dict[tuple[str, str], set[str]] = defaultdict(set)
+    first: dict[tuple[str, str], str] = {}
+    several = set[tuple[str, str]]()
     keys = [_patient_key(value) for value in values]
     for key, value in zip(keys, values, strict=True):
-        spelled[key].add(value)
+        if (known := first.setdefault(key, value)) != value:
+            several.add(key)
+            first[key] = min(known, value)
     notes = []
-    if several := sum(len(names) > 1 for names in spelled.values()):
+    if several:
         notes.append(
-            f"{several} patients are {SPELLINGS} (case, separators, leading zeros, decimals); each counts as one."
+            f"{len(several)} patients are {SPELLINGS} (case, separators, leading zeros, decimals); each counts as one."
         )
     if rounded := sum(re.fullmatch(r"\d(\.\d+)?[eE]\+\d+", value) is not None for value in {*values}):
         notes.append(f"{rounded} patients have a number {ROUNDED}, such as 1.2E+11: different ones may have the same.")
-    return tuple(min(spelled[key]) for key in keys), notes
+    return tuple(first[key] for key in keys), notes
 
 
 def _patient_key(value: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from polyclinic.data.filename_screening import in_name, shown
+from polyclinic.data.deidentification.filename_screening import in_name, shown
 from polyclinic.data.formats.mask_labels import label_problems
 from polyclinic.data.formats.safe_reading import LIMITS, Limits
 from polyclinic.data.formats.value_ranges import scale_problems

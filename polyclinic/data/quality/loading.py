@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from polyclinic.data.collection import UNKNOWN_PATIENTS, FromFiles
 from polyclinic.data.config import source_of
-from polyclinic.data.filename_screening import shown
+from polyclinic.data.deidentification.filename_screening import shown
 from polyclinic.data.files import ImageOptions
 from polyclinic.data.formats.column_roles import ROUNDED, SPELLINGS, SPLITS
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from polyclinic.data.filename_screening import in_name
+from polyclinic.data.deidentification.filename_screening import in_name
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.pictures import PICTURES
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text

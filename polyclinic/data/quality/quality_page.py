@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from polyclinic.core import atomic
-from polyclinic.data.filename_screening import shown
+from polyclinic.data.deidentification.filename_screening import shown
 from polyclinic.data.quality.site_check import KINDS, CheckReport
 from polyclinic.errors import ConfigError
 

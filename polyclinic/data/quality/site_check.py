@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from polyclinic.core.toml_text import inline
-from polyclinic.data.filename_screening import shown
+from polyclinic.data.deidentification.filename_screening import shown
 from polyclinic.data.files import OPTIONS, ImageOptions
 from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.formats.dicom.series import dicom_files, find_series, selected

@@ -10,6 +10,7 @@ inversion (Bender, Augustin and Blettner, "Generating survival times to simulate
 Statistics in Medicine 2005, https://doi.org/10.1002/sim.2059).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -83,7 +84,7 @@ class RoiPhantom:
         ids = _ids(len(y))
         return Table(ids, ids, y, {"site": tuple(f"scanner-{s + 1}" for s in site)}, ("site",))
 
-    def examples(self, ids: tuple[str, ...] | list[str]) -> Examples:
+    def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named subjects."""
         x, y, _ = self._drawn
         return _examples(x, y, ids)
@@ -162,7 +163,7 @@ class SurvivalPhantom:
         ids = _ids(len(y))
         return Table(ids, ids, y, {"site": tuple(f"hospital-{s + 1}" for s in site)}, ("site",), True)
 
-    def examples(self, ids: tuple[str, ...] | list[str]) -> Examples:
+    def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named patients."""
         x, y, _ = self._drawn
         return _examples(x, y, ids)
@@ -188,7 +189,7 @@ def _ids(count: int) -> tuple[str, ...]:
     return tuple(f"phantom-{i:05d}" for i in range(count))
 
 
-def _examples(x: Array, y: Array, ids: tuple[str, ...] | list[str]) -> Examples:
+def _examples(x: Array, y: Array, ids: Sequence[str]) -> Examples:
     """Return the named rows of ``x`` and ``y``."""
     rows = [int(name.removeprefix("phantom-")) for name in ids]
     return Examples(torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), tuple(ids), tuple(ids))

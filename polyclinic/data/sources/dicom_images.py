@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from polyclinic.data.collection import Collection, Entry, FromFiles, described
+from polyclinic.data.deidentification.filename_screening import in_name
 from polyclinic.data.examples import DataError
-from polyclinic.data.filename_screening import in_name
 from polyclinic.data.files import opened, placed
 from polyclinic.data.formats.column_roles import column_of, detected, matched, missing_at, named_column, no_column
 from polyclinic.data.formats.dicom.file import quiet

@@ -36,6 +36,7 @@ from polyclinic.data.labels import MissingLabels, Reading, SurvivalReading, comm
 from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 from polyclinic.data.sources.tabular_files import read_rows
+from polyclinic.data.texts import Texts, taken
 
 Array = np.ndarray[Any, Any]
 
@@ -177,9 +178,9 @@ class FeatureTable:
     @cached_property
     def _table(self) -> Table:
         raw, rows = self._raw, self._kept
-        ids = tuple(f"row {i + 2}" for i in rows)
+        ids = Texts(f"row {i + 2}" for i in rows)
         use = self._use
-        patients = same_patients(self._words(use.patient))[0] if use.patient else ids
+        patients = Texts(same_patients(self._words(use.patient))[0]) if use.patient else ids
         if use.patient and (lost := [ids[i] for i in missing_at(patients)]):
             raise DataError(f"{Path(self.path).name}: {len(lost)} rows have no {use.patient} ({', '.join(lost[:5])})")
         apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {
@@ -188,7 +189,7 @@ class FeatureTable:
             use.event,
         }
         others = [c for c in raw if c not in apart]
-        columns = {c: tuple(self._words(c)) for c in others}
+        columns = {c: Texts(self._words(c)) for c in others}
         return Table(ids, patients, self._targets[0], columns, (use.site,) if use.site else (), bool(use.event))
 
     def examples(self, ids: Sequence[str]) -> Examples:
@@ -200,6 +201,7 @@ class FeatureTable:
         _ = self.info, self._table
         for name in ("_raw", "inputs", "fingerprint"):
             vars(self).pop(name, None)  # how a cached property is cleared
+        vars(self._table).pop("row", None)
 
     def fitted(self, rows: Mapping[str, Sequence[str]], external: Sequence[str] = ()) -> Mapping[str, "FittedTable"]:
         """Return for each site the same table filled and scaled.
@@ -287,7 +289,7 @@ class FeatureTable:
         table, rows = self._table, [self._table.row[name] for name in ids]
         assert table.labels is not None
         x = torch.from_numpy(fitted(self.inputs[0][rows]).astype(np.float32))
-        return Examples(x, torch.from_numpy(table.labels[rows]), tuple(table.patients[i] for i in rows), tuple(ids))
+        return Examples(x, torch.from_numpy(table.labels[rows]), taken(table.patients, rows), Texts(ids))
 
     @cached_property
     def _raw(self) -> dict[str, Sequence[str]]:

@@ -4,15 +4,14 @@ import codecs
 import csv
 import io
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, islice, zip_longest
+from collections.abc import Iterable, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import overload
 
 from polyclinic.data.examples import DataError
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, inflate, read_whole, refusing
 from polyclinic.data.sources.excel import EXCEL, OTHER_SHEETS, read_sheet
+from polyclinic.data.texts import Texts
 from polyclinic.errors import MissingDependency
 
 PARQUET = (".parquet", ".pq")
@@ -23,62 +22,6 @@ GZIP = 31
 CHUNK = 256
 """Rows that are in memory as separate cells while a table is read."""
 csv.field_size_limit(2**20)
-
-
-class Cells(Sequence[str]):
-    """The cells of a column as one text and the ends of its cells.
-
-    A cell is an object only while it is used. A list of all cells takes several times the memory, which Python does not
-    return to the system when they are freed.
-    """
-
-    def __init__(self, cells: Iterable[str] = ()) -> None:
-        self._pieces: list[str] = []
-        self._ends = array("Q", [0])
-        self._joined = ""
-        self.extend(cells)
-
-    def extend(self, cells: Iterable[str]) -> None:
-        """Append ``cells``."""
-        cells = list(cells)
-        self._ends.extend(accumulate(map(len, cells), initial=self._ends.pop()))
-        self._pieces.append("".join(cells))
-
-    @property
-    def _text(self) -> str:
-        if self._pieces:
-            self._joined, self._pieces = "".join([self._joined, *self._pieces]), []
-        return self._joined
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return list(self)[i]
-        count = len(self._ends) - 1
-        if not -count <= i < count:
-            raise IndexError(i)
-        i %= count
-        return self._text[self._ends[i] : self._ends[i + 1]]
-
-    def __iter__(self) -> Iterator[str]:
-        text, start = self._text, 0
-        for end in islice(self._ends, 1, None):
-            yield text[start:end]
-            start = end
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(list(self))
 
 
 def read_rows(path: Path, limits: Limits = LIMITS, sheet: str = "") -> dict[str, Sequence[str]]:
@@ -134,7 +77,7 @@ def _text_of(path: Path, data: bytes) -> str:
             return data.decode("cp1252")
 
 
-def _csv(path: Path, limits: Limits) -> dict[str, Cells]:
+def _csv(path: Path, limits: Limits) -> dict[str, Texts]:
     """Return the columns of a CSV file."""
     data = read_whole(path, limits)
     if data[:2] == b"\x1f\x8b":
@@ -154,13 +97,13 @@ def _csv(path: Path, limits: Limits) -> dict[str, Cells]:
         return _named(path, header, lines)
 
 
-def _named(path: Path, header: Sequence[str], lines: Iterable[Sequence[str]]) -> dict[str, Cells]:
+def _named(path: Path, header: Sequence[str], lines: Iterable[Sequence[str]]) -> dict[str, Texts]:
     """Return rows as columns by name, without what has no content."""
     header = [name.strip() for name in header]
     spare = next(
         (i for i, name in enumerate(reversed(header)) if name), len(header)
     )  # columns without a name at the end
-    columns, widths, count = [Cells() for _ in header], dict[int, tuple[int, int]](), 0
+    columns, widths, count = [Texts() for _ in header], dict[int, tuple[int, int]](), 0
     rows = (line for line in lines if any(map(str.strip, line)))
     while chunk := list(islice(rows, CHUNK)):
         for line in chunk:
@@ -199,7 +142,7 @@ def _spare(line: Sequence[str], width: int, most: int) -> int:
     return found
 
 
-def _parquet(path: Path, limits: Limits) -> dict[str, Cells]:
+def _parquet(path: Path, limits: Limits) -> dict[str, Texts]:
     try:
         from pyarrow import parquet
     except ImportError:
@@ -210,7 +153,7 @@ def _parquet(path: Path, limits: Limits) -> dict[str, Cells]:
             raise Unreadable(path, "holds a table larger than the limit")
         table = parquet.read_table(path)
         return {
-            name: Cells(_text(value) for chunk in table[name].chunks for value in chunk.to_pylist())
+            name: Texts(_text(value) for chunk in table[name].chunks for value in chunk.to_pylist())
             for name in table.column_names
         }
 

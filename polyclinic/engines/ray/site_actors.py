@@ -57,7 +57,8 @@ def encode_data(site: str, data: Mapping[str, Any]) -> bytes:
             )
         geometries = examples.geometries and [geometry.table for geometry in examples.geometries]
         strides = {name: list(getattr(examples, name).stride()) for name in ORDERED}
-        roles[role] = {"fields": {**vars(examples), "geometries": geometries}, "strides": strides}
+        names = {"patients": tuple(examples.patients), "ids": tuple(examples.ids)}
+        roles[role] = {"fields": {**vars(examples), **names, "geometries": geometries}, "strides": strides}
     return serialization.encode(roles)
 
 
@@ -82,8 +83,11 @@ def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
 class SiteWorker:
     """A worker process: an actor of Ray."""
 
-    def __init__(self, build: Build, recipe: str, machine: Mapping[str, Any], data: Mapping[str, Reference]) -> None:
-        """Build the method.
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+
+    def begin(self, build: Build, recipe: str, machine: Mapping[str, Any], data: Mapping[str, Reference]) -> str:
+        """Build the method of a run, in place of an earlier one; return this machine's name and installation as JSON.
 
         Args:
             build: The function that builds it.
@@ -91,25 +95,26 @@ class SiteWorker:
             machine: Further fields of a site.
             data: References to each site's data, which are fetched at the site's first request.
         """
-        torch.set_num_threads(1)
-        self._method = build(recipe)
+        self._method: Method[Any] | None = build(recipe)
         self._machine = {**machine, "compute": Compute(**machine["compute"])}
         self._references = dict(data)
         self._sites: dict[str, Site] = {}
-
-    def greet(self) -> str:
-        """Return this machine's name and installation as JSON."""
         return json.dumps({"node": socket.gethostname(), "installation": installation()})
 
     def adopt(self, data: Mapping[str, Reference]) -> None:
         """Take over the sites of a worker that died."""
         self._references |= data
 
+    def rest(self) -> None:
+        """Release the method and the data of a run that has ended."""
+        self._method, self._references, self._sites = None, {}, {}
+
     def work(self, name: str, request: bytes, memory: bytes) -> tuple[bytes, bytes, bytes]:
         """Execute one request at one site: return the outcome as JSON, the reply and the site's state."""
         if name not in self._sites:
             data = decode_data(ray().get(self._references[name]))
             self._sites[name] = Site(name, data, **self._machine)
+        assert self._method is not None
         done = work(self._method, _decoded(request), _decoded(memory), self._sites[name])
         lost, reply, kept = done.lost, b"", b""
         if done.reply is not None:
@@ -136,10 +141,12 @@ class _Job:
 
 @dataclass
 class _Worker:
-    """An actor, its sites, and the job that it executes."""
+    """An actor, its sites, its greeting, whether an earlier run used it, and the job that it executes."""
 
     actor: Any
     sites: set[str]
+    greeting: Reference
+    used: bool
     job: _Job | None = None
     result: tuple[Reference, Reference, Reference] | None = None
     since: float = field(default=0.0)
@@ -162,6 +169,7 @@ class RaySites:
         workers: int | None = None,
         server_data: Mapping[str, Any] | None = None,
         gpus: float = 0.0,
+        idle: list[Any] | None = None,
     ) -> None:
         """Send the data to the workers.
 
@@ -174,6 +182,8 @@ class RaySites:
             workers: Number of workers; by default as many as the cluster can run at once.
             server_data: The server's own data by role.
             gpus: GPUs of each worker; a fraction shares one GPU between workers.
+            idle: Actors of earlier runs with the same ``gpus``, which are used first, and to which those of this run
+                are added at its end (``kill`` ends them). If it is not given, the actors end with the run.
 
         Raises:
             ClusterError: If no worker can start, or a machine has another installation.
@@ -184,7 +194,7 @@ class RaySites:
         self._names = sorted(sites)
         first = next(iter(sites.values()))
         self._given = (build, recipe, {"device": first.device, "seed": first.seed, "compute": vars(first.compute)})
-        self._gpus = gpus
+        self._gpus, self._idle = gpus, idle
         self._queue: deque[_Job] = deque()
         self._last: tuple[Request | None, Sequence[str]] = (None, ())
         self._workers: list[_Worker] = []
@@ -195,8 +205,8 @@ class RaySites:
         count = max(1, min(workers or slots(1, gpus), len(self._names)))
         self._workers = [self._start(own) for own in _shares(sizes, count)]
         try:
-            for worker in self._workers:
-                self._require_started(worker)
+            for worker in list(self._workers):
+                self._require_begun(worker)
         except ClusterError:
             self.close()
             raise
@@ -219,10 +229,14 @@ class RaySites:
         return secured(*self._last, self._arrivals(deadline))
 
     def close(self) -> None:
-        """Stop the workers and release their memory."""
+        """Stop the workers and release their memory; those without a job become idle if the caller keeps them."""
         for worker in self._workers:
+            if self._idle is None or worker.job is not None:
+                kill([worker.actor])
+                continue
             with suppress(Exception):  # the cluster may be gone
-                ray().kill(worker.actor)
+                worker.actor.rest.remote()
+                self._idle.append(worker.actor)
         self._workers, self._queue, self._data = [], deque(), {}
 
     def __enter__(self) -> "RaySites":
@@ -287,10 +301,23 @@ class RaySites:
                 yield Arrival(job.site, job.round, None, f"no answer within {deadline:g} s", deadline)
 
     def _start(self, own: set[str]) -> _Worker:
-        actor = ray().remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0)(SiteWorker)
-        actor = actor.options(max_concurrency=1)
+        used = bool(self._idle)
+        if self._idle:
+            actor = self._idle.pop()
+        else:
+            kind = ray().remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0)(SiteWorker)
+            actor = kind.options(max_concurrency=1).remote()
         data = {name: self._data[name] for name in own}
-        return _Worker(actor.remote(*self._given, data), own)
+        return _Worker(actor, own, actor.begin.remote(*self._given, data), used)
+
+    def _require_begun(self, worker: _Worker) -> None:
+        """Wait until the worker has begun the run. One of an earlier run is replaced if it died meanwhile."""
+        try:
+            self._require_started(worker)
+        except ClusterError:
+            if not worker.used:
+                raise
+            self._replace(worker)
 
     def _require_started(self, worker: _Worker) -> None:
         """Wait until the worker has started.
@@ -300,7 +327,7 @@ class RaySites:
         """
         package = ray()
         try:
-            told = json.loads(package.get(worker.actor.greet.remote(), timeout=START))
+            told = json.loads(package.get(worker.greeting, timeout=START))
         except package.exceptions.GetTimeoutError as error:
             raise ClusterError(f"a worker did not start within {START:g} s: is the cluster busy?") from error
         except package.exceptions.RayError as error:
@@ -309,22 +336,27 @@ class RaySites:
 
     def _replace(self, worker: _Worker) -> None:
         """Start another worker for the sites of ``worker``, or move them to the others if there is no room for one."""
-        with suppress(Exception):  # it may be dead
-            ray().kill(worker.actor)
+        kill([worker.actor])
         self._workers.remove(worker)
         new = self._start(worker.sites)
         try:
             self._require_started(new)
             self._workers.append(new)
         except ClusterError:
-            with suppress(Exception):
-                ray().kill(new.actor)
+            kill([new.actor])
             if not self._workers:
                 raise
             for i, name in enumerate(sorted(worker.sites)):
                 other = self._workers[i % len(self._workers)]
                 other.sites.add(name)
                 other.actor.adopt.remote({name: self._data[name]})
+
+
+def kill(actors: Sequence[Any]) -> None:
+    """End ``actors``, of which some may be dead."""
+    for actor in actors:
+        with suppress(Exception):  # the cluster may be gone
+            ray().kill(actor)
 
 
 def _shares(sizes: Mapping[str, int], count: int) -> list[set[str]]:

@@ -88,6 +88,9 @@ class SGD(Optimizer):
     def step(self) -> None:
         """Update every parameter that has a gradient."""
         places, parameters, gradients = self.due()
+        if parameters and not (self.momentum or self.weight_decay):
+            torch._foreach_add_(parameters, gradients, alpha=-self.lr)  # all that PyTorch's function does, in one call
+            return
         buffers = [self._buffers.get(i) for i in places]
         sgd(
             parameters,

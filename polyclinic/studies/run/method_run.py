@@ -62,6 +62,7 @@ class MethodRun:
         folder: The folder of the method run.
         numbers: A number for each patient, by which test sets are compared between method runs.
         profile: Whether to write where the time went (``records.time_profile``).
+        idle: Actors of a Ray cluster between the method runs of a study.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class MethodRun:
         folder: MethodRunFolder,
         numbers: Mapping[str, int],
         profile: bool = False,
+        idle: list[Any] | None = None,
     ) -> None:
         self.study, self.hash, self.job, self.data, self.folder = study, hash, job, data, folder
         self.plan, self.method = resolved.plan, resolved.method
@@ -85,7 +87,7 @@ class MethodRun:
         self.ledgers: dict[str, Ledger] = {}
         if study.privacy and self.plan.private:
             self.ledgers = run_budgets.opened(self.path / "ledgers", self.plan.sites, data.info.name, study.privacy)
-        self.watch, self.profile = Stopwatch(), profile
+        self.watch, self.profile, self.idle = Stopwatch(), profile, idle
 
     def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:
         """Run from the last checkpoint. The records ``before`` are written before the first round."""
@@ -313,7 +315,8 @@ class MethodRun:
             return InProcess(self.method, sites, memory, policies, self.seed, held, self.path)
         if chosen.kind == "ray":
             recipe = self.plan.to_json()
-            return RaySites(build_method, recipe, sites, memory, self.seed, chosen.workers, held, chosen.gpus)
+            place = chosen.workers, held, chosen.gpus, self.idle
+            return RaySites(build_method, recipe, sites, memory, self.seed, *place)
         workers = chosen.workers or min(len(sites), cores())
         return Workers(self.method, sites, memory, policies, self.seed, workers, held, self.path)
 

@@ -21,6 +21,7 @@ from polyclinic.data.federation import DataError, Federated, federate, fingerpri
 from polyclinic.data.source import release
 from polyclinic.data.splits import Fold
 from polyclinic.engines.ray import cluster
+from polyclinic.engines.ray.site_actors import kill
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.method_runs import PLAN
 from polyclinic.evaluation.records.run_reader import NotARun, read_info
@@ -125,6 +126,7 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool, 
         folder.note("stopped", {})
         raise
     finally:
+        kill(work.idle)
         folder.close_journal()
 
 
@@ -223,6 +225,7 @@ class _Work:
         path: The run folder.
         latest: Seed, fold and data of the latest split.
         times: Seconds outside of method runs, and whether each of these writes where its time went.
+        idle: Actors of a Ray cluster that wait for the sites of the next method run.
     """
 
     resolved: ResolvedStudy
@@ -230,6 +233,7 @@ class _Work:
     path: Path
     latest: tuple[int, Fold | None, Federated]
     times: RunTimes = dataclasses.field(default_factory=RunTimes)
+    idle: list[Any] = dataclasses.field(default_factory=list)
 
     def results(self) -> dict[str, dict[str, float]]:
         """Return the test scores of the finished method runs by name."""
@@ -279,7 +283,9 @@ class _Work:
         data = self._data(job.seed, job.fold)
         data = _sealed(data) if sealed else data
         method, profile = self.resolved.method(job, data, study), self.times.wanted and job.trial is None
-        return MethodRun(study, self.resolved.hash, job, method, data, folder, self.resolved.numbers, profile)
+        return MethodRun(
+            study, self.resolved.hash, job, method, data, folder, self.resolved.numbers, profile, self.idle
+        )
 
     def _data(self, seed: int, fold: Fold | None) -> Federated:
         if self.latest[:2] != (seed, fold):

@@ -16,8 +16,8 @@ from PIL import Image
 
 from polyclinic.cli.data import check
 from polyclinic.data.config import KINDS as STUDY_KINDS
+from polyclinic.data.deidentification.filename_screening import in_name, shown
 from polyclinic.data.deidentification.folder_deidentification import deidentify_folder
-from polyclinic.data.filename_screening import in_name, shown
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.safe_reading import Unreadable, read_npz
 from polyclinic.data.formats.volume import Volume

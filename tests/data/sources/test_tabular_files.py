@@ -6,27 +6,7 @@ from pathlib import Path
 import pytest
 
 from polyclinic.data.examples import DataError
-from polyclinic.data.sources.tabular_files import Cells, read_rows
-
-
-def test_cells_are_a_sequence_of_text() -> None:
-    words = ["a", "", "ü€", "long " * 9, "", "1.5"]
-    cells = Cells(words[:2])
-    assert list(cells) == words[:2]  # read before the others are appended
-    cells.extend(iter(words[2:]))
-    assert (len(cells), list(cells), cells[1:4]) == (6, words, words[1:4])
-    assert [cells[i] for i in range(-6, 6)] == words * 2
-    for i in (6, -7):
-        with pytest.raises(IndexError):
-            cells[i]
-    assert cells == words
-    assert cells == Cells(words)
-    assert cells != words[:-1]
-    assert Cells(["ab", ""]) != Cells(["a", "b"])
-    assert repr(cells) == repr(words)
-    assert "1.5" in cells
-    assert list(Cells()) == []
-
+from polyclinic.data.sources.tabular_files import read_rows
 
 TABLES: list[tuple[str, dict[str, list[str]] | str]] = [
     ("a,b\n1, 2 \n3,4\n", {"a": ["1", "3"], "b": ["2", "4"]}),

@@ -27,7 +27,7 @@ from polyclinic.data.examples import DataError, Examples
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.plan import Plan, build_method
 from polyclinic.engines.ray import cluster
-from polyclinic.engines.ray.site_actors import RaySites, decode_data, encode_data
+from polyclinic.engines.ray.site_actors import RaySites, decode_data, encode_data, kill
 from polyclinic.studies.config.schema import EngineSpec
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.records import time_profile
@@ -273,6 +273,34 @@ def worker_pids(name: str = "SiteWorker") -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.deploy
+def test_workers_serve_one_run_after_the_other_and_keep_nothing(two_nodes: Any) -> None:
+    """The second run has other data at the same sites, another method and another seed; then one worker has died."""
+    first, second = plan("scaffold"), plan("fedbn", lr=0.02)
+    sites = {f"site-{k}": Site(f"site-{k}", {"train": examples(50 + k, 24)}, seed=7) for k in range(4)}
+    expected = run(second, InProcess(second.build_method(), sites))[0]
+    idle: list[Any] = []
+    with RaySites(build_method, first.to_json(), small_sites(), workers=2, idle=idle) as engine:
+        run(first, engine)
+    pids = worker_pids()
+    assert (len(idle), len(pids)) == (2, 2)
+    for _ in range(2):
+        with RaySites(build_method, second.to_json(), sites, workers=2, seed=7, idle=idle) as engine:
+            assert not idle
+            state, lost = run(second, engine)
+            assert not any(lost)
+            assert equal(state, expected)
+            used = worker_pids()
+        assert (len(idle), len({*used} & {*pids})) == (2, len(pids))
+        os.kill(pids.pop(), signal.SIGKILL)
+    kill(idle)
+    until = time.monotonic() + 60
+    while worker_pids() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not worker_pids()
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
 def test_killed_workers_change_nothing(two_nodes: Any) -> None:
     described = plan("fedbn", epochs=20)
     expected = run(described, InProcess(described.build_method(), small_sites()), 6)[0]
@@ -345,9 +373,19 @@ def on_one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.deploy
 @pytest.mark.parametrize("parallel", ["arms", "sites"])
 def test_a_study_over_two_nodes_has_the_bits_of_one_machine(
-    two_nodes: Any, on_one_machine: Path, parallel: str
+    two_nodes: Any, on_one_machine: Path, parallel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    used: list[bool] = []
+
+    def recorded(engine: Any, own: set[str], start: Any = RaySites._start) -> Any:
+        worker = start(engine, own)
+        used.append(worker.used)
+        return worker
+
+    monkeypatch.setattr(RaySites, "_start", recorded)
     go(on_ray(on_one_machine, parallel), on_one_machine / parallel)
+    assert used.count(False) == (2 if parallel == "sites" else 0)  # the workers of the first method run serve all
+    assert any(used) == (parallel == "sites")
     assert equal(tensors(on_one_machine / parallel), tensors(on_one_machine / "in-process"))
     assert facts(on_one_machine / parallel) == facts(on_one_machine / "in-process")
     assert sum(1 for _ in verify(on_one_machine / parallel / "journal.jsonl")) > 10

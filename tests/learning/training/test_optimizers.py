@@ -39,6 +39,13 @@ def test_the_bits_are_those_of_the_classes(name: Optimizer, theirs: Any, options
         assert all(torch.equal(a, b) for a, b in zip(ours, copies, strict=True))
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_step_without_any_gradient_changes_nothing(name: Optimizer) -> None:
+    leaf = torch.ones(3, requires_grad=True)
+    LocalTraining(optimizer=name)._optimizer([leaf], 0.1).step()
+    assert leaf.tolist() == [1, 1, 1]
+
+
 @pytest.mark.slow
 def test_training_imports_no_compiler() -> None:
     """It takes two seconds and 70 MB in each process, and nothing uses it."""

@@ -13,6 +13,8 @@ from typing import Any
 from polyclinic.core.toml_text import dumps, inline
 from polyclinic.data.fingerprint.nnunet_planner import CaseFacts, Configuration, Planned
 from polyclinic.data.formats.safe_reading import read_toml
+from polyclinic.data.preprocessing.pipeline_config import plain
+from polyclinic.data.preprocessing.previous_stage import PreviousStage
 from polyclinic.errors import DataError
 
 KIND = "nnunet"
@@ -20,6 +22,8 @@ VERSION = 1
 OPTIONS = ("kernels", "strides", "width", "deep_supervision")
 """Keys of ``[use]`` that are options of the network."""
 NAMES = {"full": "3d_fullres", "slices": "2d", "low": "3d_lowres"}
+CASCADE = "3d_cascade_fullres"
+"""The configuration of full resolution with the mask of a previous stage."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ def text_of(
     about: Mapping[str, Any],
     width: int,
     notes: tuple[str, ...] = (),
+    previous: PreviousStage | None = None,
 ) -> str:
     """Return the contents of the file.
 
@@ -171,15 +176,16 @@ def text_of(
         planned: The plan.
         facts: Statistics of the cases.
         spacing_mm: Median spacing along (z, y, x) or (y, x).
-        chosen: Which configuration is used: one of ``NAMES``' values.
+        chosen: Which configuration is used: one of ``NAMES``' values, or ``CASCADE``.
         about: What the plan was made from: study, hash of the data, seed, patients.
         width: Features of the finest stage.
         notes: Sentences for the reader, as comments.
+        previous: The previous stage of a cascade.
     """
     by_name = {name: getattr(planned, key) for key, name in NAMES.items() if getattr(planned, key) is not None}
-    used = by_name[chosen]
+    used = by_name[NAMES["full"] if chosen == CASCADE else chosen]
     use = {
-        "steps": steps_of(planned, facts, spacing_mm, used),
+        "steps": [*steps_of(planned, facts, spacing_mm, used), *plain([previous] if previous else [])],
         "patch": list(used.patch),
         "batch_size": used.batch_size,
         "network": planned.network,

@@ -2,7 +2,7 @@
 
 nnU-Net's cascade (Isensee et al., Nature Methods 18:203, 2021, online methods; ``3d_cascade_fullres`` of
 https://github.com/MIC-DKFZ/nnUNet) segments an image at low resolution first. The network of full resolution then gets
-this segmentation, one channel for each label, beside the image. A training case is predicted by a model that was not
+the image and this segmentation, one channel for each label. A training case is predicted by a model that was not
 trained on it, if there is one.
 """
 
@@ -20,6 +20,7 @@ from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import Resample
 from polyclinic.data.source import digest
 from polyclinic.errors import DataError, PolyclinicError
+from polyclinic.learning.networks.architectures import ARCHITECTURES
 from polyclinic.learning.networks.model_tree import load
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.segmentation import Segmentation
@@ -64,6 +65,8 @@ class PreviousStage:
 
     def __post_init__(self) -> None:
         problems = [f"models: {one!r} is no SHA-256" for one in self.models if not store.HASH.fullmatch(one)]
+        if self.network not in ARCHITECTURES:  # never code of a package, which a site would have to allow
+            problems.append(f"network = {self.network!r}: is none of Polyclinic's networks")
         if not self.models:
             problems.append("models: name one at least")
         if self.held_out and len(self.held_out) != len(self.models):

@@ -24,7 +24,8 @@ def previous_stage(origin: Path, info: Info | None, method: str = "") -> Previou
     """Return the models of a run as the previous stage of another study, after adding them to the store of weights.
 
     Args:
-        origin: The run folder. Its data must be readable, so that it is known which images each model held out.
+        origin: The run folder. Its data must be readable, so that it is known which images each model held out. This is
+            not known of a run between hospitals.
         info: Description of the other study's data, if they are here. Its classes may be unknown.
         method: Label of the method; by default the report's main method.
 
@@ -85,6 +86,8 @@ def _images(model: TrainedModel) -> tuple[str, tuple[str, ...]]:
     """Return the digits of all images of the model's run, and of those that each of its members held out."""
     assert model.data is not None
     source, info = model.data.data.source(), read_run(model.origin).info
+    if info.engine.get("kind") == "flare":
+        return "", ()  # the images are at the hospitals
     if not isinstance(source, FromFiles):
         raise NoPreviousStage(f"{model.origin}: its images are not files")
     collection = source.collection

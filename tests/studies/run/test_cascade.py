@@ -1,6 +1,7 @@
 """nnU-Net's cascade: the masks of a run at low resolution are inputs of a run at full resolution, and of its use."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ kind = "in-process"
 [[methods]]
 name = "fedavg"
 """
+HIPPOCAMPUS = Path(os.environ.get("POLYCLINIC_DATA", "")) / "msd_hippocampus" / "msd_task04_hippocampus_260.zip"
 MEMORY_GB = 0.005
 """So little that nnU-Net makes a stage of low resolution of volumes of 30 voxels a side."""
 
@@ -82,7 +84,7 @@ def planned(root: Path, name: str, text: str = STUDY, **how: Any) -> str:
     """Plan a study of the volumes of ``root``, and return its text with the plan."""
     file = root / f"{name}.toml"
     file.write_text(text.replace("NAME", name).replace("PATH", str(root / "volumes")))
-    data.case_plan(file, width=2, memory_gb=MEMORY_GB, force=True, **how)
+    data.case_plan(file, force=True, **{"width": 2, "memory_gb": MEMORY_GB, **how})
     return file.read_text().replace("[data]", f'[data]\nplan = "{root / f"{name}.plan.toml"}"')
 
 
@@ -139,7 +141,7 @@ def test_the_plan_is_that_of_full_resolution_with_a_last_step(root: Path, full: 
     assert step.startswith('    { step = "previous_stage"')
     assert two[two.index(step) + 1] == "]"
     assert 'configuration = "3d_cascade_fullres"' in cascade
-    assert parse(full).task.batch_dice is True  # as nnU-Net, for full resolution where there is a low one
+    assert parse(full).task.batch_dice is True  # as nnU-Net, for full resolution if there is a low one
     stage = stage_of(parse(full))
     assert stage.spacing_mm is not None
     assert min(stage.spacing_mm) > 1.5
@@ -355,3 +357,30 @@ def test_the_step_is_the_last_one(root: Path, full: str, tmp_path: Path) -> None
     (tmp_path / "edited.plan.toml").write_text(plan)
     with pytest.raises(ConfigError, match="the step previous_stage must be the last one"):
         parse(full.replace(str(root / "full.plan.toml"), str(tmp_path / "edited.plan.toml")))
+
+
+@pytest.mark.skipif(not HIPPOCAMPUS.is_file(), reason="needs POLYCLINIC_DATA with msd_hippocampus")
+@pytest.mark.slow
+def test_a_cascade_of_the_hippocampus(tmp_path: Path) -> None:
+    """Real cases: the inputs of the second stage overlap with the truth, and it learns from them."""
+    text = STUDY.replace('classes = ["background", "one", "two"]\npatient = "(.*)"\n', "max_patients = 40\n")
+    text = text.replace("PATH", str(HIPPOCAMPUS)).replace("steps = 2\nbatch_size = 2", "steps = 80\nbatch_size = 4")
+    text = text.replace('recipe = "nnunet"', 'recipe = "none"')
+    tiny = {"width": 6, "memory_gb": 0.02}  # so little memory that nnU-Net makes a low resolution
+    finish(planned(tmp_path, "low", text, configuration="3d_lowres", **tiny), tmp_path / "low")
+    cascade = planned(tmp_path, "full", text, previous=tmp_path / "low", **tiny)
+    finish(cascade, tmp_path / "full")
+    (roles,) = federate(parse(cascade).data, 0).sites.values()
+    tested = roles["test"]
+    assert isinstance(tested, Cases)
+    overlap = []
+    for i in range(len(tested)):
+        x, y = tested.whole(i)
+        for label in (1, 2):
+            both = (x[label] > 0).sum() + (y == label).sum()
+            overlap.append(float(2 * ((x[label] > 0) & (y == label)).sum() / both))
+    (dice,) = (leaf for name, leaf in tensors(tmp_path / "full").items() if name.endswith("/dice"))
+    assert dice.shape == (len(tested), 2)
+    print(f"inputs {np.mean(overlap):.4f}, cascade {float(dice.mean()):.4f}")
+    assert np.mean(overlap) > 0.6
+    assert float(dice.mean()) > 0.6

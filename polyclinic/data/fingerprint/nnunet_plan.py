@@ -116,6 +116,10 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, list) and len(value) in (2, 3) and all(_whole(n) for n in value)
 
 
+def _odd(value: Any) -> bool:
+    return _stages(value) and all(n % 2 for entry in value for n in entry)
+
+
 def _stages(value: Any) -> bool:
     return isinstance(value, list) and len(value) >= 2 and all(_sizes(entry) for entry in value)
 
@@ -125,7 +129,7 @@ _KEYS: Mapping[str, tuple[Any, str]] = {
     "patch": (_sizes, "two or three whole numbers"),
     "batch_size": (_whole, "a whole number from 1"),
     "network": (lambda v: v in ("nnunet", "resenc"), '"nnunet" or "resenc"'),
-    "kernels": (_stages, "one list of numbers for each stage"),
+    "kernels": (_odd, "one list of odd numbers for each stage"),
     "strides": (_stages, "one list of numbers for each stage"),
     "width": (_whole, "a whole number from 1"),
     "deep_supervision": (lambda v: isinstance(v, bool), "true or false"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from polyclinic.data.preprocessing.pipeline_config import parsed
 from polyclinic.data.preprocessing.previous_stage import PreviousStage
 from polyclinic.errors import ConfigError, DataError, MissingDependency
 from polyclinic.studies.config.study_config import Study
@@ -60,12 +61,12 @@ def _packages(study: Study) -> Iterator[str]:
 
 def _models(study: Study) -> Iterator[str]:
     """Models of a cascade's previous stage that are not here, or were changed."""
-    for step in getattr(study.data.source(), "steps", ()):
-        if isinstance(step, PreviousStage):
-            try:
-                step.require_models()
-            except DataError as error:
-                yield str(error)
+    tables = study.data.options.get("steps") or ()
+    for stage in parsed([table for table in tables if table.get("step") == PreviousStage.name]):
+        try:
+            stage.require_models()  # type: ignore[attr-defined]
+        except DataError as error:
+            yield str(error)
 
 
 def _folder(out: Path) -> Iterator[str]:

@@ -312,6 +312,7 @@ def test_the_command_writes_a_plan_to_edit(tmp_path: Path, monkeypatch: pytest.M
         ("version = 1", "version = 2", "another version"),
         ("\n[use]", "\n[used]", r"has no table \[use\]"),
         ("deep_supervision = true", "deep_supervision = 1", "must be true or false"),
+        ("\nkernels = [[3, 3, 3]", "\nkernels = [[3, 2, 3]", "must be one list of odd numbers for each stage"),
     ],
 )
 def test_a_damaged_plan_is_refused_by_name(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -2,7 +2,7 @@
 
 A TOML file that people can read and edit. ``polyclinic plan`` writes it, and a study uses it with ``plan = "FILE"`` in
 ``[data]``: the preprocessing, the patch and, unless the study sets them, the network's stages and the batch size. It
-holds sums over patients and nothing of a single one.
+holds sums over patients and nothing of a single one, except for a cascade's hashes of images (``PreviousStage.known``).
 """
 
 from collections.abc import Mapping

@@ -54,8 +54,10 @@ def fingerprint(steps: Sequence[Step]) -> str:
 
 
 def _facts(step: Step) -> dict[str, Any]:
-    """Return the options of a step, with a hash in place of other steps among them."""
-    return {**vars(step), "steps": fingerprint(step.steps)} if isinstance(step, PreviousStage) else vars(step)
+    """Return the options of a step, with a hash in place of other steps among them, and tables in one order."""
+    if not isinstance(step, PreviousStage):
+        return vars(step)
+    return {**vars(step), "steps": fingerprint(step.steps), "options": sorted(step.options.items())}
 
 
 def parsed(value: Any) -> tuple[Step, ...]:

@@ -30,6 +30,8 @@ DIGITS = 16
 """Hexadecimal digits by which an image is known."""
 SEEN = "predicted by a previous stage that was trained on it, with a better mask than that of a new image"
 """Note on an image that all models of the previous stage were trained on."""
+NEW = "not known to the previous stage, whose run had other images"
+"""Note on an image that was not in the run of the previous stage, if its images are known."""
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -124,18 +126,22 @@ class PreviousStage:
             raise DataError(f"the image has {count} channels, and the previous stage takes {self.inputs[0]}")
         if len(low.size) != len(self.inputs) - 1:
             raise DataError(f"the image has {len(low.size)} axes, and the previous stage {len(self.inputs) - 1}")
-        chosen, seen = self._chosen(first)
+        chosen, notes = self._chosen(first)
         assert low.geometry is not None
         labels = low.geometry.on_grid_of(picture.geometry).labels(self._scores(low.pixels, chosen), self.task.labels)
         masks = torch.stack([labels == label for label in range(1, self.channels + 1)])
-        notes = (*picture.notes, SEEN) if seen else picture.notes
-        return replace(picture, pixels=torch.cat([picture.pixels, masks.to(picture.pixels.dtype)]), notes=notes)
+        pixels = torch.cat([picture.pixels, masks.to(picture.pixels.dtype)])
+        return replace(picture, pixels=pixels, notes=(*picture.notes, *notes))
 
-    def _chosen(self, picture: Picture) -> tuple[tuple[str, ...], bool]:
-        """Return the models that predict an image, and whether they were trained on it as far as is known."""
+    def _chosen(self, picture: Picture) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the models that predict an image, and notes."""
+        if not self.known:
+            return self.models, ()
         key = image_key(picture)
         held_out = tuple(m for m, text in zip(self.models, self.held_out, strict=False) if key in _keys(text))
-        return held_out or self.models, not held_out and key in _keys(self.known)
+        if held_out:
+            return held_out, ()
+        return self.models, (SEEN if key in _keys(self.known) else NEW,)
 
     def _scores(self, pixels: Tensor, models: Sequence[str]) -> Tensor:
         """Return the mean class scores of ``models`` for an image [C, *grid]: [outputs, *grid]."""

@@ -188,6 +188,10 @@ def plan(
     elif chosen not in names or (axes == 3 and chosen == "2d"):
         usable = [name for name in names if axes == 2 or name != "2d"]
         raise DataError(f'configuration = "{chosen}": this data can be trained on as {" or ".join(usable)}')
+    if previous is not None and previous.known:
+        notes.append(
+            "The keys known and held_out are hashes of images: remove them before you give the plan to others."
+        )
     if previous is not None and found.low is None:
         notes.append("nnU-Net would make no cascade: the patch covers at least a quarter of the median image.")
     elif previous is None and found.low is not None:

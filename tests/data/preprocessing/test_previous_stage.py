@@ -8,8 +8,8 @@ import torch
 from polyclinic.data.geometry import Geometry
 from polyclinic.data.preprocessing import previous_stage
 from polyclinic.data.preprocessing.nnunet_steps import CropNonzero, ResampleNnunet, Transpose
-from polyclinic.data.preprocessing.pipeline_config import apply
-from polyclinic.data.preprocessing.previous_stage import SEEN, PreviousStage, image_key
+from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
+from polyclinic.data.preprocessing.previous_stage import NEW, SEEN, PreviousStage, image_key
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.errors import DataError
 
@@ -95,13 +95,37 @@ def test_a_known_case_is_predicted_by_the_models_that_held_it_out(models: Any) -
     assert torch.equal(first.pixels, new.pixels)
     assert not torch.equal(second.pixels, new.pixels)
     assert first.notes == second.notes == new.notes == ()
+    models[OTHER] = Threshold(-3)
+    both = apply((stage(models=(ONE, OTHER)),), volume())  # of the mean of the scores
+    assert torch.equal(both.pixels, second.pixels)
     models[OTHER] = Threshold(0.5)
     trained = apply((stage(**known, held_out=("", elsewhere)),), volume())
     assert trained.notes == (SEEN,)
     assert torch.equal(trained.pixels, new.pixels)  # of both models
     other = volume()
     other.pixels[0, 13, 17, 12] = 1.25
-    assert apply((stage(**known, held_out=("", elsewhere)),), other).notes == ()
+    assert apply((stage(**known, held_out=("", elsewhere)),), other).notes == (NEW,)
+
+
+def test_a_stage_of_regions_gives_their_labels(models: Any) -> None:
+    """The whole object and its part, as logits; the channels are the labels that regions are painted with."""
+
+    class Regions(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x.abs() - 0.5, -x - 0.5], 1)
+
+    classes = apply((stage(),), volume())
+    models[ONE] = Regions()
+    found = apply((stage(outputs=2, regions=((1, 2), (2,))),), volume())
+    assert found.pixels.shape == classes.pixels.shape
+    for label in (1, 2):
+        assert _dice(found.pixels[label] > 0, classes.pixels[label] > 0) > 0.95
+
+
+def test_the_order_of_a_tables_keys_does_not_matter(models: Any) -> None:
+    one, other = {"width": 4, "norm": "batch"}, {"norm": "batch", "width": 4}
+    assert fingerprint([stage(options=one)]) == fingerprint([stage(options=other)])
+    assert fingerprint([stage(options=one)]) != fingerprint([stage(options={"width": 4})])
 
 
 def test_what_does_not_fit_is_refused(models: Any) -> None:
@@ -120,8 +144,12 @@ def test_what_does_not_fit_is_refused(models: Any) -> None:
 
 def test_the_threads_of_pytorch_are_as_before(models: Any) -> None:
     threads = torch.get_num_threads()
-    apply((stage(),), volume())
-    assert torch.get_num_threads() == threads
+    torch.set_num_threads(3)
+    try:
+        apply((stage(),), volume())
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _dice(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -141,6 +141,7 @@ def test_the_plan_is_that_of_full_resolution_with_a_last_step(root: Path, full: 
     assert step.startswith('    { step = "previous_stage"')
     assert two[two.index(step) + 1] == "]"
     assert 'configuration = "3d_cascade_fullres"' in cascade
+    assert "# The keys known and held_out are hashes of images: remove them" in cascade
     assert parse(full).task.batch_dice is True  # as nnU-Net, for full resolution if there is a low one
     stage = stage_of(parse(full))
     assert stage.spacing_mm is not None

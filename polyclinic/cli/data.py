@@ -1,5 +1,6 @@
 """``polyclinic data``: public data sets, and the preparation of a hospital's own data."""
 
+import math
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -242,7 +243,7 @@ def case_plan(
     from polyclinic.studies.run import case_planning
 
     to = _plan_file(study, out, force)
-    if width < 1 or (memory_gb is not None and memory_gb <= 0):
+    if width < 1 or (memory_gb is not None and not 0 < memory_gb < math.inf):
         raise ConfigError("--width and --memory-gb need numbers above 0")
     with document(json_) as emit:
         config = study_config.read(study, {**changes(set_ or []), "data.plan": None})

@@ -6,6 +6,7 @@ the image and this segmentation, one channel for each label. A training case is 
 trained on it, if there is one.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import Resample
 from polyclinic.data.source import digest
-from polyclinic.errors import DataError, PolyclinicError
+from polyclinic.errors import ConfigError, DataError, PolyclinicError
 from polyclinic.learning.networks.architectures import ARCHITECTURES
 from polyclinic.learning.networks.model_tree import load
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.tasks.segmentation import Segmentation, own_labels
 from polyclinic.learning.weights import store
 
 DIGITS = 16
@@ -32,6 +33,8 @@ SEEN = "predicted by a previous stage that was trained on it, with a better mask
 """Note on an image that all models of the previous stage were trained on."""
 NEW = "not known to the previous stage, whose run had other images"
 """Note on an image that was not in the run of the previous stage, if its images are known."""
+LARGEST_PATCH = 2**24
+"""Voxels of a patch, at most, as in nnU-Net."""
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -77,6 +80,14 @@ class PreviousStage:
             problems.append(f"known, held_out: each image has {DIGITS} digits")
         if len(self.inputs) not in (3, 4) or min(self.inputs) < 1 or self.outputs < 1:
             problems.append("inputs, outputs: give the channels and the patch, and the number of outputs")
+        elif math.prod(self.inputs[1:]) > LARGEST_PATCH:
+            problems.append(f"inputs: a patch of more than {LARGEST_PATCH:,} voxels")
+        if self.regions:
+            try:
+                if len(own_labels(self.regions)) != self.outputs:
+                    problems.append(f"regions: give one for each of the {self.outputs} outputs")
+            except ConfigError as error:
+                problems.append(str(error))
         if problems:
             raise DataError(problems)
 
@@ -156,7 +167,7 @@ class PreviousStage:
     def _model(self, sha256: str) -> nn.Module:
         try:
             return _built(self.task, sha256)
-        except (PolyclinicError, ValueError, OSError) as error:
+        except (PolyclinicError, ValueError, TypeError, OSError) as error:
             raise DataError(f"the model of the previous stage: {error}") from None
 
 

@@ -77,10 +77,7 @@ def facts_of(sums: Tree, channels: Sequence[str], classes: int) -> CaseFacts:
         raise DataError("the sums count no images, or no spacing: no plan follows from them")
     cases, count = int(sums["cases"][0].round()), len(sums["known"]) if "known" in sums else len(channels)
     if count != len(channels):
-        raise DataError(
-            f"the images have {count} channels, and {len(channels)} are named ({', '.join(channels)}): name each with "
-            "--channels"
-        )
+        raise DataError(_misnamed(count, channels))
     unknown = cases - int(sums["measured"][0].round())
     if axes_in(sums) == 3 and unknown:
         raise DataError(
@@ -95,6 +92,14 @@ def facts_of(sums: Tree, channels: Sequence[str], classes: int) -> CaseFacts:
         tuple(channels),
         classes,
         not unknown,
+    )
+
+
+def _misnamed(count: int, channels: Sequence[str]) -> str:
+    """Return why ``count`` channels need other names."""
+    return (
+        f"the images have {count} channels, and {len(channels)} are named ({', '.join(channels)}): name each with "
+        "--channels"
     )
 
 
@@ -170,7 +175,10 @@ def plan(
         if not sites:
             raise DataError(f"no site has {FEWEST} training patients: sums over fewer would reveal them")
         classes = len(Numbered(source).info.classes)
-        named = named or channels_of(source, (next(iter(sites.values())).shape[0] - HEAD) // CHANNEL)
+        count = (next(iter(sites.values())).shape[0] - HEAD) // CHANNEL
+        named = named or channels_of(source, count)
+        if len(named) != count:
+            raise DataError(_misnamed(count, named))
         about |= {"data": source.fingerprint, "patients": sum(counts[name] for name in sites)}
         sums = statistics(sites, any(name.casefold() == "ct" for name in named))
     elif not named:

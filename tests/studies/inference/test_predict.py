@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from polyclinic.cli import models
 from polyclinic.errors import PolyclinicError
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
@@ -241,6 +242,12 @@ def test_a_damaged_run_is_refused_by_the_name_of_its_file(
     with pytest.raises(PolyclinicError, match=message) as refused:
         trained_model(tmp_path / "run", "fedavg")
     assert path.name in str(refused.value)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_here_is_named_before_anything_is_read(tmp_path: Path, device: str) -> None:
+    with pytest.raises(PolyclinicError, match=f'device = "{device}"'):
+        models.predict(tmp_path / "run", tmp_path, out=tmp_path / "out", device=device)
 
 
 def test_two_images_of_one_name_are_refused(classified: Finished, tmp_path: Path) -> None:

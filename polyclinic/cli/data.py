@@ -1,5 +1,6 @@
 """``polyclinic data``: public data sets, and the preparation of a hospital's own data."""
 
+import math
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -203,7 +204,9 @@ def case_plan(
     out: Path | None = None,
     preset: Literal["default", "resenc-m", "resenc-l", "resenc-xl"] = "default",
     memory_gb: float | None = None,
-    configuration: Literal["3d_fullres", "3d_lowres", "2d"] | None = None,
+    configuration: Literal["3d_fullres", "3d_lowres", "3d_cascade_fullres", "2d"] | None = None,
+    previous: Path | None = None,
+    previous_method: str = "",
     channels: str = "",
     width: int = 32,
     seed: int | None = None,
@@ -222,7 +225,10 @@ def case_plan(
         out: The file to write; by default NAME.plan.toml next to the study.
         preset: nnU-Net's plain U-Net, or one with a residual encoder for 8, 24 or 40 GB of GPU memory.
         memory_gb: GPU memory of the smallest machine, in place of the preset's.
-        configuration: Full resolution, low resolution, or slices; by default full resolution, of images 2d.
+        configuration: Full resolution, low resolution, full resolution after low resolution, or slices; by default full
+            resolution, of images 2d.
+        previous: For the cascade: the run of the low resolution, whose masks become inputs of the full resolution.
+        previous_method: Label of its method; by default the main method of its report.
         channels: The name of each channel, such as `CT` or `T1,FLAIR`. `CT` is scaled by the values of all sites.
         width: Features of the network's finest stage. Fewer than 32, such as 8, make training on a CPU possible.
         seed: The seed of the split that defines the training data; the study's first seed by default.
@@ -231,15 +237,21 @@ def case_plan(
         force: Replace an existing file.
         set_: Change one value of the study, such as `--set data.path=/data/new`. May be given several times.
     """
+    from polyclinic.data.fingerprint.dataset_fingerprint import Numbered
     from polyclinic.studies.config import study_config
+    from polyclinic.studies.inference.previous_stage import previous_stage
     from polyclinic.studies.run import case_planning
 
     to = _plan_file(study, out, force)
-    if width < 1 or (memory_gb is not None and memory_gb <= 0):
+    if width < 1 or (memory_gb is not None and not 0 < memory_gb < math.inf):
         raise ConfigError("--width and --memory-gb need numbers above 0")
     with document(json_) as emit:
         config = study_config.read(study, {**changes(set_ or []), "data.plan": None})
         chosen = config.seeds[0] if seed is None else seed
+        stage = None
+        if previous is not None:
+            info = None if statistics else Numbered(config.data.source()).info
+            stage = previous_stage(previous, info, previous_method)
         made = case_planning.plan(
             config.data,
             config.name,
@@ -250,10 +262,11 @@ def case_plan(
             configuration or "",
             width,
             None if statistics is None else case_planning.read_statistics(statistics),
+            stage,
         )
         atomic.write(to, made.text)
         done(str(to))
-        used = made.planned.full if made.configuration == "3d_fullres" else made.planned.low
+        used = made.planned.low if made.configuration == "3d_lowres" else made.planned.full
         used = made.planned.slices if used is None else used
         line(f"    {made.configuration}: patch {list(used.patch)}, batch {used.batch_size}, {len(used.strides)} stages")
         notes = list(made.notes)

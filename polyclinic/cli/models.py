@@ -54,14 +54,16 @@ def predict(
             SSIM and NMSE.
         undersample: For reconstructions of complete images: leave out the columns of k-space that the study left out at
             this site first.
-        device: The device of PyTorch, such as `cuda:0`.
+        device: The device of PyTorch, such as `cuda:0`; `auto` for a GPU if there is one.
         fresh: Repeat what an earlier prediction in the folder has done.
     """
+    from polyclinic.engines.devices import chosen_device
     from polyclinic.studies.inference.models import trained_model
     from polyclinic.studies.inference.predict import Outputs, Work
     from polyclinic.studies.inference.predictor import Predictor, require_window, tta_axes
 
     with document(json_) as emit:
+        device = chosen_device(device)
         trained = trained_model(model, method, seed or (), fold or (), site)
         size = tuple(window) if window else None
         require_window(size, trained)

@@ -28,7 +28,7 @@ from polyclinic.data.formats.safe_reading import LIMITS, Unreadable
 from polyclinic.data.formats.value_ranges import ValueRange, scale_problems
 from polyclinic.data.geometry import Geometry
 from polyclinic.data.preprocessing.nnunet_steps import Normalize
-from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
+from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint, mask_channels
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, Resample, Resize, ZScore
 from polyclinic.data.source import Info, Table, digest
@@ -203,6 +203,7 @@ class Collection:
             tuple(ids),
             self._labels(entries),
             white=self._facts["white"],
+            mask_channels=mask_channels(self.steps),
         )
 
     def pictures(self) -> Iterator[Picture | None]:
@@ -406,7 +407,8 @@ class Collection:
         except (Unreadable, DataError) as error:
             return _Refused(f"{entry.id}: {error}", error.reason if isinstance(error, Unreadable) else str(error))
         labels = () if prepared.truth is None else labels_in(prepared.truth)
-        return Prepared(prepared, ValueRange.of(entry.id, case.image), labels, case.notes)
+        notes = (*case.notes, *prepared.notes)
+        return Prepared(prepared, ValueRange.of(entry.id, case.image), labels, notes)
 
 
 @dataclass(frozen=True)
@@ -515,6 +517,8 @@ class FromFiles:
             entries, notes = self._parts(info, entries, unreadable)
             info = replace(info, notes=(*info.notes, *notes))
             patch = (self.tiles.size,) * 2 if self.tiles is not None else patch
+        if mask_channels(steps) and (not patch or info.task != "segmentation"):
+            raise DataError("the step previous_stage is for the segmentation of cases on disk: set patch = [...]")
         return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known, labels, patch)
 
     def _parts(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from polyclinic.data.cases.cases import Cases
 from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError, Dataset, concat, in_memory
 from polyclinic.data.fingerprint.case_rows import CaseRows, case_rows
@@ -140,6 +141,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         sites = without_duplicates(sites, copies, outside, spec.duplicates, notes)
     sites, public = hold(sites, named, spec, table, seed)
     _complete(sites, named.external, held_out)
+    _require_new_to_previous_stage(sites)
     info, more = described(source.info, named, spec, titles)
     rows = tuple(summarize(site, titles[site], site in named.external, sites[site], info) for site in sites)
     badges = [spec.partition.badge] if spec.partition else []
@@ -341,6 +343,21 @@ def _roles(
             found |= {patient: "unlabeled" for patient, role in withheld.items() if role == "test"}
         roles |= found
     return roles
+
+
+def _require_new_to_previous_stage(sites: Mapping[str, Mapping[str, Dataset]]) -> None:
+    """Require that the previous stage of a cascade was trained on no test image.
+
+    Raises:
+        DataError: If it was.
+    """
+    tested = [data for roles in sites.values() if isinstance(data := roles.get("test"), Cases)]
+    if seen := [name for data in tested for name in data.seen_before]:
+        some = ", ".join(seen[:5]) + (", ..." if len(seen) > 5 else "")
+        raise DataError(
+            f"the previous stage of the cascade was trained on {len(seen)} test images ({some}), so that their scores "
+            "would be too good: use the seeds, the split and the folds of its study"
+        )
 
 
 def _complete(sites: Mapping[str, Mapping[str, Dataset]], external: tuple[str, ...], held_out: bool = False) -> None:

@@ -148,6 +148,26 @@ class Geometry:
             stored=pick(self.stored),
         )
 
+    def on_grid_of(self, other: "Geometry") -> "Geometry":
+        """Return the position of this stored grid in that of ``other``, of the same file, instead of the file's own.
+
+        Raises:
+            DataError: If their axes differ.
+        """
+        if (self.affine, self.shape, self.axes, self.flips) != (other.affine, other.shape, other.axes, other.flips):
+            raise DataError("the steps of both stages need the same order of axes")
+        pairs = list(zip(self.scale, self.offset, other.scale, other.offset, strict=True))
+        z, y, x = (1,) * (3 - len(other.stored)) + other.stored
+        return replace(
+            self,
+            shape=(z, y, x),
+            axes=tuple(range(3 - len(other.stored), 3)),
+            flips=(False,) * len(other.stored),
+            original_mm=other.spacing_mm,
+            scale=tuple(s / t for s, _, t, _ in pairs),
+            offset=tuple((o - p) / t for _, o, t, p in pairs),
+        )
+
     def labels(self, scores: Tensor, decide: Callable[[Tensor], Tensor] = best_class) -> Tensor:
         """Return the label of each voxel of the original grid, 0 outside of the stored grid.
 

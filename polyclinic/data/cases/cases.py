@@ -21,6 +21,7 @@ from torch.nn import functional
 from polyclinic.data.cases.case_file import CaseFile, as_stored
 from polyclinic.data.examples import WITHHELD, Case
 from polyclinic.data.formats.mask_labels import WHITE
+from polyclinic.data.preprocessing.previous_stage import SEEN
 from polyclinic.data.source import digest
 from polyclinic.errors import DataError
 from polyclinic.learning.batch import Batch
@@ -43,6 +44,7 @@ class Cases:
         videos: As in ``Examples``.
         targets_as: Whether masks are shown as they are, as boxes around their foreground, or not at all.
         white: Whether the masks mark the foreground with 255, which becomes 1.
+        mask_channels: How many of the last channels are labels of a mask, 0 or 1 (of a cascade's previous stage).
     """
 
     files: tuple[CaseFile, ...]
@@ -55,6 +57,7 @@ class Cases:
     videos: Tensor | None = None
     targets_as: Targets = "given"
     white: bool = False
+    mask_channels: int = 0
 
     def __len__(self) -> int:
         return len(self.files)
@@ -113,6 +116,11 @@ class Cases:
         """Return case ``i`` as it is stored: the image, float32 [C, *spatial], and its target."""
         size = self.files[i].size
         return self.image(i), self._target(i, (0,) * len(size), size)
+
+    @property
+    def seen_before(self) -> tuple[str, ...]:
+        """The names of the cases that a cascade's previous stage was trained on, as far as is known."""
+        return tuple(name for name, file in zip(self.ids, self.files, strict=True) if SEEN in file.notes)
 
     @property
     def measured(self) -> bool | None:

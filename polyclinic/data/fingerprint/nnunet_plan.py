@@ -2,7 +2,7 @@
 
 A TOML file that people can read and edit. ``polyclinic plan`` writes it, and a study uses it with ``plan = "FILE"`` in
 ``[data]``: the preprocessing, the patch and, unless the study sets them, the network's stages and the batch size. It
-holds sums over patients and nothing of a single one.
+holds sums over patients and nothing of a single one, except for a cascade's hashes of images (``PreviousStage.known``).
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,8 @@ from typing import Any
 from polyclinic.core.toml_text import dumps, inline
 from polyclinic.data.fingerprint.nnunet_planner import CaseFacts, Configuration, Planned
 from polyclinic.data.formats.safe_reading import read_toml
+from polyclinic.data.preprocessing.pipeline_config import plain
+from polyclinic.data.preprocessing.previous_stage import PreviousStage
 from polyclinic.errors import DataError
 
 KIND = "nnunet"
@@ -20,6 +22,8 @@ VERSION = 1
 OPTIONS = ("kernels", "strides", "width", "deep_supervision")
 """Keys of ``[use]`` that are options of the network."""
 NAMES = {"full": "3d_fullres", "slices": "2d", "low": "3d_lowres"}
+CASCADE = "3d_cascade_fullres"
+"""The configuration of full resolution with the mask of a previous stage."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,10 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, list) and len(value) in (2, 3) and all(_whole(n) for n in value)
 
 
+def _odd(value: Any) -> bool:
+    return _stages(value) and all(n % 2 for entry in value for n in entry)
+
+
 def _stages(value: Any) -> bool:
     return isinstance(value, list) and len(value) >= 2 and all(_sizes(entry) for entry in value)
 
@@ -121,7 +129,7 @@ _KEYS: Mapping[str, tuple[Any, str]] = {
     "patch": (_sizes, "two or three whole numbers"),
     "batch_size": (_whole, "a whole number from 1"),
     "network": (lambda v: v in ("nnunet", "resenc"), '"nnunet" or "resenc"'),
-    "kernels": (_stages, "one list of numbers for each stage"),
+    "kernels": (_odd, "one list of odd numbers for each stage"),
     "strides": (_stages, "one list of numbers for each stage"),
     "width": (_whole, "a whole number from 1"),
     "deep_supervision": (lambda v: isinstance(v, bool), "true or false"),
@@ -164,6 +172,7 @@ def text_of(
     about: Mapping[str, Any],
     width: int,
     notes: tuple[str, ...] = (),
+    previous: PreviousStage | None = None,
 ) -> str:
     """Return the contents of the file.
 
@@ -171,15 +180,16 @@ def text_of(
         planned: The plan.
         facts: Statistics of the cases.
         spacing_mm: Median spacing along (z, y, x) or (y, x).
-        chosen: Which configuration is used: one of ``NAMES``' values.
+        chosen: Which configuration is used: one of ``NAMES``' values, or ``CASCADE``.
         about: What the plan was made from: study, hash of the data, seed, patients.
         width: Features of the finest stage.
         notes: Sentences for the reader, as comments.
+        previous: The previous stage of a cascade.
     """
     by_name = {name: getattr(planned, key) for key, name in NAMES.items() if getattr(planned, key) is not None}
-    used = by_name[chosen]
+    used = by_name[NAMES["full"] if chosen == CASCADE else chosen]
     use = {
-        "steps": steps_of(planned, facts, spacing_mm, used),
+        "steps": [*steps_of(planned, facts, spacing_mm, used), *plain([previous] if previous else [])],
         "patch": list(used.patch),
         "batch_size": used.batch_size,
         "network": planned.network,

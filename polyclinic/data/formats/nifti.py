@@ -77,6 +77,18 @@ def read_nifti(
     return Volume(array, affine, notes=notes + filled, positioned=positioned)
 
 
+def header_of(path: Path) -> Any:
+    """Return nibabel's header of a .nii or .nii.gz file, which is compressed or not, whatever its name says.
+
+    Raises:
+        Unreadable: If it cannot be read.
+    """
+    with _stream(path, LIMITS) as stream:
+        header = _header(path, stream, LIMITS, False)[0]
+    _complete_qfac(header)
+    return header
+
+
 @contextlib.contextmanager
 def _stream(path: Path, limits: Limits) -> Iterator[BinaryIO | gzip.GzipFile]:
     """Open a regular file for reading, through gzip if its content is compressed."""
@@ -165,8 +177,8 @@ def _affine(path: Path, header: Any) -> tuple[Tensor, bool, tuple[str, ...]]:
     widths = np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if not np.isfinite(widths[: min(int(header["dim"][0]), 3)]).all():
         raise Unreadable(path, "its voxel size is not a finite number")
-    if not analyze and float(header["pixdim"][0]) not in (-1.0, 1.0):  # nifti1.h: 0 is taken as 1
-        header["pixdim"][0] = -1.0 if float(header["pixdim"][0]) < 0 else 1.0
+    if not analyze:
+        _complete_qfac(header)
     try:
         matrix = np.array(header.get_best_affine(), dtype=np.float64)
     except Exception as error:  # nibabel refuses impossible quaternions with several types
@@ -192,6 +204,12 @@ def _affine(path: Path, header: Any) -> tuple[Tensor, bool, tuple[str, ...]]:
         notes.append(f"its voxels measure {lengths.min():.3g} to {lengths.max():.3g} mm: is the unit right?")
     matrix[:3] *= _MM[code]
     return affine_from(matrix[:3, :3], matrix[:3, 3]), bool(sform or qform), tuple(notes)
+
+
+def _complete_qfac(header: Any) -> None:
+    """Replace a sign of the third axis (``qfac``) that is neither -1 nor 1; nifti1.h: 0 is taken as 1."""
+    if float(header["pixdim"][0]) not in (-1.0, 1.0):
+        header["pixdim"][0] = -1.0 if float(header["pixdim"][0]) < 0 else 1.0
 
 
 def _disagreement(header: Any, matrix: np.ndarray[Any, Any]) -> str:

@@ -59,7 +59,8 @@ class Volume:
             raise ValueError("an affine is a 4 x 4 tensor of float64")
         (a, b, c, x), (d, e, f, y), (g, h, i, z), last = self.affine.tolist()
         determinant = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
-        if not all(map(math.isfinite, (determinant, x, y, z, *last))) or abs(determinant) < 1e-12:
+        finite, volume = all(map(math.isfinite, (determinant, x, y, z, *last))), math.prod(_lengths(self.affine))
+        if not finite or abs(determinant) <= 1e-4 * volume:  # whatever the unit, as for voxels of 0.1 micrometers
             raise ValueError("the affine is singular or not finite: it does not place the voxels in space")
 
     @property

@@ -8,6 +8,7 @@ from pydantic import PlainSerializer, PlainValidator, ValidationError
 
 from polyclinic.data import config_parsing
 from polyclinic.data.preprocessing.nnunet_steps import CropNonzero, Normalize, ResampleNnunet, Transpose
+from polyclinic.data.preprocessing.previous_stage import PreviousStage, require_last
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import (
     Channels,
@@ -22,31 +23,49 @@ from polyclinic.data.preprocessing.transforms import (
     ZScore,
 )
 from polyclinic.data.source import digest
-from polyclinic.errors import ConfigError
+from polyclinic.errors import ConfigError, DataError
 
 STEPS: dict[str, type[Any]] = {
     s.name: s
     for s in (
         *(Resample, Resize, CropPad, Foreground, ZScore, Window, Percentiles, Scale, Relabel, Channels),
-        *(Transpose, CropNonzero, Normalize, ResampleNnunet),
+        *(Transpose, CropNonzero, Normalize, ResampleNnunet, PreviousStage),
     )
 }
 
 
 def apply(steps: Sequence[Step], picture: Picture) -> Picture:
     """Return the picture after all ``steps``, in order."""
+    if any(isinstance(step, PreviousStage) for step in steps):
+        picture = dataclasses.replace(picture, original=picture)
     for step in steps:
         picture = step(picture)
-    return picture
+    return picture if picture.original is None else dataclasses.replace(picture, original=None)
+
+
+def mask_channels(steps: Sequence[Step]) -> int:
+    """Return how many of the last channels are labels of a mask, after ``steps``."""
+    return sum(step.channels for step in steps if isinstance(step, PreviousStage))
 
 
 def fingerprint(steps: Sequence[Step]) -> str:
     """Return a hash of the steps, their versions and options."""
-    return digest("preprocess", [(s.name, s.version, sorted(vars(s).items())) for s in steps])
+    return digest("preprocess", [(s.name, s.version, sorted(_facts(s).items())) for s in steps])
 
 
-def _parse(value: Any) -> tuple[Step, ...]:
-    """Parse steps from tables such as ``{step = "resample", mm = 1.0}``."""
+def _facts(step: Step) -> dict[str, Any]:
+    """Return the options of a step, with a hash in place of other steps among them, and tables in one order."""
+    if not isinstance(step, PreviousStage):
+        return vars(step)
+    return {**vars(step), "steps": fingerprint(step.steps), "options": sorted(step.options.items())}
+
+
+def parsed(value: Any) -> tuple[Step, ...]:
+    """Parse steps from tables such as ``{step = "resample", mm = 1.0}``.
+
+    Raises:
+        ValidationError: With every problem.
+    """
     if not isinstance(value, list | tuple):
         raise ConfigError('must be a list of steps, such as [{step = "resample", mm = 1.0}, {step = "zscore"}]')
     steps, lines = list[Step](), []
@@ -61,17 +80,37 @@ def _parse(value: Any) -> tuple[Step, ...]:
             lines.append(config_parsing.problem((i, "step"), says, name))
             continue
         try:
-            steps.append(config_parsing.build(STEPS[name], given, f'the step "{name}"', (i,)))
+            step = config_parsing.build(STEPS[name], given, f'the step "{name}"', (i,))
+            if isinstance(step, PreviousStage):
+                step = _with_steps(step, (i, "steps"))
+            steps.append(step)
         except ValidationError as error:
             lines += [config_parsing.again(line, line["loc"]) for line in error.errors(include_url=False)]
+    try:
+        require_last(steps)
+    except DataError as error:
+        lines.append(config_parsing.problem((), str(error), value))
     if lines:
         raise config_parsing.problems(lines)
     return tuple(steps)
 
 
-def _plain(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    return [{"step": s.name, **dataclasses.asdict(s)} for s in steps]  # type: ignore[call-overload]
+def _with_steps(stage: PreviousStage, at: tuple[int | str, ...]) -> PreviousStage:
+    """Return a previous stage with its steps parsed; ``at`` is their place in the table."""
+    try:
+        return dataclasses.replace(stage, steps=parsed(stage.steps))
+    except ValidationError as error:
+        lines = [config_parsing.again(line, (*at, *line["loc"])) for line in error.errors(include_url=False)]
+    raise config_parsing.problems(lines)
 
 
-Steps = Annotated[tuple[Step, ...], PlainValidator(_parse), PlainSerializer(_plain)]
+def plain(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Return steps as the tables from which ``parsed`` makes them."""
+    return [
+        {"step": s.name, **vars(s), **({"steps": plain(s.steps)} if isinstance(s, PreviousStage) else {})}
+        for s in steps
+    ]
+
+
+Steps = Annotated[tuple[Step, ...], PlainValidator(parsed), PlainSerializer(plain)]
 """Type of a source's option ``steps``."""

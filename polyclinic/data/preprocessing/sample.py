@@ -20,6 +20,8 @@ class Picture:
         geometry: Position of the pixels in the file, or None if they come from no image file.
         truth: The mask on the file's own grid, or None. Steps that change labels change it too; steps that change the
             grid do not.
+        original: The picture before all steps, if a step needs it.
+        notes: Observations of the steps.
     """
 
     pixels: Tensor
@@ -27,6 +29,8 @@ class Picture:
     spacing_mm: tuple[float, ...] | None = None
     geometry: Geometry | None = None
     truth: Tensor | None = None
+    original: "Picture | None" = None
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, ...]:

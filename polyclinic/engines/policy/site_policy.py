@@ -170,6 +170,19 @@ class Policy(_Table):
                 ]
         return []
 
+    def model_problems(self, models: Iterable[str]) -> list[str]:
+        """Return why models that the preprocessing applies cannot be used at this site, one sentence per reason."""
+        found = []
+        for sha256 in models:
+            if not {"*", sha256} & {*self.allow.weights}:
+                found.append(f"the steps need the model {sha256}, which the policy does not allow (allow.weights)")
+                continue
+            try:
+                store.find(sha256)
+            except PolyclinicError as error:
+                found.append(f"the steps need a model: {error}")
+        return found
+
     def survey_problems(self) -> list[str]:
         """Return why this policy would refuse to describe the site's data, one sentence per reason."""
         found = []

@@ -194,12 +194,20 @@ def read_run(folder: str | Path) -> Run:
     study = path / "study.toml"
     if not study.is_file():
         missing.append("study.toml, the study as run")
+    text, plan = _text(study, problems), _text(path / PLAN, problems)
     if problems:
         raise NotARun("\n".join([*problems, f"{_count(problems)} in {path}; nothing was written."]))
-    text = study.read_text(encoding="utf-8") if study.is_file() else ""
-    plan = (path / PLAN).read_text(encoding="utf-8") if (path / PLAN).is_file() else ""
     splits = found if info.folds else {}
     return Run(path, info, lines, arms, validation, splits, linear, text, plan, tuple(missing), unread)
+
+
+def _text(file: Path, problems: list[str]) -> str:
+    """Return the text of a file; empty if there is none, or if it is no text."""
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    except UnicodeDecodeError:
+        problems.append(f"{file}: is damaged (not UTF-8)")
+        return ""
 
 
 def _linear(path: Path, info: RunInfo, problems: list[str]) -> dict[tuple[str, int, int], Mapping[str, Predictions]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polyclinic.errors import ConfigError
 from polyclinic.learning.training import image_transforms as transforms
+from polyclinic.learning.training import stage_masks
 from polyclinic.learning.training.image_transforms import happens, uniform
 from polyclinic.learning.training.own_augmentations import changed_by
 
@@ -94,7 +95,9 @@ class ImageAugmentation:
         source = tuple(n + 2 * max(0, math.ceil((w - n) / 2)) for n, w in zip(size, wanted, strict=True))
         return Placement(source, matrix, shift)
 
-    def __call__(self, x: Tensor, y: Tensor, place: Placement, size: tuple[int, ...], rng: torch.Generator) -> Any:
+    def __call__(
+        self, x: Tensor, y: Tensor, place: Placement, size: tuple[int, ...], rng: torch.Generator, labels: int = 0
+    ) -> Any:
         """Return the changed sample, which has ``size``.
 
         Args:
@@ -103,28 +106,36 @@ class ImageAugmentation:
             place: The geometry, from ``place``.
             size: The size of the result.
             rng: The sample's generator.
+            labels: How many of the last channels are labels of a mask, 0 or 1. They move with the image, keep these
+                values, and are changed as masks of a cascade's previous stage (``stage_masks``).
         """
-        mask = y.ndim == x.ndim - 1 and y.shape == x.shape[1:] and not y.is_floating_point()
+        is_mask = y.ndim == x.ndim - 1 and y.shape == x.shape[1:] and not y.is_floating_point()
+        masks = [y] if is_mask else []
+        if labels:
+            masks.append(stage_masks.labels_of(x[-labels:]))
+            x = x[:-labels]
         if place.matrix is None:
-            x, y = transforms.center_crop(x, size), transforms.center_crop(y, size) if mask else y
+            x, masks = transforms.center_crop(x, size), [transforms.center_crop(mask, size) for mask in masks]
         else:
-            if mask:
-                y = transforms.resample_mask(y, place.matrix, place.shift, size, self.border)
-            x = transforms.resample(x, place.matrix, place.shift, size, self.border)
+            where = place.matrix, place.shift, size, self.border
+            masks = [transforms.resample_mask(mask, *where) for mask in masks]
+            x = transforms.resample(x, *where)
         if self.quarter_turns and happens(self.quarter_turns.probability, rng):
             turns = int(torch.randint(4, (), generator=rng))
             if x.shape[-1] == x.shape[-2]:
-                x, y = x.rot90(turns, (-2, -1)), y.rot90(turns, (-2, -1)) if mask else y
+                x, masks = x.rot90(turns, (-2, -1)), [mask.rot90(turns, (-2, -1)) for mask in masks]
         x = x.contiguous()
         for change in self._intensities():
             if happens(change.probability, rng):
                 x = change(x, rng)
         axes = [axis for axis in self.mirror_axes(len(size)) if self.mirror and happens(self.mirror.probability, rng)]
         if axes:
-            x, y = x.flip([axis + 1 for axis in axes]), y.flip(axes) if mask else y
+            x, masks = x.flip([axis + 1 for axis in axes]), [mask.flip(axes) for mask in masks]
+        stage = masks.pop() if labels else None
+        y = masks[0] if is_mask else y
         for name in self.own:
             x, y = changed_by(name, x, y, rng)
-        return x, y
+        return (x if stage is None else torch.cat([x, stage_masks.changed(stage, labels, rng)])), y
 
     def mirror_axes(self, dims: int) -> tuple[int, ...]:
         """Return the spatial axes that are mirrored, 0 for the first."""

@@ -29,7 +29,8 @@ class Sampler:
     Attributes:
         data: The examples. They may have ``patch``, the size of a sample, and
             ``draw(i, rng, forced, size) -> (x [C, *size], y)``, a random patch of example i: around a foreground voxel
-            if ``forced``, and padded outside of the image.
+            if ``forced``, and padded outside of the image; and ``mask_channels``, how many of the last channels of x
+            are labels of a mask.
         augmentation: The changes of a sample.
         foreground: The probability that a patch is forced.
     """
@@ -51,7 +52,7 @@ class Sampler:
             return drawn
         place = self.augmentation.place(size, rng)
         x, y = self.data.draw(i, rng, forced, place.source)
-        changed: Batch = self.augmentation(x, y, place, size, rng)
+        changed: Batch = self.augmentation(x, y, place, size, rng, getattr(self.data, "mask_channels", 0))
         return changed
 
     def _changed(self, x: Tensor, y: Tensor, rng: torch.Generator) -> Batch:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from polyclinic.errors import ConfigError, MissingDependency
+from polyclinic.data.preprocessing.pipeline_config import parsed
+from polyclinic.data.preprocessing.previous_stage import PreviousStage
+from polyclinic.errors import ConfigError, DataError, MissingDependency
 from polyclinic.studies.config.study_config import Study
 
 FREE_BYTES = 200 * 2**20
@@ -26,7 +28,7 @@ def preflight(studies: Sequence[Study], out: Path) -> None:
     Raises:
         ConfigError: If something is missing. The message lists every problem, one per line.
     """
-    found = [p for study in studies for p in (*_device(study), *_packages(study))]
+    found = [p for study in studies for p in (*_device(study), *_packages(study), *_models(study))]
     problems = list(dict.fromkeys([*found, *_folder(out)]))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -55,6 +57,16 @@ def _packages(study: Study) -> Iterator[str]:
         yield str(MissingDependency("ray", 'kind = "ray" needs Ray'))
     if find_spec("matplotlib") is None:
         yield "the report needs matplotlib, which is not installed: pip install matplotlib"
+
+
+def _models(study: Study) -> Iterator[str]:
+    """Models of a cascade's previous stage that are not here, or were changed."""
+    tables = study.data.options.get("steps") or ()
+    for stage in parsed([table for table in tables if table.get("step") == PreviousStage.name]):
+        try:
+            stage.require_models()  # type: ignore[attr-defined]
+        except DataError as error:
+            yield str(error)
 
 
 def _folder(out: Path) -> Iterator[str]:

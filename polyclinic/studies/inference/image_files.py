@@ -12,6 +12,7 @@ from torch import Tensor
 from polyclinic.core import atomic
 from polyclinic.data.files import ImageOptions
 from polyclinic.data.formats.dicom.segment_writer import Maker, segmentation_of
+from polyclinic.data.formats.nifti import header_of
 from polyclinic.data.geometry import Geometry
 from polyclinic.studies.inference.reading import Case
 
@@ -116,14 +117,13 @@ def _nifti(array: "np.ndarray[Any, Any]", case: Case, geometry: Geometry) -> byt
     data = data.transpose(2, 1, 0, *range(3, data.ndim))
     file = case.files[0]
     if file.name.lower().endswith(NIFTI):
-        source = nibabel.load(file)
-        header = source.header.copy()
+        header = header_of(file)
+        kind: Any = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
         header.set_data_dtype(data.dtype)
         header["scl_slope"], header["scl_inter"] = 1.0, 0.0
         header["cal_max"] = header["cal_min"] = 0.0
         header["descrip"] = b""
-        header.extensions.clear()
-        image = type(source)(data, source.affine, header)
+        image = kind(data, header.get_best_affine(), header)
     else:
         image = nibabel.Nifti1Image(data, geometry.matrix.numpy())
         image.header.set_xyzt_units("mm")

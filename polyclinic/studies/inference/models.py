@@ -116,6 +116,8 @@ def trained_model(
             raise NoModel(f"{origin}: a bundle holds one model: leave --method, --seed, --fold and --site out")
         return _of_bundle(origin)
     run = read_run(origin)
+    if not run.study:
+        raise NoModel(f"{origin}: study.toml is missing, which says how images are read")
     label = method or _headline(run)
     _require_among(origin, "method", [label], [m.label for m in run.info.methods])
     _require_among(origin, "seed", seeds, run.info.seeds)

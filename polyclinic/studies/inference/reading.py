@@ -19,7 +19,7 @@ from polyclinic.data.formats.dicom.file import looks_like_dicom
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.geometry import Geometry
 from polyclinic.data.paired_folders import Pairs, cases_in
-from polyclinic.data.preprocessing.pipeline_config import STEPS, apply
+from polyclinic.data.preprocessing.pipeline_config import apply, parsed, plain
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import Relabel
 from polyclinic.data.source import Source
@@ -76,7 +76,7 @@ class Reading:
     def table(self) -> dict[str, Any]:
         """The reading as plain values."""
         return {
-            "steps": [{"step": step.name, **vars(step)} for step in self.steps],
+            "steps": plain(self.steps),
             "fill": self.options.fill,
             "geometry_tolerance_mm": self.options.geometry_tolerance_mm,
             "bits": self.options.bits,
@@ -97,14 +97,11 @@ class Reading:
             ConfigError: If it is not one.
         """
         try:
-            steps = []
-            for item in table["steps"]:
-                fields = {key: tuple(v) if isinstance(v, list) else v for key, v in item.items() if key != "step"}
-                steps.append(STEPS[item["step"]](**fields))
+            steps = parsed(table["steps"])
             options = {key: table[key] for key in ("fill", "geometry_tolerance_mm", "bits", "series")}
             how = {key: table[key] for key in ("channels", "axes", "grouped", "array", "masks")}
-            return cls(tuple(steps), ImageOptions(**options), **how, patch=tuple(table["patch"]))
-        except (KeyError, TypeError, AttributeError, DataError) as error:
+            return cls(steps, ImageOptions(**options), **how, patch=tuple(table["patch"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(f"the bundle does not say how images are read ({error}): export it again") from None
 
     def prepared(self, picture: Picture) -> Picture:

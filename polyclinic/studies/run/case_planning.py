@@ -1,5 +1,6 @@
 """nnU-Net's plan of a study, from the federated statistics of its cases."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from polyclinic.data.federation import rows_by_site
 from polyclinic.data.fingerprint import nnunet_plan
 from polyclinic.data.fingerprint.case_rows import CaseRows
 from polyclinic.data.fingerprint.dataset_fingerprint import Numbered
+from polyclinic.data.fingerprint.nnunet_plan import CASCADE
 from polyclinic.data.fingerprint.nnunet_planner import CaseFacts, Intensities, Planned, planned
+from polyclinic.data.preprocessing.previous_stage import PreviousStage
 from polyclinic.data.source import Source
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.errors import DataError
@@ -74,10 +77,7 @@ def facts_of(sums: Tree, channels: Sequence[str], classes: int) -> CaseFacts:
         raise DataError("the sums count no images, or no spacing: no plan follows from them")
     cases, count = int(sums["cases"][0].round()), len(sums["known"]) if "known" in sums else len(channels)
     if count != len(channels):
-        raise DataError(
-            f"the images have {count} channels, and {len(channels)} are named ({', '.join(channels)}): name each with "
-            "--channels"
-        )
+        raise DataError(_misnamed(count, channels))
     unknown = cases - int(sums["measured"][0].round())
     if axes_in(sums) == 3 and unknown:
         raise DataError(
@@ -92,6 +92,14 @@ def facts_of(sums: Tree, channels: Sequence[str], classes: int) -> CaseFacts:
         tuple(channels),
         classes,
         not unknown,
+    )
+
+
+def _misnamed(count: int, channels: Sequence[str]) -> str:
+    """Return why ``count`` channels need other names."""
+    return (
+        f"the images have {count} channels, and {len(channels)} are named ({', '.join(channels)}): name each with "
+        "--channels"
     )
 
 
@@ -131,6 +139,7 @@ def plan(
     configuration: str = "",
     width: int = 32,
     sums: Tree | None = None,
+    previous: PreviousStage | None = None,
 ) -> Made:
     """Compute the statistics of the training images of ``spec`` over its sites, and the plan that follows.
 
@@ -141,9 +150,11 @@ def plan(
         channels: The name of each channel, such as ``CT``; by default what the data say.
         preset: A preset of ``nnunet_planner``.
         memory_gb: GPU memory in place of the preset's.
-        configuration: ``3d_fullres``, ``3d_lowres`` or ``2d``; by default full resolution, of images 2-D.
+        configuration: ``3d_fullres``, ``3d_lowres``, ``3d_cascade_fullres`` or ``2d``; by default full resolution, of
+            images 2-D.
         width: Features of the network's finest stage; fewer than 32 for training on a CPU.
         sums: The sums, if they were computed between hospitals.
+        previous: The previous stage of a cascade.
 
     Raises:
         DataError: If the data cannot be read or planned, with every problem.
@@ -164,7 +175,10 @@ def plan(
         if not sites:
             raise DataError(f"no site has {FEWEST} training patients: sums over fewer would reveal them")
         classes = len(Numbered(source).info.classes)
-        named = named or channels_of(source, (next(iter(sites.values())).shape[0] - HEAD) // CHANNEL)
+        count = (next(iter(sites.values())).shape[0] - HEAD) // CHANNEL
+        named = named or channels_of(source, count)
+        if len(named) != count:
+            raise DataError(_misnamed(count, named))
         about |= {"data": source.fingerprint, "patients": sum(counts[name] for name in sites)}
         sums = statistics(sites, any(name.casefold() == "ct" for name in named))
     elif not named:
@@ -173,18 +187,49 @@ def plan(
     found = plan_of(sums, named, classes, preset, memory_gb)
     facts, axes = facts_of(sums, named, classes), axes_in(sums)
     names = [name for key, name in nnunet_plan.NAMES.items() if getattr(found, key) is not None]
-    chosen = configuration or names[0]
-    if chosen not in names or (axes == 3 and chosen == "2d"):
+    chosen = configuration or (CASCADE if previous else names[0])
+    if (chosen == CASCADE) != (previous is not None):
+        says = "needs --previous, the run of the low resolution" if chosen == CASCADE else "takes no --previous"
+        raise DataError(f'configuration = "{chosen}": {says}')
+    if previous is not None:
+        _require_coarser(previous, found, facts)
+    elif chosen not in names or (axes == 3 and chosen == "2d"):
         usable = [name for name in names if axes == 2 or name != "2d"]
         raise DataError(f'configuration = "{chosen}": this data can be trained on as {" or ".join(usable)}')
-    if found.low is not None:
+    if previous is not None and previous.known:
         notes.append(
-            "The patch covers less than a quarter of the median image, so nnU-Net also trains at low resolution; its "
-            "cascade is not available here."
+            "The keys known and held_out are hashes of images: remove them before you give the plan to others."
+        )
+    if previous is not None and found.low is None:
+        notes.append("nnU-Net would make no cascade: the patch covers at least a quarter of the median image.")
+    elif previous is None and found.low is not None:
+        notes.append(
+            "The patch covers less than a quarter of the median image, so nnU-Net also trains at low resolution and "
+            "makes a cascade: --configuration 3d_lowres, and after its run --previous RUN."
         )
     spacing_mm = spacing(sums, 0.5)[-axes:]
-    text = nnunet_plan.text_of(found, facts, spacing_mm, chosen, about, width, tuple(notes))
+    text = nnunet_plan.text_of(found, facts, spacing_mm, chosen, about, width, tuple(notes), previous)
     return Made(text, found, chosen, tuple(notes))
+
+
+def _require_coarser(previous: PreviousStage, found: Planned, facts: CaseFacts) -> None:
+    """Require that a previous stage is one of lower resolution, for the same images.
+
+    Raises:
+        DataError: If it is not, with every problem.
+    """
+    problems, full = [], found.full
+    if full is None:
+        raise DataError("a cascade is for volumes, and these images have two dimensions")
+    if previous.inputs[0] != (count := len(facts.channels)):
+        problems.append(f"takes images of {previous.inputs[0]} channels, and these have {count}")
+    if len(previous.inputs) != 4 or (given := previous.spacing_mm) is None:
+        problems.append("does not resample volumes to a voxel size")
+    elif math.prod(given) <= math.prod(full.spacing_mm) * 1.01:
+        sizes = (" x ".join(f"{mm:g}" for mm in one) for one in (given, full.spacing_mm))
+        problems.append("was trained at {} mm, which is no lower resolution than {} mm".format(*sizes))
+    if problems:
+        raise DataError([f"the previous stage {one}: name a run with a plan of 3d_lowres" for one in problems])
 
 
 def plan_beside(study: Path, changes: Mapping[str, Any]) -> tuple[Path, bool]:

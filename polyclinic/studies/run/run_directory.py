@@ -271,10 +271,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of ``write_tensors``."""
+    """Read a file of ``write_tensors``.
+
+    Raises:
+        IntegrityError: If it is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors: dict[str, Tensor] = load_file(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is damaged ({error})") from None
     return tensors
 
 
@@ -282,12 +290,15 @@ def read_plan(file: Path) -> Plan:
     """Read the plan in the metadata of a model file.
 
     Raises:
-        IntegrityError: If the file carries no plan.
+        IntegrityError: If the file is damaged, or carries no plan.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, "pt") as opened:
-        meta = opened.metadata() or {}
+    try:
+        with safe_open(file, "pt") as opened:
+            meta = opened.metadata() or {}
+    except SafetensorError as error:
+        raise IntegrityError(f"{file} is damaged ({error}): train this method and seed again") from None
     if "plan" not in meta:
         raise IntegrityError(f"{file}: carries no plan, so its network is unknown")
     return Plan.from_json(meta["plan"])

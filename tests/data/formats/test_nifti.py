@@ -75,6 +75,12 @@ def test_lengths_come_out_in_millimeters(tmp_path: Path, units: int, factor: flo
     np.testing.assert_allclose(read_nifti(tmp_path / "a.nii").spacing_mm, np.array([2.5, 2.0, 1.5]) * factor)
 
 
+@pytest.mark.parametrize("mm", [1e-4, 1e-5, 300.0])
+def test_voxels_may_be_as_small_as_those_of_a_microscope(tmp_path: Path, mm: float) -> None:
+    (tmp_path / "a.nii").write_bytes(nifti_bytes(affine=((mm, 0, 0, 0), (0, mm, 0, 0), (0, 0, mm, 0))))
+    np.testing.assert_allclose(read_nifti(tmp_path / "a.nii").spacing_mm, [mm] * 3, rtol=1e-6)
+
+
 def test_masks_are_whole_numbers_or_refused(tmp_path: Path) -> None:
     labels = np.array([0, 1, 2, 5], dtype=np.float32).reshape(1, 2, 2)
     nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / "m.nii")

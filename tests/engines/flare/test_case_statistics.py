@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import torch
 from polyclinic.core import serialization as states
 from polyclinic.data.config import DataSpec
 from polyclinic.data.federation import rows_by_site
-from polyclinic.engines.flare.protocol import tensor_file
+from polyclinic.data.preprocessing.previous_stage import PreviousStage
+from polyclinic.engines.flare.protocol import data_restrictions, tensor_file
 from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy import site_policy as policies
 from polyclinic.learning.tasks.case_sums import sums_of
 from polyclinic.studies.config import study_config
+from polyclinic.studies.inference.previous_stage import previous_stage
 from polyclinic.studies.run import case_planning, deployment
 from polyclinic.testing import equal
 from tests.conftest import little_sites
@@ -114,6 +117,61 @@ def test_a_study_with_the_recipe_of_nnunet_runs_from_the_plan_on(
     assert {tuple(site.data["train"].shape) for site in sites.values()} == {(1, *read.data.options["patch"])}
 
 
+@pytest.mark.slow
+def test_a_cascade_between_hospitals_has_the_bits_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The low resolution runs over the sites; each then predicts its own cases with the model, and no image leaves."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("POLYCLINIC_WEIGHTS", str(tmp_path / "weights"))
+    homes = houses(tmp_path)
+    first = order("case-statistics", run="sums", rounds=1, plan=PLAN)
+    for home in homes.values():
+        approve(home, first)
+    assert coordinator(tmp_path, first, LocalCarrier(homes, first)).run() == "finished"
+    checkpoint = tmp_path / "server" / "sums" / "checkpoint.safetensors"
+
+    def ran(name: str, **how: Any) -> study_config.Study:
+        an, read = planned(tmp_path, checkpoint, list(homes), 5.0, name, memory_gb=0.005, **how)
+        for home in homes.values():
+            approve(home, an)
+        assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
+        sites = read_sites(read.data, {site: tmp_path / site / "files" / "set" for site in homes}, an.plan["seed"])
+        assert equal(reference(an, sites)[0], states.load(tmp_path / "server" / name / "checkpoint.safetensors").state)
+        runs = {name: {"label": "fedavg", "seed": an.plan["seed"], "plan": an.plan, "external": []}}
+        folders, plan = {name: tmp_path / "server" / name}, tmp_path / f"{name}.plan.toml"
+        deployment.collect(
+            read, recipe(tmp_path, name), name, runs, {}, folders, tmp_path / f"{name}-run", plan.read_bytes()
+        )
+        return read
+
+    ran("low", configuration="3d_lowres")
+    stage = previous_stage(tmp_path / "low-run", None, "fedavg")
+    assert (stage.known, stage.held_out) == ("", ())  # the coordinator has no images
+    refused = _check_without_models(tmp_path, checkpoint, homes, stage)
+    assert refused[0].startswith("the steps need a model: the start weights ")
+    assert "polyclinic site weights add" in refused[0]
+    read = ran("full", previous=stage)
+    assert read.data.options["steps"][-1]["models"] == list(stage.models)
+    assert "case0" not in (tmp_path / "full.plan.toml").read_text()
+
+
+def _check_without_models(
+    root: Path, checkpoint: Path, homes: dict[str, SiteFolder], stage: PreviousStage
+) -> list[str]:
+    """Why the policy of a site whose store is empty refuses the models of a study's steps."""
+    an, _ = planned(root, checkpoint, list(homes), 5.0, "early", memory_gb=0.005, previous=stage)
+    models = data_restrictions.stage_models(an.data)
+    assert models == list(stage.models)
+    policy = policies.read(next(iter(homes.values())).policy)
+    assert policy.model_problems(models) == []
+    (reason,) = policies.parse(b"[allow]\nweights = []").model_problems(models)
+    assert reason == f"the steps need the model {models[0]}, which the policy does not allow (allow.weights)"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYCLINIC_WEIGHTS", str(root / "none"))
+        return policy.model_problems(models)
+
+
 @pytest.mark.deploy
 @pytest.mark.slow
 def test_real_processes_plan_and_train_with_the_recipe_of_nnunet(
@@ -141,17 +199,25 @@ def test_real_processes_plan_and_train_with_the_recipe_of_nnunet(
         hospitals.journals_hold()
 
 
-def planned(root: Path, checkpoint: Path, sites: list[str], patience: float) -> tuple[RunRequest, study_config.Study]:
+def recipe(root: Path, name: str) -> str:
+    """Return the study with the plan of this name."""
+    text = RECIPE.replace('use = "elsewhere"', f'kind = "pairs"\npath = "{root}"')
+    return text.replace("PLAN", str(root / f"{name}.plan.toml"))
+
+
+def planned(
+    root: Path, checkpoint: Path, sites: list[str], patience: float, name: str = "spots", **how: Any
+) -> tuple[RunRequest, study_config.Study]:
     """Make a plan from the sums of the sites, and return the request and the study that train with it."""
     data = {"kind": "pairs", "path": str(root), "split": [0.75, 0.0, 0.25]}
     sums = case_planning.read_statistics(checkpoint)
-    made = case_planning.plan(DataSpec.model_validate(data), "spots", channels=["CT"], sums=sums, width=4)
-    (root / "spots.plan.toml").write_text(made.text)
-    text = RECIPE.replace('use = "elsewhere"', f'kind = "pairs"\npath = "{root}"')
-    read = study_config.parse(text.replace("PLAN", str(root / "spots.plan.toml")))
-    (arm,), _ = deployment.method_runs(read, sites, {"inputs": [1, *read.data.options["patch"]], "outputs": 2})
+    made = case_planning.plan(DataSpec.model_validate(data), name, channels=["CT"], sums=sums, width=4, **how)
+    (root / f"{name}.plan.toml").write_text(made.text)
+    read = study_config.parse(recipe(root, name))
+    channels = 2 if "previous" in how else 1  # and that of the only label
+    (arm,), _ = deployment.method_runs(read, sites, {"inputs": [channels, *read.data.options["patch"]], "outputs": 2})
     shared = {key: value for key, value in deployment.how(read).items() if value is not None}
-    return RunRequest("spots", arm["plan"], patience=patience, **shared), read
+    return RunRequest(name, arm["plan"], patience=patience, **shared), read
 
 
 def test_a_small_hospital_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from polyclinic.cli import models
 from polyclinic.errors import PolyclinicError
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
@@ -205,6 +207,47 @@ def test_what_cannot_be_predicted_is_refused_with_a_reason(finished: Finished, t
     assert "broken.nii.gz" in results["broken"].problem
     assert "does not state its pixel size" in results["flat"].problem
     assert list(table(tmp_path / "out")) == ["case00"]
+
+
+def test_a_name_that_says_compressed_of_a_file_that_is_not(finished: Finished, tmp_path: Path) -> None:
+    """The image is read by its content, and so is the header that its mask gets."""
+    run, data = finished
+    (tmp_path / "in").mkdir()
+    for name, content in (
+        ("plain.nii.gz", gzip.decompress((data / "images" / "case00.nii.gz").read_bytes())),
+        ("packed.nii.gz", (data / "images" / "case00.nii.gz").read_bytes()),
+    ):
+        (tmp_path / "in" / name).write_bytes(content)
+    assert not any(done.problem for done in predicted(run, tmp_path / "in", tmp_path / "out"))
+    one, other = (gzip.decompress((tmp_path / "out" / name).read_bytes()) for name in ("plain.nii.gz", "packed.nii.gz"))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("arms/fedavg-seed0/model.safetensors", b"", "is damaged"),
+        ("arms/fedavg-seed0/model.safetensors", None, "is damaged"),
+        ("study.toml", b"\xff\xfe\x00name", "study.toml: is damaged"),
+        ("study.toml", b"", "study.toml is missing"),
+        ("run.json", b"[]", "must be a table"),
+    ],
+)
+def test_a_damaged_run_is_refused_by_the_name_of_its_file(
+    finished: Finished, tmp_path: Path, file: str, content: bytes | None, message: str
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / file
+    path.write_bytes(path.read_bytes()[:2000] if content is None else content)
+    with pytest.raises(PolyclinicError, match=message) as refused:
+        trained_model(tmp_path / "run", "fedavg")
+    assert path.name in str(refused.value)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_here_is_named_before_anything_is_read(tmp_path: Path, device: str) -> None:
+    with pytest.raises(PolyclinicError, match=f'device = "{device}"'):
+        models.predict(tmp_path / "run", tmp_path, out=tmp_path / "out", device=device)
 
 
 def test_two_images_of_one_name_are_refused(classified: Finished, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from polyclinic.data.fingerprint.case_rows import CaseRows
 from polyclinic.data.fingerprint.nnunet_plan import NnunetPlan
 from polyclinic.data.fingerprint.nnunet_planner import planned
 from polyclinic.engines.local.in_process import InProcess
-from polyclinic.errors import DataError
+from polyclinic.errors import ConfigError, DataError
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks import case_sums
 from polyclinic.learning.tasks.classification import Classification
@@ -298,6 +298,12 @@ def test_the_command_writes_a_plan_to_edit(tmp_path: Path, monkeypatch: pytest.M
     printed = json.loads(capsys.readouterr().out)
     assert printed["used"]["patch"] == list(plan.patch)
     assert printed["configuration"] == "3d_fullres"
+    for memory in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(ConfigError, match="--memory-gb need numbers above 0"):
+            data.case_plan(study, memory_gb=memory, force=True)
+    for channels in ("MR,MR", "CT,MR"):
+        with pytest.raises(DataError, match="have 1 channels, and 2 are named"):
+            data.case_plan(study, channels=channels, force=True)
     study.write_text(study.read_text().replace("count = 3", "count = 11"))
     with pytest.raises(DataError, match="no site has 10 training patients"):
         data.case_plan(study, force=True, set_=["data.min_patients=2"])
@@ -312,6 +318,7 @@ def test_the_command_writes_a_plan_to_edit(tmp_path: Path, monkeypatch: pytest.M
         ("version = 1", "version = 2", "another version"),
         ("\n[use]", "\n[used]", r"has no table \[use\]"),
         ("deep_supervision = true", "deep_supervision = 1", "must be true or false"),
+        ("\nkernels = [[3, 3, 3]", "\nkernels = [[3, 2, 3]", "must be one list of odd numbers for each stage"),
     ],
 )
 def test_a_damaged_plan_is_refused_by_name(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -168,7 +168,7 @@ def describe(
         Section(SYNTHETIC) if an.rehearsal else None,
         _asked(item, others, here),
         _what_runs(methods) if methods else None,
-        _start_weights(methods, an.weights),
+        _start_weights(methods, an.weights, data_restrictions.stage_models(an.data)),
         _leaving(an, methods),
         _how(an, methods),
         _data(item, here),
@@ -237,19 +237,23 @@ def _what_runs(methods: Sequence[_Method]) -> Section:
     return section
 
 
-def _start_weights(methods: Sequence[_Method], sent: Mapping[str, Any]) -> Section | None:
-    """Describe which start weights the study needs, and whether this site has them; None if it needs none.
+def _start_weights(methods: Sequence[_Method], sent: Mapping[str, Any], models: Sequence[str]) -> Section | None:
+    """Describe which start weights and models of a previous stage the study needs, and whether they are here.
+
+    None if it needs none.
 
     Args:
         methods: The methods.
         sent: Start weights that the server sends to sites without them; empty for none.
+        models: The models of a previous stage.
     """
     tunings = [method.plan.get("tuning", {}) for method in methods]
-    if not (wanted := list(dict.fromkeys(t["weights"].get("sha256", "") for t in tunings if t.get("weights")))):
+    starts = [t["weights"].get("sha256", "") for t in tunings if t.get("weights")]
+    if not (wanted := list(dict.fromkeys([*starts, *models]))):
         return None
     from polyclinic.learning.weights import store  # PyTorch is loaded for these studies only
 
-    section = Section("Start weights")
+    section = Section("Start weights" if starts else "Models of the previous stage")
     for sha256 in wanted:
         try:
             item = store.find(str(sha256))

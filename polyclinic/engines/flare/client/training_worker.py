@@ -136,6 +136,7 @@ class Training:
         survey, notes = self.order.mode == "survey", list[str]()
         problems = [*data_restrictions.refused(self.order.data)]
         problems += policy.survey_problems() if survey else policy.refusals(self.plan, self.order.weights)
+        problems += policy.model_problems(data_restrictions.stage_models(self.order.data))
         if self.order.study and not self.order.of_study:
             problems.append(f"the {'survey' if survey else 'run'} is not part of the study that it names")
         if name not in self.order.everyone:

@@ -47,6 +47,13 @@ def refused(table: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def stage_models(table: Mapping[str, Any]) -> list[str]:
+    """Return the hashes of the models that the study's preprocessing applies (of a cascade's previous stage)."""
+    steps = table.get("steps")
+    named = [step["models"] for step in steps if "models" in step] if isinstance(steps, list | tuple) else []
+    return [str(model) for models in named for model in models]
+
+
 def of_hospital(folder: Path) -> dict[str, Any] | None:
     """Return the hospital's table from ``data.toml`` in its data folder, or None if the file does not exist.
 

@@ -1,12 +1,16 @@
 """One table of everybody: every method keeps every promise, and gives the same bits on both engines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from polyclinic.core.method import Method
+from polyclinic.core import tree
+from polyclinic.core.method import Method, Request
+from polyclinic.core.rounds import TooFewReplies, train
 from polyclinic.core.site import Site
+from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.worker_pool import Workers
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, MultiLabel
@@ -83,3 +87,34 @@ def test_same_bits_in_worker_processes(name: str) -> None:
     finally:
         for engine in engines:
             engine.close()
+
+
+class Turns(InProcess):
+    """An engine in which every request reaches one site only, another one each time."""
+
+    count = 0
+
+    def send(self, request: Request, to: Sequence[str]) -> None:
+        """Send to the next site."""
+        self.count += 1
+        super().send(request, [sorted(to)[self.count % len(to)]] if to else to)
+
+
+ONCE = ("krum", "multi-krum", "bulyan", "fltrust")
+"""Methods that say how many replies they need, or whose."""
+FEW_EXCHANGES = ("fedavg", "fedmix-weights", "fedpid", "fedmix", "fedmic", "swarm")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FEW_EXCHANGES else pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n not in ONCE]
+)
+def test_a_round_whose_exchanges_reach_different_sites_ends(name: str) -> None:
+    """A site may drop out after the first exchange of a round, and another one come back for the second."""
+    method, task, sites = case(name)
+    state, rounds = method.init(task.first(0)), 0
+    with suppress(TooFewReplies):
+        for step in train(method, Turns(method, sites, server_data=held_by_server(sites)), state, rounds=3):
+            request = method.request(step.state)
+            rounds = 3 if request is None else request.round
+            assert tree.finite(method.shared_model(step.state))
+    assert rounds == 3

@@ -124,6 +124,11 @@ def test_requests_share_the_settings_of_the_study() -> None:
             r"the study cross-validates \(folds\), which it can on one machine only",
         ),
         (
+            '[[methods]]\nname = "local"',
+            '[[methods]]\nname = "local"\n[search]\ntrials = 2\n[search.space]\ntraining.lr = [0.1, 0.2]\n',
+            r"searches for settings \(search\).*take \[search\] out",
+        ),
+        (
             "[evaluation]",
             "[machines]\nseconds_per_batch = 1.0\n[evaluation]",
             r"simulates machines \(machines\).*take \[machines\] out",
@@ -147,9 +152,30 @@ def test_what_needs_one_machine_is_refused_with_its_key(old: str, new: str, mess
         deployment.method_runs(read(TEXT.replace(old, new)), ("lyon", "osaka", "oslo"))
 
 
+@pytest.mark.parametrize("name", ["case-statistics", "duplicate-search"])
+def test_what_trains_no_model_is_not_scored(name: str) -> None:
+    """Statistics of cases need no shape of an example either, which the sites would have to be asked for."""
+    text = TEXT.partition("[[evaluation.compare]]")[0] + f'[[methods]]\nname = "{name}"\n'
+    shared = deployment.how(read(text))
+    assert (shared["best"], shared["score_every"], shared["test"]) == ({}, 0, "")
+    (first, _), _ = deployment.method_runs(read(text), ("lyon", "osaka", "oslo"))
+    if name == "duplicate-search":
+        assert first["plan"]["network"] == "cnn"
+        return
+    none = {"network": "mlp", "network_options": {}, "task": {}, "inputs": [1], "outputs": 1, "kind": "classification"}
+    assert none.items() <= first["plan"].items()
+    assert Plan.from_json(json.dumps(first["plan"])).build_task().model()
+
+
 def test_without_sites_nothing_can_run() -> None:
     with pytest.raises(deployment.NotElsewhere, match="osaka is not admitted; there are none yet"):
         deployment.method_runs(read(), ())
+    inside = read(TEXT.replace('external = ["osaka"]', ""))
+    with pytest.raises(deployment.NotElsewhere, match="no site can train: every admitted site is external, or none"):
+        deployment.method_runs(inside, ())
+    own = read().model_copy(update={"methods": read().methods[1:2]})
+    with pytest.raises(deployment.NotElsewhere, match="no method is left: pooled is left out: it needs all data"):
+        deployment.method_runs(own, ("lyon", "osaka", "oslo"))
 
 
 def finished(root: Path, arm: dict[str, Any], predictions: bool) -> Path:
@@ -333,3 +359,16 @@ def test_start_weights_grades_and_masks_are_described(tmp_path: Path, monkeypatc
     grades = read(TEXT.replace("[task]", "[task]\nordered = true"))
     info, _ = collected(tmp_path / "grades", grades, {"lyon": described(["1", "2", "3"], outputs=3)})
     assert (info["ordered"], info["classes"]) == (True, ["1", "2", "3"])
+    (tmp_path / "masks").mkdir()
+    masks = TEXT.replace("[task]", '[task]\nkind = "segmentation"').replace('"cnn"', '"unet"')
+    masks = masks.replace('width = 4, depth = 2, norm = "group"', "width = 8")
+    info, _ = collected(tmp_path / "masks", read(masks), {})
+    assert (info["space"], info["metric"]) == ("native", "dice")
+    for kind, more in (("reconstruction", ""), ("survival", "\ncuts = [6, 18]")):
+        (tmp_path / kind).mkdir()
+        values = masks.replace('"segmentation"', f'"{kind}"{more}')
+        values = values.replace('"unet"', '"mlp"').replace("width = 8", "width = 4") if kind == "survival" else values
+        info, _ = collected(tmp_path / kind, read(values), {"lyon": described(["1", "2"])})
+        assert info["classes"] == []
+        assert "space" not in info
+        assert info["outputs"] == 2

@@ -14,6 +14,7 @@ from polyclinic.data.federation import federate
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.sample_pictures import CELL, GAP, LINE, SampleRow, picture, sample_rows
+from tests.studies.run.test_patches import STUDY, write_volumes
 from tests.studies.run.test_planning import registry
 from tests.support import clinics
 from tests.support.data_sets import loaded
@@ -103,7 +104,16 @@ def test_an_image_of_one_value_is_black_and_a_large_one_fits() -> None:
 
 def test_masks_are_outlined_by_the_color_of_their_label() -> None:
     """One pixel wide, inside the label; the seventh label has the first color again."""
-    colors = {1: (230, 80, 60), 2: (80, 160, 240), 6: (240, 140, 60), 7: (230, 80, 60)}
+    given = (
+        (230, 80, 60),
+        (80, 160, 240),
+        (250, 200, 60),
+        (120, 210, 110),
+        (210, 120, 230),
+        (240, 140, 60),
+        (230, 80, 60),
+    )
+    colors = dict(enumerate(given, 1))
     for label, color in colors.items():
         mask = torch.zeros(8, 8, dtype=torch.int64)
         mask[2:5, 3:5] = label
@@ -181,6 +191,19 @@ def test_samples_are_those_of_the_method_that_is_named(data: Path) -> None:
     again, other = (sample_rows(parse(own), "ditto", seed, 1, 3)[0][0] for seed in (None, 9))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(row.samples, again.samples, strict=True))
     assert not torch.equal(row.samples[0][0], other.samples[0][0])
+
+
+def test_patches_of_volumes_are_drawn_at_random_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their captions name no class, and nothing is said of augmentation that is set."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    write_volumes(tmp_path / "volumes", 9)
+    text = STUDY.replace('"volumes"', f'"{tmp_path}/volumes"')
+    rows, notes = sample_rows(parse(text), images=3, samples=2)
+    assert notes == []
+    assert [row.caption for row in rows] == [f"site-{k}, training image 1" for k in (1, 2, 3)]
+    for row in rows:
+        assert all(x.shape == (1, 16, 16, 16) == (1, *y.shape) for x, y in row.samples)
+        assert not torch.equal(row.samples[0][0], row.samples[1][0])
 
 
 def test_a_table_has_no_pictures(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from polyclinic.core import serialization as states
 from polyclinic.core.audit_log import verify
 from polyclinic.data.examples import DataError
 from polyclinic.errors import ConfigError
+from polyclinic.evaluation.records.run_reader import NotARun
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run import scheduler
 from polyclinic.studies.run.data_identity import DataChanged
@@ -279,3 +280,13 @@ def test_data_that_change_between_two_seeds_end_the_run(done: Done, tmp_path: Pa
     npz(tmp_path, images=np.zeros((160, 8, 8), np.uint8))
     with pytest.raises(DataChanged, match="changed while the study was running: restore them and continue"):
         list(events)
+
+
+def test_a_damaged_run_is_named_and_a_fresh_one_takes_its_place(done: Done, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(NotARun):
+        list(run(done.study, done.text, tmp_path, resume=True))
+    assert (tmp_path / "run.json").read_text() == "{"
+    events = list(run(done.study, done.text, tmp_path, fresh=True))
+    assert events == done.events
+    assert same(tmp_path, done.path)

@@ -231,7 +231,8 @@ def test_a_run_folder_describes_the_study_its_sites_and_its_methods(tmp_path: Pa
     assert missing == ["far (seed 1)"]
     counts = {"patients": ROLES, "examples": {r: 2 * n for r, n in ROLES.items()}}
     classes = {r: [n, n] for r, n in ROLES.items()}
-    few = {key: {r: n for r, n in of.items() if r != "val"} for key, of in (*counts.items(), ("classes", classes))}
+    every: dict[str, dict[str, Any]] = {**counts, "classes": classes}
+    few = {key: {role: n for role, n in of.items() if role != "val"} for key, of in every.items()}
     network = Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("norm", "group")))
     environment = info.pop("environment")
     assert {"polyclinic", "python", "torch"} <= environment.keys()
@@ -344,7 +345,7 @@ def test_without_descriptions_the_shape_is_that_of_the_plan(tmp_path: Path, kind
     info, _ = collected(tmp_path, read(text), {})
     assert (info["inputs"], info["outputs"], info["classes"], info["title"]) == ([1, 8, 8], 2, classes, "spots")
     assert info["data"]["notes"] == ["The data stayed at their hospitals, which ran this study over NVIDIA FLARE."]
-    empty = {"patients": {}, "examples": {}, "classes": {}}
+    empty: dict[str, Any] = {"patients": {}, "examples": {}, "classes": {}}
     assert info["sites"][0] == {"name": "lyon", "role": "training", **empty}
 
 

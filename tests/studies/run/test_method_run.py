@@ -18,6 +18,7 @@ from polyclinic.core.site import Compute
 from polyclinic.data.federation import federate
 from polyclinic.engines import step_file
 from polyclinic.engines.plan import Plan, build_method
+from polyclinic.learning.tasks import task_evaluation
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.run import method_run, round_progress
@@ -55,8 +56,8 @@ kind = "{kind}"
 Script = Mapping[int, Mapping[str, float | None]]
 PEAK: Script = {  # of the training sites round 2 is the best one, and of all sites round 5
     1: {"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.1},
-    2: {"a": 0.8, "b": 0.8, "c": 0.8, "d": 0.1},
-    3: {"a": 0.7, "b": None, "c": 0.8, "d": 0.2},
+    2: {"a": 0.9, "b": 0.6, "c": 0.9, "d": 0.1},
+    3: {"a": 0.84, "b": None, "c": 0.84, "d": 0.2},  # b keeps its score
     4: {"a": 0.7, "b": 0.7, "c": 0.7, "d": 0.9},
     5: {"a": 0.79, "b": 0.79, "c": 0.79, "d": 1.0},
     6: {"a": 0.6, "b": 0.6, "c": 0.6, "d": 0.1},
@@ -71,7 +72,7 @@ def study(folder: Path, methods: Sequence[str], rounds: int = 6, **parts: str) -
 
 def scripted(script: Script, metric: str = "auc") -> Callable[..., Any]:
     """``evaluate`` with scores on validation data by round and site from ``script``; the sites have their usual ones."""
-    real, rounds = method_run.evaluate, len(script)
+    real, rounds = task_evaluation.evaluate, len(script)
 
     def evaluate(method: Any, federation: Any, state: Any, asked: Sequence[str], job: str = "score/val") -> Any:
         found = real(method, federation, state, asked, job)
@@ -111,7 +112,7 @@ def rounds_tested(path: Path) -> dict[str, set[int]]:
     return rounds
 
 
-@pytest.mark.parametrize("stop", [0, 2, 4])
+@pytest.mark.parametrize("stop", [0, 4])
 def test_baselines_end_when_they_no_longer_improve_at_the_sites_that_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
@@ -131,7 +132,7 @@ def test_baselines_end_when_they_no_longer_improve_at_the_sites_that_train(
         assert end.best_score == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("stop", [0, 4])
+@pytest.mark.parametrize("stop", [0, 2])
 @pytest.mark.parametrize(("select", "round"), [("best", 2), ("last", 6)])
 def test_the_best_or_the_last_round_is_tested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, select: str, round: int

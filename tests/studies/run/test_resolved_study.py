@@ -119,7 +119,7 @@ def test_training_sites_need_two_classes_whatever_the_external_site_has(tmp_path
 
 
 def test_masks_that_are_no_image_files_have_no_original_grid(tmp_path: Path) -> None:
-    from tests.studies.run.test_private_training import npz as masks
+    from tests.methods.test_from_study import npz as masks
 
     head = f'name = "s"\nrounds = 1\n[data]\npath = "{masks(tmp_path, "masks")}"\nkind = "npz"\nsites = "site"\n'
     text = (

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from rich.console import Console
 
 from polyclinic.core.atomic import PREFIX, SUFFIX
 from polyclinic.data.federation import Federated
@@ -179,7 +178,7 @@ def test_signals_stop_a_running_run_once_and_at_once_the_second_time(
     before = signal.getsignal(signal.SIGTERM)
     with held(tmp_path) as folder:
         folder.begin("", {}, False)
-        with stopping(folder, Console(quiet=True)) as signals:
+        with stopping(folder) as signals:
             assert signals.code == STOPPED == 3
             signal.raise_signal(signal.SIGTERM)
             assert (tmp_path / "stop").exists()

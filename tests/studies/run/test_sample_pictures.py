@@ -194,7 +194,7 @@ def test_samples_are_those_of_the_method_that_is_named(data: Path) -> None:
 
 
 def test_patches_of_volumes_are_drawn_at_random_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their captions name no class, and nothing is said of augmentation that is set."""
+    """Their captions name no class, and augmentation that is set needs no note."""
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
     write_volumes(tmp_path / "volumes", 9)
     text = STUDY.replace('"volumes"', f'"{tmp_path}/volumes"')

@@ -377,6 +377,20 @@ def test_sums_of_another_run_give_the_plan_without_the_data() -> None:
         case_planning.plan(unread, "s", channels=("MR",), configuration="2d", sums=sums)
 
 
+@pytest.mark.parametrize("size", [case_sums.LARGEST - 1, case_sums.LARGEST])
+def test_images_too_large_to_be_counted_give_no_plan(size: int) -> None:
+    rows = rows_of("hippocampus")
+    rows[:, 6] = size
+    sums = case_planning.statistics(at_sites(rows), False)
+    if size < case_sums.LARGEST:
+        assert case_planning.plan_of(sums, ("MR",), 3, "default", None).full is not None
+        return
+    with pytest.raises(
+        DataError, match=f"most images have {case_sums.LARGEST} voxels or more along an axis after resampling"
+    ):
+        case_planning.plan_of(sums, ("MR",), 3, "default", None)
+
+
 def test_a_study_gives_its_plan_the_width_and_the_preset_of_its_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

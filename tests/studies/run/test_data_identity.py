@@ -234,6 +234,10 @@ SAME = "The {unit}s and {target}s are the same, but names of files, patients or 
         (rows(a__train=[*TWO, (4, 14, 0, 5)], a__val=[(3, 13, 1, 7)]), ("a: 1 {unit} added",)),
         (rows(a__val=[(3, 13, 1, 7)]), ("a: 2 {unit}s removed",)),
         (
+            rows(a__train=TWO[:1], a__val=[(3, 13, 1, 7)], b__train=[(8, 98, 1, 9)]),
+            ("a: 1 {unit} removed", "b (a new site): 1 {unit} added"),
+        ),
+        (
             rows(a__train=TWO, b__val=[(3, 13, 1, 7), (4, 14, 0, 8)]),
             ("a: 1 {unit} moved to b", "b (a new site): 1 {unit} moved here from a, 1 {unit} added"),
         ),

@@ -284,3 +284,11 @@ def test_classes_have_the_names_that_the_data_say_or_their_numbers(tmp_path: Pat
 def test_what_is_neither_images_nor_a_table_needs_no_plan() -> None:
     with pytest.raises(DataError, match="is neither images nor a table of columns: there is nothing to prepare"):
         plan(DataSpec(kind="roi-phantom", sites="site"), "s")
+
+
+def test_rows_without_labels_are_measured_too(tmp_path: Path) -> None:
+    spec = DataSpec(**wide(tmp_path), unlabeled=0.5)
+    data = federate(spec, 2)
+    rows = {site: len(roles["train"]) + len(roles["unlabeled"]) for site, roles in data.sites.items()}
+    assert {site: len(found) for site, found in sites_of(spec, 2).items()} == rows
+    assert rows == {site: len(found) for site, found in sites_of(DataSpec(**wide(tmp_path)), 2).items()}

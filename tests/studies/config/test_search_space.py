@@ -14,6 +14,7 @@ from polyclinic.studies.config.search_space import NotChosen, SearchSpec, read_c
 from polyclinic.studies.config.study_config import parse, with_values
 from polyclinic.studies.run.run_directory import read_plan
 from polyclinic.studies.run.scheduler import run
+from tests.support.known import known
 from tests.support.small_runs import facts, same
 
 TEXT = """\
@@ -118,6 +119,7 @@ def test_every_method_and_split_gets_its_trials_and_trains_with_the_best(done: P
     for method, fold in each:
         trials = [t for t in read.trials if (t.method, t.fold) == (method, fold)]
         assert [t.rounds for t in trials] == [1, 1]
+        assert [t.values for t in trials] == known(parse(TEXT).search).settings(method, 0, fold)
         (chosen,) = [c for c in read.chosen if (c.method, c.fold) == (method, fold)]
         assert chosen.by == "search"
         assert chosen.values == max(trials, key=lambda t: t.score or 0).values

@@ -18,6 +18,8 @@ from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.resolved_study import resolve
 from polyclinic.studies.run.scheduler import run
+from tests.studies.run.test_patches import STUDY as PATCHES
+from tests.studies.run.test_patches import write_volumes
 from tests.support.small_runs import npz, study
 from tests.support.start_weights import weights_of
 
@@ -132,6 +134,17 @@ def test_masks_that_are_no_image_files_have_no_original_grid(tmp_path: Path) -> 
     ):
         resolve(parse(native), native)
     assert resolve(parse(text), text).info["space"] == "grid"
+
+
+def test_masks_of_image_files_are_compared_on_their_original_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    write_volumes(tmp_path / "volumes", 9)
+    text = PATCHES.replace('"volumes"', f'"{tmp_path}/volumes"')
+    for space, found in (("", "native"), ('space = "native"', "native"), ('space = "grid"', "grid")):
+        one = f"{text}\n[evaluation]\n{space}\n"
+        assert resolve(parse(one), one).info["space"] == found
 
 
 def test_columns_of_subgroups_that_are_missing_or_form_no_groups_are_named(tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def test_a_folder_without_a_run_is_deleted_and_leftovers_are_removed(tmp_path: P
     assert (tmp_path / "run" / ".lock").read_text() == ""
 
 
+def test_a_folder_that_nobody_holds_is_closed_without_a_trace(tmp_path: Path) -> None:
+    Folder(tmp_path / "never").close()
+    assert not (tmp_path / "never").exists()
+    with held(tmp_path / "run") as folder:
+        folder.begin("", {}, False)
+    (tmp_path / "run" / "stop").touch()  # for the process that holds it next
+    folder.close()
+    assert (tmp_path / "run" / "stop").exists()
+
+
 def test_a_run_begins_once_and_notes_count_equal_entries(tmp_path: Path) -> None:
     with held(tmp_path) as folder:
         assert not folder.begun

@@ -288,7 +288,7 @@ class Altered:
 
     def __init__(self, data: Any, alter: Alter) -> None:
         self.data, self.alter = data, alter
-        for name in ("patients", "targets", "patch"):
+        for name in ("patients", "targets", "patch", "mask_channels"):
             if hasattr(data, name):
                 setattr(self, name, getattr(data, name))
 

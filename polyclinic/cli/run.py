@@ -121,7 +121,7 @@ def _one(
     tested: list[dict[str, Any]] = []
     begun = ready = time.perf_counter()
     log.info("%s: run begins", folder)
-    with stopping(held, progress) as signals:
+    with stopping(held) as signals:
         try:
             with Display(progress, study) as display:
                 for event in run_study(study, scenario.text, folder, resume, fresh, held, profile):

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from polyclinic.studies.run.run_lock import STOP
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ class Signals:
 
 
 @contextmanager
-def stopping(folder: "Folder", console: Console) -> Iterator[Signals]:
+def stopping(folder: "Folder") -> Iterator[Signals]:
     """Make SIGINT and SIGTERM stop the run in ``folder`` between two rounds, also in the background.
 
     While the run has not begun, for example while its data are read, a signal stops it at once.

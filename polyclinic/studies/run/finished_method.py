@@ -35,7 +35,8 @@ class FinishedMethod:
         seed: Its seed.
         data: Its data.
         source: The source of these.
-        engine: The sites.
+        engine: The sites, with what they keep between rounds.
+        untrained: The sites as before the first round.
     """
 
     folder: Path
@@ -45,23 +46,26 @@ class FinishedMethod:
     data: Federated
     source: Source
     engine: InProcess
+    untrained: InProcess
 
-    def ask(self, job: str, sites: Sequence[str], state: Any = None) -> tuple[dict[str, Tree], dict[str, str]]:
+    def ask(self, job: str, sites: Sequence[str], trained: bool = True) -> tuple[dict[str, Tree], dict[str, str]]:
         """Request ``job`` from ``sites`` one by one, so that each refusal has its own reason.
 
         Args:
             job: The job, such as ``explain/val``.
             sites: The sites.
-            state: The state of the method whose model is used; by default that which was tested.
+            trained: Whether the models that were tested are used, or those before training.
 
         Returns:
             The answers by site, and the reasons of the sites without one.
         """
         answers, refused = dict[str, Tree](), dict[str, str]()
-        request = self.method.evaluation_request(self.state if state is None else state)
+        engine = self.engine if trained else self.untrained
+        state = self.state if trained else self.method.init(self.method.task.first(self.seed))
+        request = self.method.evaluation_request(state)
         for site in sites:
-            self.engine.send(replace(request, job=job, secure=False, recipients=None), [site])
-            for arrival in self.engine.replies():
+            engine.send(replace(request, job=job, secure=False, recipients=None), [site])
+            for arrival in engine.replies():
                 if arrival.reply is None:
                     refused[site] = arrival.lost
                 elif (verb := job.partition("/")[0]) in arrival.reply.parts:
@@ -100,5 +104,5 @@ def finished_method(
     kept = states.load(folder / "best.safetensors") if end.best_round else end  # the model that was tested
     make = partial(Site, device="cpu", seed=seed)
     sites = {name: make(name, dict(roles)) for name, roles in data.sites.items()}
-    engine = InProcess(method, sites, kept.memory, policies, seed)
-    return FinishedMethod(folder, method, kept.state, seed, data, source, engine)
+    engine, untrained = (InProcess(method, sites, memory, policies, seed) for memory in (kept.memory, None))
+    return FinishedMethod(folder, method, kept.state, seed, data, source, engine, untrained)

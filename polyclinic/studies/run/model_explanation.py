@@ -46,7 +46,7 @@ def explain(
     if not found:
         why = "; ".join(f"{s}: {reason}" for s, reason in refused.items()) or "no site has validation patients"
         raise NotExplained(f"{run_dir}: no site sent an attribution map: {why}")
-    before, _ = run.ask(JOB, list(found), run.method.init(run.method.task.first(run.seed)))
+    before, _ = run.ask(JOB, list(found), trained=False)
     leaves = {f"{site}/{key}": leaf for site, maps in found.items() for key, leaf in maps.items()}
     leaves |= {f"{site}/untrained": maps["map"] for site, maps in before.items()}
     names = _features(run.source, next(iter(found.values()))["map"].ndim)

@@ -12,7 +12,9 @@ from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.search_space import NotChosen, SearchSpec, read_chosen, read_trials
 from polyclinic.studies.config.study_config import parse, with_values
+from polyclinic.studies.run.run_directory import read_plan
 from polyclinic.studies.run.scheduler import run
+from tests.support.known import known
 from tests.support.small_runs import facts, same
 
 TEXT = """\
@@ -117,6 +119,7 @@ def test_every_method_and_split_gets_its_trials_and_trains_with_the_best(done: P
     for method, fold in each:
         trials = [t for t in read.trials if (t.method, t.fold) == (method, fold)]
         assert [t.rounds for t in trials] == [1, 1]
+        assert [t.values for t in trials] == known(parse(TEXT).search).settings(method, 0, fold)
         (chosen,) = [c for c in read.chosen if (c.method, c.fold) == (method, fold)]
         assert chosen.by == "search"
         assert chosen.values == max(trials, key=lambda t: t.score or 0).values
@@ -167,3 +170,42 @@ def test_a_person_may_change_what_was_chosen_but_not_once_it_trains(tmp_path: Pa
     assert chosen["pooled", 0].values == other
     assert chosen["pooled", 0].by == "hand"
     assert with_values(study.methods[0], other).training == {"lr": 0.123}
+
+
+@pytest.mark.parametrize(("metric", "best"), [("auc", max), ("loss", min)])
+def test_trials_are_told_noted_and_recorded_before_training(tmp_path: Path, metric: str, best: Any) -> None:
+    text = TEXT.replace("folds = 2\n", "seeds = [3]\n").replace(
+        "[engine]", f'[evaluation]\nmetric = "{metric}"\n[engine]'
+    )
+    path = tmp_path / "run"
+    events = list(run(parse(text), text, path))
+    records = facts(path)
+    entries = [
+        {k: v for k, v in e.items() if k not in ("seq", "previous", "hash")} for e in verify(path / "journal.jsonl")
+    ]
+    for method in ("pooled", "fedprox"):
+        mine = [e for e in events if e.label == method]
+        assert [(e.what, e.seed, e.round, e.rounds) for e in mine[:3]] == [
+            ("trial", 3, 1, 2),
+            ("trial", 3, 2, 2),
+            ("arm", 3, 0, 2),
+        ]
+        first, second, chosen, *others = (r for r in records if r["method"] == method)
+        who = {"method": method, "seed": 3}
+        scores = []
+        for trial, (line, event) in enumerate(zip((first, second), mine, strict=False)):
+            assert line.items() >= ({"kind": "trial", "trial": trial, "rounds": 1} | who).items()
+            assert event.scores == {"validation": line["score"]}
+            scores.append((line["score"], line["values"]))
+            noted = {"event": "trial", **who, **{key: line[key] for key in ("trial", "values", "score")}}
+            assert entries.count(noted) == 1
+        assert chosen == {"kind": "chosen", **who, "values": best(scores, key=lambda pair: pair[0])[1], "by": "search"}
+        assert entries.count({**{k: v for k, v in chosen.items() if k != "kind"}, "event": "chosen"}) == 1
+        assert "trial" not in {r["kind"] for r in others}
+        trained = read_plan(path / "arms" / f"{method}-seed3" / "model.safetensors")
+        assert trained.training["lr"] == chosen["values"]["training.lr"]
+        assert trained.rounds == 2
+        folder = path / "arms" / f"{method}-seed3"
+        assert not (folder / "trials").exists()
+        assert read_trials(folder / "search.jsonl")[0]["seconds"] > 0
+    assert len([e for e in entries if e["event"] == "round" and "trial" in e]) == 4

@@ -1,7 +1,9 @@
 """Plans from federated sums equal plans from the raw values of all cases, and tell no single case."""
 
 import json
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from polyclinic.cli.run import run
 from polyclinic.core.aggregates import WeightedMean
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
+from polyclinic.data.federation import rows_by_site
 from polyclinic.data.fingerprint.case_rows import CaseRows
 from polyclinic.data.fingerprint.nnunet_plan import NnunetPlan
 from polyclinic.data.fingerprint.nnunet_planner import planned
@@ -358,3 +361,94 @@ def test_a_run_between_sites_gives_the_same_sums(tmp_path: Path) -> None:
     file.write_bytes(b"nothing")
     with pytest.raises(DataError, match="is not a checkpoint of a run of case-statistics"):
         case_planning.read_statistics(file)
+
+
+def test_sums_of_another_run_give_the_plan_without_the_data() -> None:
+    """The channels have to be named; the classes are the labels that occur, and the configuration one that fits."""
+    sums = dict(case_planning.statistics(at_sites(rows_of("hippocampus")), False))
+    unread: Any = None
+    with pytest.raises(
+        DataError, match="the sums of a run between hospitals name no channels: name them with --channels"
+    ):
+        case_planning.plan(unread, "s", sums=sums)
+    sums["labels"] = torch.tensor([260.0, 200.0, 0.0, 1.0])
+    made = case_planning.plan(unread, "brains", 3, ("MR",), width=8, sums=sums)
+    used, about = (tomllib.loads(made.text)[key] for key in ("use", "facts"))
+    assert (used["width"], about["classes"], about["cases"]) == (8, 4, 260)
+    table = tomllib.loads(made.text)
+    assert (table["study"], table["seed"], table["data"], table["configuration"]) == ("brains", 3, "", "3d_fullres")
+    assert made.configuration == "3d_fullres"
+    assert made.notes == ()
+    assert made.planned == planned(case_planning.facts_of(sums, ("MR",), 4), [1.0, 1.0, 1.0], (36, 50, 35))
+    with pytest.raises(DataError, match=r'configuration = "2d": this data can be trained on as 3d_fullres$'):
+        case_planning.plan(unread, "s", channels=("MR",), configuration="2d", sums=sums)
+
+
+@pytest.mark.parametrize("size", [case_sums.LARGEST - 1, case_sums.LARGEST])
+def test_images_too_large_to_be_counted_give_no_plan(size: int) -> None:
+    rows = rows_of("hippocampus")
+    rows[:, 6] = size
+    sums = case_planning.statistics(at_sites(rows), False)
+    if size < case_sums.LARGEST:
+        assert case_planning.plan_of(sums, ("MR",), 3, "default", None).full is not None
+        return
+    with pytest.raises(
+        DataError, match=f"most images have {case_sums.LARGEST} voxels or more along an axis after resampling"
+    ):
+        case_planning.plan_of(sums, ("MR",), 3, "default", None)
+
+
+def test_a_study_gives_its_plan_the_width_and_the_preset_of_its_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def made(spec: Any, study: str, seed: int, **how: Any) -> Any:
+        asked.append({"study": study, "seed": seed, **how})
+        return case_planning.Made("the text", None, "2d", ())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(case_planning, "plan", made)
+    for network, options in (("nnunet", "{ width = 4 }"), ("resenc", "{}")):
+        study = tmp_path / f"{network}.toml"
+        text = PLANNED.format(path=tmp_path).replace(
+            '"nnunet"\noptions = { width = 4 }', f'"{network}"\noptions = {options}'
+        )
+        study.write_text(text.replace("rounds = 1", "rounds = 1\nseeds = [6, 7]"))
+        plan = tmp_path / f"{network}.plan.toml"
+        assert case_planning.plan_beside(study, {"name": "other"}) == (plan, True)
+        assert plan.read_text() == "the text"
+        assert case_planning.plan_beside(study, {}) == (plan, False)
+    common = {"study": "other", "seed": 6}
+    assert asked == [{**common, "preset": "default", "width": 4}, {**common, "preset": "resenc-l", "width": 32}]
+
+
+@pytest.mark.parametrize(
+    ("modality", "count", "names"),
+    [
+        ("CT, PET", 2, ("CT", "PET")),
+        ("CT, PET", 3, ("CT",) * 3),
+        ("Lung CT", 1, ("Lung CT",)),
+        ("lung ct of adults", 2, ("CT", "CT")),
+        ("MR", 2, ("MR", "MR")),
+    ],
+)
+def test_channels_have_the_names_of_the_data_or_of_the_modality(
+    modality: str, count: int, names: tuple[str, ...]
+) -> None:
+    source: Any = SimpleNamespace(info=SimpleNamespace(modality=modality))
+    assert case_planning.channels_of(source, count) == names
+
+
+def test_small_sites_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "study.toml").write_text(STUDY.replace("PATH", str(write_pairs(tmp_path / "set", 20))))
+    spec = study_config.read(tmp_path / "study.toml", {"data.min_patients": 2}).data
+    counts = {name: len(set(rows.patients)) for name, rows in rows_by_site(spec, 0, spec.source()).items()}
+    small = [name for name, count in counts.items() if count == min(counts.values())]
+    assert len(small) < len(counts)
+    monkeypatch.setattr(case_planning, "FEWEST", min(counts.values()) + 1)
+    made = case_planning.plan(spec, "spots")
+    kept = sum(count for name, count in counts.items() if name not in small)
+    assert made.notes[0] == f"Left out, with fewer than {case_planning.FEWEST} training patients: {', '.join(small)}."
+    assert f"# {made.notes[0]}" in made.text
+    assert tomllib.loads(made.text)["patients"] == kept == tomllib.loads(made.text)["facts"]["cases"]

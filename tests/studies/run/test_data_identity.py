@@ -2,21 +2,34 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from polyclinic.data.config import DataSpec
 from polyclinic.data.federation import federate
+from polyclinic.data.splits import Fold
+from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.studies.audits.run_audit import audit_run
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.export.model_export import export
-from polyclinic.studies.run.data_identity import FILE, DataChanged, differences, identify
+from polyclinic.studies.run import data_identity
+from polyclinic.studies.run.data_identity import (
+    FILE,
+    DataChanged,
+    differences,
+    first_fold,
+    identify,
+    read_again,
+)
 from polyclinic.studies.run.model_explanation import explain
 from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
+from tests.support.known import known
 from tests.support.small_runs import npz
 
 RUN = """
@@ -188,3 +201,108 @@ def test_data_that_change_while_a_study_runs_are_refused(tmp_path: Path) -> None
     npz(tmp_path, labels=np.arange(160) % 2)
     with pytest.raises(DataChanged, match="changed while the study was running"):
         list(events)
+
+
+def rows(**places: list[tuple[int, int, int, int]]) -> dict[str, Any]:
+    """An identity from the name, input, target and patient of each example, by ``site__role``."""
+    return {place.replace("__", "/"): torch.tensor(values, dtype=torch.int64) for place, values in places.items()}
+
+
+def info(modality: str = "image", task: str = "classification") -> Any:
+    return SimpleNamespace(modality=modality, task=task)
+
+
+TWO = [(1, 11, 0, 5), (2, 12, 1, 6)]
+SAME = "The {unit}s and {target}s are the same, but names of files, patients or sites have changed."
+
+
+@pytest.mark.parametrize(
+    ("now", "lines"),
+    [
+        (rows(a__train=TWO, a__val=[(3, 13, 1, 7)]), ()),
+        (rows(a__train=[*reversed(TWO)], a__val=[(9, 13, 1, 7)]), ()),
+        (
+            rows(a__train=TWO[:1], a__val=[(3, 13, 1, 7), TWO[1]]),
+            ("a: 1 {unit} moved between training, validation and test", SAME),
+        ),
+        (rows(a__val=[*TWO, (3, 13, 1, 7)]), ("a: 2 {unit}s moved between training, validation and test", SAME)),
+        (rows(a__train=[TWO[0], (2, 12, 0, 6)], a__val=[(3, 13, 1, 7)]), ("a: 1 {target} changed",)),
+        (rows(a__train=[(1, 11, 3, 5), (2, 12, 3, 6)], a__val=[(3, 13, 3, 7)]), ("a: 3 {target}s changed",)),
+        (rows(a__train=[TWO[0], (2, 99, 1, 6)], a__val=[(3, 13, 1, 7)]), ("a: 1 {unit} changed",)),
+        (rows(a__train=[TWO[0], (8, 98, 1, 6)], a__val=[(3, 13, 1, 7)]), ("a: 1 {unit} removed, 1 {unit} added",)),
+        (rows(a__train=[TWO[0], (2, 12, 1, 8)], a__val=[(3, 13, 1, 9)]), ("a: the patient of 2 {unit}s changed",)),
+        (rows(a__train=[*TWO, (4, 14, 0, 5)], a__val=[(3, 13, 1, 7)]), ("a: 1 {unit} added",)),
+        (rows(a__val=[(3, 13, 1, 7)]), ("a: 2 {unit}s removed",)),
+        (
+            rows(a__train=TWO[:1], a__val=[(3, 13, 1, 7)], b__train=[(8, 98, 1, 9)]),
+            ("a: 1 {unit} removed", "b (a new site): 1 {unit} added"),
+        ),
+        (
+            rows(a__train=TWO, b__val=[(3, 13, 1, 7), (4, 14, 0, 8)]),
+            ("a: 1 {unit} moved to b", "b (a new site): 1 {unit} moved here from a, 1 {unit} added"),
+        ),
+        (
+            rows(b__train=TWO, b__val=[(3, 13, 1, 7)]),
+            ("a (no longer a site): 3 {unit}s moved to b", "b (a new site): 3 {unit}s moved here from a", SAME),
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("modality", "task", "unit", "target"),
+    [
+        ("image", "classification", "image", "label"),
+        ("table", "regression", "row", "label"),
+        ("MR", "segmentation", "image", "mask"),
+    ],
+)
+def test_each_change_is_counted_in_words(
+    now: dict[str, Any], lines: tuple[str, ...], modality: str, task: str, unit: str, target: str
+) -> None:
+    before = rows(a__train=TWO, a__val=[(3, 13, 1, 7)])
+    assert differences(before, now, info(modality, task)) == tuple(x.format(unit=unit, target=target) for x in lines)
+
+
+def test_ten_sites_are_listed_and_the_others_counted() -> None:
+    before = rows(**{f"site{i:02}__train": [(i, i, 0, i)] for i in range(12)})
+    changed = {place: leaf + torch.tensor([[0, 0, 1, 0]]) for place, leaf in before.items()}
+    expected = tuple(f"site{i:02}: 1 label changed" for i in range(12))
+    assert differences(before, changed, info()) == (*expected[:10], "... and 2 more sites")
+    ten = dict(list(before.items())[2:])
+    assert differences(ten, {place: changed[place] for place in ten}, info()) == expected[2:]
+
+
+def test_an_identity_has_a_row_for_each_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hashes of its name and contents, and of the rank of its patient; public images are at no site."""
+    given = images(tmp_path).model_copy(update={"public": ("c",)})
+    source = given.source()
+    data = federate(given, 0, None, source)
+    found = dict(identify(data, source))
+    places = {f"{s}/{r}": x for s in "ab" for r, x in data.sites[s].items() if r != "public"}
+    assert found.keys() == places.keys() | {"public/public"}
+    patients = sorted(f"p{i}" for i in range(18))
+    for place, examples in {**places, "public/public": known(data.public)}.items():
+        assert found[place].dtype == torch.int64
+        assert found[place].shape == (len(examples), 4)
+        assert found[place][:, 3].tolist() == [patients.index(p) for p in examples.patients]
+    names, inputs, targets = (torch.cat([leaf[:, k] for leaf in found.values()]) for k in range(3))
+    assert [len(set(values.tolist())) for values in (names, inputs, targets)] == [36, 36, 2]
+    monkeypatch.setattr(data_identity, "CHUNK_BYTES", 3 * 4 * 64)
+    assert all(torch.equal(leaf, found[place]) for place, leaf in identify(data, source).items())
+
+
+@pytest.mark.parametrize(
+    ("folds", "fold"), [("", None), ("folds = 3", Fold(0, 3)), ('folds = "sites"', Fold(0, 4, "sites"))]
+)
+def test_data_are_read_again_as_the_run_split_them(tmp_path: Path, folds: str, fold: Fold | None) -> None:
+    """With folds, as in the first one."""
+    text = RUN.replace("rounds = 2", f"rounds = 1\n{folds}").format(path=npz(tmp_path))
+    list(run(parse(text), text, tmp_path / "run"))
+    finished = read_run(tmp_path / "run")
+    assert first_fold(finished) == fold
+    study, _, data = read_again(finished, 1)
+    assert study.hash == finished.info.hash
+    expected = federate(parse(text).data, 1, fold)
+    assert dict(data.sites).keys() == dict(expected.sites).keys()
+    for site, roles in expected.sites.items():
+        assert {r: e.ids for r, e in data.sites[site].items()} == {r: e.ids for r, e in roles.items()}
+    assert (tmp_path / "run" / FILE).is_file()

@@ -250,6 +250,16 @@ def assert_same_but_for_openings(a: Path, b: Path) -> None:
         assert f["opened"] == sum(all(e[k] == f[k] for k in ("method", "seed", "fold")) for e in entries)
 
 
+def test_a_finished_run_repeats_the_scores_of_each_fold(done: Path) -> None:
+    scores: dict[tuple[str, int, int], dict[str, float]] = {}
+    for fact in facts(done):
+        if fact["kind"] == "test":
+            scores.setdefault((fact["method"], fact["seed"], fact["fold"]), {})[fact["site"]] = fact["metrics"]["auc"]
+    assert len(scores) == 12
+    _, *events = run(parse(TEXT), TEXT, done, resume=True)
+    assert {(e.label, e.seed, e.fold): dict(e.scores) for e in events} == scores
+
+
 def test_arms_side_by_side_and_resumed_give_the_same_run(done: Path, tmp_path: Path) -> None:
     text = TEXT.replace('kind = "in-process"', 'kind = "workers"\nworkers = 2\nparallel = "arms"')
     events = run(parse(text), text, tmp_path / "run")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from polyclinic.core.audit_log import verify
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import evaluate
@@ -90,6 +91,9 @@ def test_a_resumed_run_adds_what_is_missing_and_changes_nothing_else(finished: P
     (path / "linear" / "linear-local-seed4.safetensors").unlink()
     ran(TEXT, path, resume=True)
     assert before == {file: file.read_bytes() for file in path.rglob("*.safetensors")}
+    ran(TEXT, path, resume=True)
+    events = [entry["event"] for entry in verify(path / "journal.jsonl")]
+    assert events[-6:] == ["finished", "resumed", "linear baselines", "finished", "resumed", "finished"]
 
 
 @pytest.mark.parametrize(("folds", "local"), [("3", True), ('"sites"', False)])

@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
-from polyclinic.studies.run.planning import plan, sites_of
+from polyclinic.studies.run.planning import class_names, drifts, plan, sites_of
 from tests.data.catalog.test_dataset_catalog import picture, volume
 from tests.support.data_sets import loaded
+from tests.support.known import known
 
 
 def registry(root: Path, rows: int = 120, missing: bool = True) -> dict[str, Any]:
@@ -188,3 +189,106 @@ def test_a_plan_beside_steps_or_of_another_kind_is_refused(tmp_path: Path) -> No
         federate(DataSpec(kind="folders", path=str(tmp_path / "x"), plan=path))
     with pytest.raises(DataError, match=r'"nowhere\.toml": there is nothing'):
         federate(DataSpec(**table, plan="nowhere.toml"))
+
+
+def wide(root: Path, **more: Any) -> dict[str, Any]:
+    """A table with an amount, an amount that never varies, one that is sometimes missing, and a column of 0 and 1."""
+    rng = np.random.default_rng(2)
+    lines = ["site,id,age,same,dose,smokes,y"]
+    for i in range(150):
+        dose = "" if i % 5 == 0 else f"{rng.gamma(2, 50):.3f}"
+        lines.append(f"{'abc'[i % 3]},p{i // 6 * 3 + i % 3},{rng.normal(50, 9):.2f},7,{dose},{i // 4 % 2},{i // 3 % 2}")
+    (root / "w.csv").write_text("\n".join(lines))
+    return {"kind": "table", "path": str(root / "w.csv"), "label": "y", "patient": "id", "site": "site", **more}
+
+
+@pytest.mark.parametrize("options", [{}, {"fill": "zero"}, {"scale": False}, {"fill": "zero", "scale": False}])
+def test_a_table_is_filled_and_scaled_as_it_says(tmp_path: Path, options: dict[str, Any]) -> None:
+    table = wide(tmp_path, **options)
+    made = plan(DataSpec(**table), "s", 4)
+    pooled = federate(DataSpec(**table), 4)
+    (fit,) = {one.text(): one for one in pooled.statistics.values()}.values()
+    inputs = known(made.inputs)
+    assert inputs.names == fit.names
+    for key in ("center", "spread", "fill"):
+        np.testing.assert_allclose(getattr(inputs, key), getattr(fit, key), rtol=1e-6, atol=1e-9)
+    planned = federate(DataSpec(**table, plan=written(made, tmp_path)), 4)
+    for site, roles in pooled.sites.items():
+        for role, examples in roles.items():
+            x = loaded(planned.sites[site][role]).inputs
+            torch.testing.assert_close(x, loaded(examples).inputs, rtol=1e-5, atol=1e-5)
+            assert bool(x.isfinite().all())
+
+
+def test_a_plan_says_of_what_it_was_made(tmp_path: Path) -> None:
+    """The study, the seed of its split, the data, and how many training patients of which classes."""
+    table = wide(tmp_path)
+    made = plan(DataSpec(**table), "my study", 4, by_site=True)
+    data = federate(DataSpec(**table), 4)
+    train = {site: roles["train"] for site, roles in data.sites.items()}
+    assert (made.study, made.seed, made.data) == ("my study", 4, DataSpec(**table).source().fingerprint)
+    assert made.why == (f"from the sums of {sum(map(len, train.values()))} rows",)
+    everyone = [patient for examples in train.values() for patient in examples.patients]
+    assert made.everywhere.patients == len(set(everyone)) < len(everyone) == made.everywhere.examples
+    targets = {site: loaded(examples).targets for site, examples in train.items()}
+    assert set(made.sites) == set("abc")
+    for reference, of in (
+        (made.everywhere, torch.cat(list(targets.values()))),
+        *((made.sites[s], targets[s]) for s in "abc"),
+    ):
+        assert reference.classes == {"0": int((of == 0).sum()), "1": int((of == 1).sum())}
+    assert {site: one.patients for site, one in made.sites.items()} == {
+        s: len(set(e.patients)) for s, e in train.items()
+    }
+    assert plan(DataSpec(**table), "s").sites == {}
+
+
+def test_all_that_is_at_a_site_is_compared_with_the_plan(tmp_path: Path) -> None:
+    """Each site's training, validation and test rows, also of a site that does not train; small sites are left out."""
+    table = wide(tmp_path)
+    with open(tmp_path / "w.csv", "a") as file:
+        file.write("\n" + "\n".join(f"tiny,t{i},50,7,1,0,{i % 2}" for i in range(9)))
+    made = plan(DataSpec(**table), "s", by_site=True)
+    given = DataSpec(**table, min_patients=3, external=("c",), unlabeled=0.3, split=(0.2, 0.2, 0.6))
+    found = drifts(made, given)
+    assert {one.site: one.patients for one in found} == dict.fromkeys("abc", 25)
+    assert all(one.against == f"its own {made.sites[one.site].patients} training patients" for one in found)
+    assert {moved.name for moved in found[0].found} >= {"dose"}
+    assert any(moved.name.startswith("share of") for moved in found[0].found)
+    assert not any(one.alarm for one in found)
+
+
+@pytest.mark.parametrize("sites", [{"partition": "iid", "count": 3}, "natural"])
+def test_sites_that_are_simulated_or_unknown_are_compared_as_one(tmp_path: Path, sites: Any) -> None:
+    table = wide(tmp_path)
+    made = plan(DataSpec(**table), "s")
+    if sites == "natural":
+        del table["site"]
+        text = (tmp_path / "w.csv").read_text()
+        (tmp_path / "w.csv").write_text(text.replace("site,id", "place,id", 1))
+        table["features"] = ["age", "same", "dose", "smokes"]
+    (found,) = drifts(made, DataSpec(**table, sites=sites))
+    assert (found.site, found.patients) == ("all of it", 75)
+    assert found.against == f"the {made.everywhere.patients} training patients of all sites"
+
+
+def test_classes_have_the_names_that_the_data_say_or_their_numbers(tmp_path: Path) -> None:
+    source = DataSpec(**wide(tmp_path)).source()
+    assert class_names(source, torch.tensor([0, 1])) == ("0", "1")
+    assert class_names(source, torch.tensor([0, 3])) == ("0", "1", "class 2", "class 3")
+    assert class_names(source, torch.zeros(2, 3)) == ("0", "1", "class 2")
+    time = DataSpec(**wide(tmp_path) | {"label": "age", "regression": True}).source()
+    assert class_names(time, torch.tensor([0.5, 70.0])) == ()
+
+
+def test_what_is_neither_images_nor_a_table_needs_no_plan() -> None:
+    with pytest.raises(DataError, match="is neither images nor a table of columns: there is nothing to prepare"):
+        plan(DataSpec(kind="roi-phantom", sites="site"), "s")
+
+
+def test_rows_without_labels_are_measured_too(tmp_path: Path) -> None:
+    spec = DataSpec(**wide(tmp_path), unlabeled=0.5)
+    data = federate(spec, 2)
+    rows = {site: len(roles["train"]) + len(roles["unlabeled"]) for site, roles in data.sites.items()}
+    assert {site: len(found) for site, found in sites_of(spec, 2).items()} == rows
+    assert rows == {site: len(found) for site, found in sites_of(DataSpec(**wide(tmp_path)), 2).items()}

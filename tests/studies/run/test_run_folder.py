@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from rich.console import Console
 
 from polyclinic.core.atomic import PREFIX, SUFFIX
 from polyclinic.data.federation import Federated
@@ -85,6 +84,16 @@ def test_a_folder_without_a_run_is_deleted_and_leftovers_are_removed(tmp_path: P
     folder.close()
     assert not run_lock.holder(folder.path)
     assert (tmp_path / "run" / ".lock").read_text() == ""
+
+
+def test_a_folder_that_nobody_holds_is_closed_without_a_trace(tmp_path: Path) -> None:
+    Folder(tmp_path / "never").close()
+    assert not (tmp_path / "never").exists()
+    with held(tmp_path / "run") as folder:
+        folder.begin("", {}, False)
+    (tmp_path / "run" / "stop").touch()  # for the process that holds it next
+    folder.close()
+    assert (tmp_path / "run" / "stop").exists()
 
 
 def test_a_run_begins_once_and_notes_count_equal_entries(tmp_path: Path) -> None:
@@ -179,7 +188,7 @@ def test_signals_stop_a_running_run_once_and_at_once_the_second_time(
     before = signal.getsignal(signal.SIGTERM)
     with held(tmp_path) as folder:
         folder.begin("", {}, False)
-        with stopping(folder, Console(quiet=True)) as signals:
+        with stopping(folder) as signals:
             assert signals.code == STOPPED == 3
             signal.raise_signal(signal.SIGTERM)
             assert (tmp_path / "stop").exists()

@@ -16,7 +16,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.privacy.ledger import Ledger
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.run.run_directory import RunExists
+from polyclinic.studies.run.run_directory import RunExists, read_tensors
 from tests.support.small_runs import facts, go, npz, opened_once, same, stopped_and_resumed, study, tensors
 
 
@@ -228,6 +228,9 @@ def test_privacy_is_paid_for_and_written_down(done: Path, tmp_path: Path) -> Non
         "a copy of the head, kept in another place"
     )
     assert len({line["ledger"] for line in spent}) == len(spent)
+    for name in ("predictions", "validation"):  # which stay in the folder of the run, and cost nothing
+        leaves = read_tensors(tmp_path / "private" / "arms" / "fedavg-seed0" / f"{name}.safetensors")
+        assert {"a", "b", "c"} <= {key.partition("/")[0] for key in leaves}
     told = [e.epsilon for e in events if e.what == "round" and e.label == "fedavg"]
     assert told == [max(line["epsilon"] for line in spent if line["round"] == n) for n in (1, 2, 3, 4)]
     said = {e.protects for e in events if e.what == "round" and e.label == "fedavg"}

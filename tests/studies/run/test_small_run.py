@@ -1,5 +1,6 @@
 """What one small run writes and yields agrees with itself: events, records, journal, checkpoints and files."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,9 @@ from polyclinic.core import serialization as states
 from polyclinic.core.audit_log import verify
 from polyclinic.data.examples import DataError
 from polyclinic.errors import ConfigError
+from polyclinic.evaluation.records.run_reader import NotARun
 from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.records.time_profile import RunTimes
 from polyclinic.studies.run import scheduler
 from polyclinic.studies.run.data_identity import DataChanged
 from polyclinic.studies.run.resolved_study import resolve
@@ -279,3 +282,45 @@ def test_data_that_change_between_two_seeds_end_the_run(done: Done, tmp_path: Pa
     npz(tmp_path, images=np.zeros((160, 8, 8), np.uint8))
     with pytest.raises(DataChanged, match="changed while the study was running: restore them and continue"):
         list(events)
+
+
+def test_a_damaged_run_is_named_and_a_fresh_one_takes_its_place(done: Done, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(NotARun):
+        list(run(done.study, done.text, tmp_path, resume=True))
+    assert (tmp_path / "run.json").read_text() == "{"
+    events = list(run(done.study, done.text, tmp_path, fresh=True))
+    assert events == done.events
+    assert same(tmp_path, done.path)
+
+
+def test_a_cluster_is_given_all_that_its_workers_need(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe is that of ``work_from``; the GPUs and the number of workers are those of the study."""
+    given: list[Any] = []
+    monkeypatch.setattr(scheduler, "ClusterWorkers", lambda *arguments: given.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    resolved = resolve(done.study, done.text)
+    ray = {"kind": "ray", "parallel": "arms", "workers": 3, "gpus": 0.5, "device": "cuda"}
+    study = done.study.model_copy(update={"engine": done.study.engine.model_copy(update=ray)})
+    resolved = dataclasses.replace(resolved, study=study)
+    latest = (study.seeds[0], None, resolved.splits[0])
+    work = scheduler._Work(resolved, study, Path("run"), latest, RunTimes(True))
+
+    def note(event: str, details: dict[str, Any]) -> int:
+        return 1
+
+    scheduler._executor(work, 4, note)
+    ((make, recipe, folder, *rest),) = given
+    assert (make, folder) == (work_from, tmp_path / "run")
+    assert rest == [note, 4, 3, 0.5, work.times.workers]
+    assert json.loads(recipe) == {
+        "text": done.text,
+        "folder": str(tmp_path / "run"),
+        "current": str(tmp_path),
+        "study": done.study.hash,
+        "data": resolved.splits[0].fingerprint,
+        "device": "cuda",
+        "profile": True,
+    }

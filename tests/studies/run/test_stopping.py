@@ -12,7 +12,6 @@ from typing import IO
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from polyclinic.core.audit_log import verify
 from polyclinic.data.examples import DataError
@@ -151,11 +150,11 @@ def test_a_lock_in_a_deleted_folder_is_no_lock(here: Path, monkeypatch: pytest.M
 
 def test_a_signal_before_the_run_begins_ends_it_at_once(here: Path) -> None:
     study = text("in-process", rounds=2)
-    with held(here / "run") as folder, stopping(folder, Console(quiet=True)):
+    with held(here / "run") as folder, stopping(folder):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert not (here / "run" / STOP).exists()
-    with held(here / "run") as folder, stopping(folder, Console(quiet=True)) as signals:
+    with held(here / "run") as folder, stopping(folder) as signals:
         events = run(parse(study), study, here / "run", folder=folder)
         next(events)
         signal.raise_signal(signal.SIGTERM)

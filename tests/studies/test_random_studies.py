@@ -1,7 +1,7 @@
 """Random studies: each ends with a report, or with a reason in the words of Polyclinic.
 
-A study combines data, a network, methods, training, transforms, attacks and machines that nobody chose together. Keys that the
-validation refuses are removed, so that most studies run.
+Data, network, methods, training, transforms, attacks and machines of a study are drawn independently. Keys that the
+validation refuses are removed, so that many studies run.
 """
 
 import random
@@ -120,14 +120,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         light = 40 * label.reshape(n, *[1] * len(shape))
         return (rng.normal(100, 30, (n, *shape)) + light).clip(0, 255).astype(np.uint8)
 
-    masks = np.zeros((n, 16, 16), np.uint8)
-    masks[:, 4:10, 5:11], masks[:, 8:12, 9:12] = 1, 2
+    masks = np.zeros((n, 32, 32), np.uint8)
+    masks[:, 8:20, 10:22], masks[:, 16:24, 18:24] = 1, 2
     targets: dict[str, tuple[np.ndarray[Any, Any], dict[str, Any]]] = {
         "two": (images(16, 16), {"labels": label}),
         "three": (images(16, 16, 3), {"labels": np.arange(n) % 3}),
         "labels": (images(16, 16), {"labels": np.stack([label, np.arange(n) // 2 % 2, np.arange(n) // 4 % 2], 1)}),
         "numbers": (images(16, 16), {"labels": rng.normal(0, 1, n).astype(np.float32)}),
-        "masks": (images(32, 32)[:, ::2, ::2], {"masks": masks}),
+        "masks": (images(32, 32), {"masks": masks}),
         "volumes": (images(8, 8, 8), {"labels": label}),
         "scans": (images(32, 32), {"labels": label}),
     }
@@ -186,7 +186,7 @@ def random_study(folder: Path, rng: random.Random) -> dict[str, Any]:
 
 
 def repaired(text: str) -> tuple[Study, str]:
-    """Return a study without the lines that the validation refuses; the heading of a table stands for all its lines."""
+    """Return a study without the lines that the validation refuses; the heading of a table means all its lines."""
     for _ in range(8):
         try:
             return parse(text), text

@@ -159,7 +159,7 @@ def test_masks_that_are_no_image_files_have_no_original_grid(tmp_path: Path) -> 
     head = f'name = "s"\nrounds = 1\n[data]\npath = "{masks(tmp_path, "masks")}"\nkind = "npz"\nsites = "site"\n'
     text = (
         head
-        + '[task]\nkind = "segmentation"\nnetwork = "unet"\noptions = { width = 2 }\n[[methods]]\nname = "fedavg"\n'
+        + '[task]\nkind = "segmentation"\nnetwork = "unet"\noptions = { width = 2, norm = "batch" }\n[[methods]]\nname = "fedavg"\n'
     )
     native = text + '[evaluation]\nspace = "native"\n'
     with pytest.raises(

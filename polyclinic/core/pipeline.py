@@ -305,10 +305,6 @@ def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator
             f"{uniform[0]} needs equal site weights, because the number of examples of a site is private: "
             f"set uniform = true, or write {type(innermost).__name__}(..., uniform=True)"
         )
-    if inner.capabilities.needs_each_reply:
-        for name, t in zip(names, transforms, strict=True):
-            if t.additive and type(t).decode is not Transform.decode and not t.secure:
-                yield f"{name} is decoded on a sum, and {type(innermost).__name__} needs each site's reply: remove it"
     for i, t in enumerate(transforms):
         yield from t.validate(transforms[:i], transforms[i + 1 :])
         if t.private and (late := [type(b).__name__ for b in transforms[:i] if not b.additive]):

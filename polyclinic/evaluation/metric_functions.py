@@ -124,6 +124,10 @@ def _brier(score: Array, target: NDArray[Any], weight: Array) -> Array:
     return mean_of(error[:, 1] if score.shape[1] == 2 else error.sum(1), weight)
 
 
+def _log_loss(score: Array, target: NDArray[Any], weight: Array) -> Array:
+    return mean_of(-np.log(np.maximum(score[np.arange(len(score)), target], 1e-12)), weight)
+
+
 def _kappa(score: Array, target: NDArray[Any], weight: Array) -> Array:
     return agreement.quadratic_kappa(np.argmax(score, axis=1), target, weight)
 
@@ -232,6 +236,8 @@ CLASSIFICATION: Mapping[str, Metric] = {
         Metric("brier", "Brier score", _brier, higher_is_better=False, scale="log", by_case="always"),
     )
 }
+LOG_LOSS = Metric("loss", "Log loss", _log_loss, higher_is_better=False, scale="log", by_case="always")
+"""A metric of classes without an order, in studies that select the round by it."""
 ORDERED: Mapping[str, Metric] = {
     m.name: m
     for m in (

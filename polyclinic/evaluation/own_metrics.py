@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.metric import Kernel, Metric
-from polyclinic.evaluation.metric_functions import metrics_for, per_case
+from polyclinic.evaluation.metric_functions import LOG_LOSS, metrics_for, per_case
 from polyclinic.evaluation.records.predictions import PER_CASE_TASKS
 from polyclinic.evaluation.records.record_schema import OwnMetricInfo, RunInfo
 from polyclinic.learning.tasks.own_metrics import own_metric, value_of
@@ -33,6 +33,8 @@ def metrics_of(info: RunInfo) -> Mapping[str, Metric]:
         ConfigError: If the primary metric is one of a package that is not installed here.
     """
     found = metrics_with(info.task, len(info.classes) or 2, info.metrics, info.ordered)
+    if info.metric == LOG_LOSS.name and info.task == "classification" and not info.ordered:
+        found = {**found, LOG_LOSS.name: LOG_LOSS}
     if isinstance(found.get(info.metric), NotHere):
         raise ConfigError(
             f"the metric {info.metric!r} of the run {info.name} is of a package, or a program, that is not here: "

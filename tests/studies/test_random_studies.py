@@ -98,7 +98,7 @@ TASK: dict[str, tuple[Any, ...]] = {
 EVALUATION: dict[str, tuple[Any, ...]] = {
     "interval": (2,),
     "select": ("last",),
-    "metric": ("accuracy", "auc", "dice", "mae", "ibs", "psnr"),
+    "metric": ("accuracy", "auc", "loss", "dice", "mae", "ibs", "psnr"),
     "subgroups": (["sex"],),
     "patience": (1,),
     "lesions": (True,),

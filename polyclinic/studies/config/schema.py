@@ -378,7 +378,7 @@ class CompareSpec(Table):
 
 
 METRICS = {
-    "classification": ("auc", "accuracy", "balanced_accuracy", "quadratic_kappa", "grade_error"),
+    "classification": ("auc", "accuracy", "balanced_accuracy", "loss", "quadratic_kappa", "grade_error"),
     "multilabel": ("auc", "accuracy"),
     "segmentation": ("dice",),
     "regression": ("mae", "rmse", "r2"),
@@ -396,11 +396,11 @@ class EvaluationSpec(Table):
     """
 
     metric: str | None = None
-    """The metric that selects the round and comes first in the report: ``auc``, ``accuracy`` or
-    ``balanced_accuracy`` (classification; with ``ordered`` also ``quadratic_kappa`` and ``grade_error``; multilabel
-    without ``balanced_accuracy``), ``dice`` (segmentation), ``mae``, ``rmse`` or ``r2`` (regression), ``c_index``,
-    ``uno_c`` or ``ibs`` (survival), ``psnr``, ``ssim`` or ``nmse`` (reconstruction), or one of a package; by default
-    one that fits the task."""
+    """The metric that selects the round and comes first in the report: ``auc``, ``accuracy``, ``balanced_accuracy`` or
+    ``loss`` for classification (if ``ordered``, ``quadratic_kappa`` and ``grade_error`` in place of ``loss``),
+    ``auc`` or ``accuracy`` for several labels, ``dice`` for segmentation, ``mae``, ``rmse`` or ``r2`` for regression,
+    ``c_index``, ``uno_c`` or ``ibs`` for survival, ``psnr``, ``ssim`` or ``nmse`` for reconstruction, or one of a
+    package; by default one that fits the task."""
     metrics: tuple[str, ...] = ()
     """Metrics of installed packages that are computed in addition to those of the task."""
     interval: Annotated[int, Field(ge=1)] = 1

@@ -105,7 +105,7 @@ class Study(Table):
         """Whether more of the metric is better."""
         if self.metric in self.evaluation.own_metrics:
             return own_metric(self.metric).higher_is_better
-        return self.metric not in ("mae", "rmse", "nmse", "ibs", "grade_error")
+        return self.metric not in ("loss", "mae", "rmse", "nmse", "ibs", "grade_error")
 
     @property
     def hash(self) -> str:
@@ -262,7 +262,7 @@ def _together(study: Study) -> list[Problem]:
 def _selected(study: Study) -> Iterator[Problem]:
     """Yield the primary metric if the task does not have it."""
     ordered, curves = bool(study.task.ordered), study.task.hazards != "proportional"
-    needs = {"quadratic_kappa": ordered, "grade_error": ordered, "ibs": curves}
+    needs = {"loss": not ordered, "quadratic_kappa": ordered, "grade_error": ordered, "ibs": curves}
     known = [name for name in METRICS[study.task.kind] if needs.get(name, True)]
     if study.metric not in (*known, *study.evaluation.own_metrics):
         says = f"is not a metric of this task that can select the round. There are {', '.join(known)}"

@@ -3,6 +3,7 @@
 The runner uses these objects, so that what was validated is what runs, and nothing is built twice.
 """
 
+import copy
 import dataclasses
 import re
 import tomllib
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.examples import DataError
@@ -196,13 +196,11 @@ def _size_problem(model: nn.Module, data: Federated, study: Study) -> str | None
     """Return why the network cannot be trained on inputs of the size of these; None if it can."""
     examples = next(roles["train"] for roles in data.sites.values() if len(roles.get("train", ())))
     x, _ = examples[torch.zeros(min(study.training.batch_size, 2), dtype=torch.long)]
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     found = None
     for device in ("meta", "cpu"):  # without a computation first, which a network of one's own may not support
         try:
             with torch.no_grad():
-                held = {name: torch.empty_like(leaf, device=device).copy_(leaf) for name, leaf in state.items()}
-                functional_call(model, held, (x.to(device, torch.float32),))
+                copy.deepcopy(model).to(device)(x.to(device, torch.float32))
         except Exception as error:  # whatever the network raises
             found = f"{type(error).__name__}: {error}"
         else:

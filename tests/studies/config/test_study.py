@@ -12,7 +12,7 @@ from polyclinic.core.toml_text import dumps
 from polyclinic.data.source import slug
 from polyclinic.data.sources.lung_nodules import PROTOCOLS
 from polyclinic.errors import ConfigError
-from polyclinic.evaluation.metric_functions import metrics_for
+from polyclinic.evaluation.metric_functions import LOG_LOSS, metrics_for
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, MultiLabel
 from polyclinic.learning.tasks.mr_reconstruction import Reconstruction
@@ -143,10 +143,13 @@ WRONG = {
     "a comparison twice": (GOOD + 2 * COMPARE, "the same comparison twice would be corrected for twice"),
     "a metric of another task": (
         GOOD + '[evaluation]\nmetric = "dice"\n',
-        "There are auc, accuracy, balanced_accuracy",
+        "There are auc, accuracy, balanced_accuracy, loss",
     ),
     "a metric of grades": (GOOD + '[evaluation]\nmetric = "grade_error"\n', "is not a metric of this task"),
-    "the loss as metric": (GOOD + '[evaluation]\nmetric = "loss"\n', 'no metric is called "loss"'),
+    "the loss of a mask": (
+        GOOD.replace('network = "cnn"', 'network = "unet"\nkind = "segmentation"') + '[evaluation]\nmetric = "loss"\n',
+        "There are dice\n",
+    ),
     "a Brier score of Cox's model": (
         GOOD.replace('network = "cnn"', 'network = "cnn"\nkind = "survival"\ncuts = [1, 2]\nhazards = "proportional"')
         + '[evaluation]\nmetric = "ibs"\n',
@@ -183,7 +186,15 @@ def test_metrics_that_select_the_round_are_those_of_validation_and_of_the_report
         "reconstruction": (Reconstruction(one), {name: torch.ones(2) for name in ("psnr", "ssim", "nmse")}),
     }[kind]
     assert set(METRICS[kind]) <= set(task.summary(outputs))
-    assert set(METRICS[kind]) <= set(metrics_for(kind, 2, ordered=True))
+    assert set(METRICS[kind]) - {LOG_LOSS.name} <= set(metrics_for(kind, 2, ordered=True))
+
+
+def test_log_loss_is_the_loss_of_validation() -> None:
+    score = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)).softmax(1)
+    score[0] = torch.tensor([0.0, 0.0, 1.0])
+    target = torch.arange(20) % 3
+    found = Classification(Network("cnn", (1, 8, 8), 3)).summary({"score": score, "target": target})["loss"]
+    assert LOG_LOSS.of(score.numpy(), target.numpy()) == pytest.approx(found, rel=1e-5)
 
 
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_every_engine_has_the_same_sites(
     if kind == "ray":
         assert (name, arguments[0], Plan.from_json(arguments[1])) == ("RaySites", build_method, built.plan)
         sites, *rest = arguments[2:]
-        assert rest == [before.memory, 5, 2, held, 0.5]
+        assert rest == [before.memory, 5, 2, held, 0.5, None]
     else:
         first, sites, *rest = arguments
         assert first is built.method

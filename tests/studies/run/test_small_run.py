@@ -24,7 +24,7 @@ from polyclinic.studies.run.run_directory import RunExists, Stopped, held, read_
 from polyclinic.studies.run.run_lock import holder
 from polyclinic.studies.run.scheduler import run, work_from
 from polyclinic.testing import equal
-from tests.support.small_runs import facts, npz, same
+from tests.support.small_runs import facts, go, npz, same, study
 
 STUDY = """\
 name = "small"
@@ -324,3 +324,26 @@ def test_a_cluster_is_given_all_that_its_workers_need(
         "device": "cuda",
         "profile": True,
     }
+
+
+def test_a_study_that_selects_by_its_loss_has_a_report(tmp_path: Path) -> None:
+    from polyclinic.cli.run import write_report
+    from polyclinic.evaluation.records.run_reader import read_run
+    from polyclinic.evaluation.run_evaluation import evaluate
+
+    npz(tmp_path)
+    text = study(tmp_path, **{"rounds = 4": "rounds = 1", "seeds = [0, 1]": "seeds = [0]"}) + (
+        '[evaluation]\nmetric = "loss"\n'
+    )
+    go(text, tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    found = evaluate(run).of("local")
+    tested = {
+        f["site"]: f["metrics"]["loss"]
+        for f in facts(tmp_path / "run")
+        if f["kind"] == "test" and f["method"] == "local"
+    }
+    assert tested
+    for site, loss in tested.items():
+        assert found.sites[site]["loss"].value == pytest.approx(loss, rel=1e-4)
+    assert "Log loss" in (write_report(tmp_path / "run")).read_text()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.small_networks import normalize
+from polyclinic.learning.networks.small_networks import group_count, normalize
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def _norm(kind: str, channels: int) -> Any:
     """Return MONAI's specification of a normalization, whose layers all have a multiple of ``channels``."""
     if kind not in ("batch", "group", "instance"):
         raise ConfigError(f"unknown normalization {kind!r}; use batch, group or instance")
-    return ("group", {"num_groups": min(8, channels)}) if kind == "group" else (kind, {"affine": True})
+    return ("group", {"num_groups": group_count(channels)}) if kind == "group" else (kind, {"affine": True})
 
 
 def classifier(inputs: tuple[int, ...], outputs: int, monai: str, norm: Any = "batch", **options: Any) -> nn.Module:
@@ -100,8 +100,7 @@ def unet(
 ) -> nn.Module:
     """Build MONAI's BasicUNet, whose encoder and decoder have distinct names."""
     features = (width, width, 2 * width, 4 * width, 8 * width, width)
-    kind = ("group", {"num_groups": 8}) if norm == "group" else (norm, {"affine": True})
-    return segmenter(inputs, outputs, "BasicUNet", features=features, norm=kind, dropout=dropout)
+    return segmenter(inputs, outputs, "BasicUNet", features=features, norm=_norm(norm, width), dropout=dropout)
 
 
 def unet_plus_plus(

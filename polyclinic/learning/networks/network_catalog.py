@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from polyclinic.errors import ConfigError
+from polyclinic.errors import ConfigError, PolyclinicError
 from polyclinic.learning.networks.architectures import Architecture, architecture
 from polyclinic.learning.networks.network_parts import Parts, find_parts, takes_outputs
 
@@ -77,11 +77,14 @@ class Network:
         architecture, options = self.architecture, dict(self.options)
         try:
             module: nn.Module = architecture.build(self.inputs, self.outputs, **options)
-        except TypeError as error:
-            if "argument" not in str(error) or self.name == CUSTOM:
+        except PolyclinicError:
+            raise
+        except Exception as error:  # of PyTorch or MONAI, whatever an option or a shape leads to
+            if self.name == CUSTOM:
                 raise
             known = ", ".join(architecture.options) or "none"
-            raise ConfigError(f"the network {self.name} cannot be built: {error}; its options are {known}") from error
+            reason = f"for inputs of {' x '.join(map(str, self.inputs))}: {type(error).__name__}: {error}"
+            raise ConfigError(f"the network {self.name} cannot be built {reason}; its options are {known}") from error
         return module
 
     @property

@@ -18,13 +18,18 @@ class Classifier(nn.Module):
         return prediction
 
 
+def group_count(channels: int) -> int:
+    """Return the largest number of groups, up to 8, into which channels divide evenly."""
+    return max(n for n in range(1, 9) if channels % n == 0)
+
+
 def normalize(kind: str, channels: int, dims: int) -> nn.Module:
     """Build a normalization layer over ``channels``: ``batch``, ``group``, ``instance`` or ``none``."""
     match kind:
         case "batch":
             return (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims](channels)
         case "group":
-            return nn.GroupNorm(min(8, channels), channels)
+            return nn.GroupNorm(group_count(channels), channels)
         case "instance" if dims:
             return (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dims - 1](channels, affine=True)
         case "none":

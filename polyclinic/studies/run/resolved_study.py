@@ -300,6 +300,9 @@ def _require_task(study: Study, data: Federated) -> None:
     if study.task.regions is not None:
         _require_regions(study.task.regions, data)
     if kind == "classification":
+        weights, count = study.task.class_weights, len(data.info.classes)
+        if weights is not None and len(weights) != count:
+            raise DataError(f"task.class_weights: {len(weights)} weights, but {data.info.name} has {count} classes")
         present = [
             any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))
         ]

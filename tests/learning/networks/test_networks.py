@@ -230,6 +230,14 @@ def test_any_module_is_a_network() -> None:
     assert copied().get_parameter("1.weight") is not instance.get_parameter("1.weight")
 
 
+@pytest.mark.parametrize("width", [3, 4, 6, 12, 16])
+@pytest.mark.parametrize("name", ["cnn", "unet"])
+def test_groups_divide_any_width(name: str, width: int) -> None:
+    model = Network(name, (1, 32, 32), 2, (("width", width), ("norm", "group")))()
+    groups = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert groups[0].num_groups == {3: 3, 4: 4, 6: 6, 12: 6, 16: 8}[width]
+
+
 def test_a_module_that_does_not_fit_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"to \(2,\) for each example, where 3 outputs come first"):
         Network.of(plain, (1, 8, 8), 3)

@@ -14,6 +14,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.federation import federate
 from polyclinic.data.splits import Fold
 from polyclinic.engines.plan import Plan
+from polyclinic.errors import PolyclinicError
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.networks.small_networks import Classifier
 from polyclinic.studies.config.diagnostics import BadStudy
@@ -248,3 +249,20 @@ def test_what_the_network_warns_of_is_told_with_the_data(tmp_path: Path) -> None
     (warning,) = resolve(parse(text), text).warnings
     assert "batch normalizations: their statistics are averaged" in warning
     assert warning in next(run(parse(text), text, tmp_path / "run")).notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ("[task]\nclass_weights = [1.0, 2.0, 3.0]\n", "task.class_weights: 3 weights, but small has 2 classes"),
+        (
+            '[task]\nnetwork = "mlp"\noptions = { dropout = 2.0 }\n',
+            "the network mlp cannot be built for inputs of 1 x 8 x 8: .*its options are",
+        ),
+    ],
+)
+def test_settings_of_the_task_that_cannot_be_are_refused_in_advance(changes: str, reason: str, tmp_path: Path) -> None:
+    npz(tmp_path)
+    text = study(tmp_path, **{"[task]\noptions = { width = 4, depth = 2, dropout = 0.2 }\n": changes})
+    with pytest.raises(PolyclinicError, match=reason):
+        resolve(parse(text), text)

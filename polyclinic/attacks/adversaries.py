@@ -280,15 +280,16 @@ Alter: TypeAlias = Callable[[Tensor, Tensor, Tensor], Batch]
 """Changes inputs [n, ...] and targets [n, ...] of the examples with the given numbers [n]."""
 
 
-class Altered:
-    """Data whose examples pass through an attack.
+KEPT = ("patients", "targets", "patch", "shape", "mask_channels", "positions", "videos", "measured")
+"""What is known of examples and does not change with them; classes are balanced by the ``targets`` of the data."""
 
-    Patients, and the targets by which classes are balanced, are those of the data.
-    """
+
+class Altered:
+    """Data whose examples pass through an attack, with all that is ``KEPT``."""
 
     def __init__(self, data: Any, alter: Alter) -> None:
         self.data, self.alter = data, alter
-        for name in ("patients", "targets", "patch", "mask_channels"):
+        for name in KEPT:
             if hasattr(data, name):
                 setattr(self, name, getattr(data, name))
 

@@ -176,6 +176,7 @@ class Drawn:
     """Data of which patches are drawn, with classes and patients."""
 
     patch, patients, targets = (2, 2), ("p", "q", "q", "r"), torch.tensor([0, 0, 0, 1])
+    shape, positions = (1, 2, 2), torch.zeros(4)
 
     def __len__(self) -> int:
         return 4
@@ -193,6 +194,7 @@ def test_drawn_patches_are_attacked_too_and_classes_and_patients_are_balanced() 
         x, y = Sampler(marked)(i, 0)
         assert float(x[0, -1, -1]) == 3
         assert y.unique().tolist() == [1]
+        assert (flipped.shape, marked.positions.tolist()) == ((1, 2, 2), [0.0] * 4)
     expected = weights(Drawn(), 1.0, True)
     assert len(expected.unique()) > 1
     assert torch.equal(weights(flipped, 1.0, True), expected)

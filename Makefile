@@ -21,6 +21,7 @@ test-slow: $(READY)
 check: $(READY)
 	$(BIN)/ruff check polyclinic tests benchmarks examples tools docs
 	$(BIN)/ruff format --check polyclinic tests benchmarks examples tools docs
+	! git grep -nE '# fmt: (skip|off)' -- '*.py'
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/style.py

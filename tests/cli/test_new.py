@@ -36,7 +36,11 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 SETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "uci_heart_4hospitals": ("classification", "mlp", {"label": "num", "sites": "natural"}),
-    "brain_roi_tables_by_site/fcon1000_roi_23sites.csv.gz": ("classification", "mlp", {"patient": "sub_id", "label": "sex"}),
+    "brain_roi_tables_by_site/fcon1000_roi_23sites.csv.gz": (
+        "classification",
+        "mlp",
+        {"patient": "sub_id", "label": "sex"},
+    ),
     "brain_roi_tables_by_site/openneuro_roi_6sites.csv.gz": ("classification", "mlp", {"site": "site"}),
     "pneumoniamnist": ("classification", "cnn", {"kind": "npz", "split": "official"}),
     "busi": ("classification", "cnn", {"kind": "npz"}),
@@ -45,7 +49,7 @@ SETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "msd_hippocampus/examples": ("segmentation", "unet", {"kind": "patterns", "mask": "label_{case}.nii.gz"}),
     "msd_hippocampus/msd_task04_hippocampus_260.zip": ("segmentation", "unet", {"kind": "pairs"}),
     "pyradiomics_nrrd": ("segmentation", "unet", {"images": ["{case}_image.nrrd"]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SETS)

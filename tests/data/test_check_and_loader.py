@@ -159,14 +159,20 @@ LINES = [HEAD, *ROWS]
 LAYOUTS: dict[str, Layout] = {
     "class": Layout(lambda p: folders(p, "{class}/{i}.png"), options={"levels": ["class"]}),
     "split/class": Layout(lambda p: folders(p, "{split}/{class}/{i}.png"), options={"levels": ["split", "class"]}),
-    "hospital/class": Layout(lambda p: folders(p, "{site}/{class}/{i}.png"), sites=2, options={"levels": ["site", "class"]}),
+    "hospital/class": Layout(
+        lambda p: folders(p, "{site}/{class}/{i}.png"), sites=2, options={"levels": ["site", "class"]}
+    ),
     "hospital/split/class": Layout(
         lambda p: folders(p, "{site}/{split}/{class}/{i}.png"), sites=2, options={"levels": ["site", "split", "class"]}
     ),
-    "class/patient": Layout(lambda p: folders(p, "{class}/{patient}/{i}.png"), patients=12, options={"levels": ["class", "patient"]}),
+    "class/patient": Layout(
+        lambda p: folders(p, "{class}/{patient}/{i}.png"), patients=12, options={"levels": ["class", "patient"]}
+    ),
     "image and mask in one folder": Layout(lambda p: pairs(p, "{i}.png", "{i}_mask.png"), classes=0),
     "patient folders (LGG)": Layout(
-        lambda p: pairs(p, "{p}/{p}_{i}.png", "{p}/{p}_{i}_mask.png"), patients=12, classes=0,
+        lambda p: pairs(p, "{p}/{p}_{i}.png", "{p}/{p}_{i}_mask.png"),
+        patients=12,
+        classes=0,
         options={"images": ["{patient}/{case}.png"], "mask": "{patient}/{case}_mask.png"},
     ),
     "parallel trees with suffixes (ISIC)": Layout(
@@ -199,17 +205,26 @@ LAYOUTS: dict[str, Layout] = {
     "manifest of tabs": Layout(lambda p: manifest(p, "\n".join(LINES).replace(",", "\t"), name="m.tsv"), **M),
     "manifest with NA": Layout(lambda p: manifest(p, "\n".join([*LINES, "img/0.png,NA,99,h1"])), **M),
     "manifest without suffixes (HAM10000)": Layout(
-        lambda p: manifest(p, "\n".join([HEAD.replace("Path", "image_id"), *(r.replace("img/", "").replace(".png", "") for r in ROWS)])),
-        **M, options={"images": ["img/{image_id}.png"]},
+        lambda p: manifest(
+            p, "\n".join([HEAD.replace("Path", "image_id"), *(r.replace("img/", "").replace(".png", "") for r in ROWS)])
+        ),
+        **M,
+        options={"images": ["img/{image_id}.png"]},
     ),
     "table": Layout(
-        lambda p: table(p, "subject,centre,age,sex,scanner,diagnosis", lambda i: f"s{i},{'ab'[i % 2]},{i},{'mf'[i % 2]},x{i % 3},{i % 2}.0"),
-        patients=24, sites=2, options={"categories": ["sex"], "label": "diagnosis"},
+        lambda p: table(
+            p,
+            "subject,centre,age,sex,scanner,diagnosis",
+            lambda i: f"s{i},{'ab'[i % 2]},{i},{'mf'[i % 2]},x{i % 3},{i % 2}.0",
+        ),
+        patients=24,
+        sites=2,
+        options={"categories": ["sex"], "label": "diagnosis"},
     ),
     "table with case and control": Layout(
         lambda p: table(p, "case,hospital,x,label", lambda i: f"{i % 2},{'ab'[i % 2]},{i},{i // 2 % 2}"), sites=2
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -169,7 +169,10 @@ def test_folders_and_patterns_read_class_names_alike(tmp_path: Path) -> None:
         assert [e.label for e in source.collection.entries] == [0, 0, 1]
     png(tmp_path / "b" / "Normal" / "0.png", 0)
     png(tmp_path / "b" / "normal" / "1.png", 1)
-    for kind in (lambda **o: Folders(str(tmp_path / "b"), **o), lambda **o: Patterns(str(tmp_path / "b"), ("{class}/{n}.png",), **o)):  # fmt: skip
+    for kind in (
+        lambda **o: Folders(str(tmp_path / "b"), **o),
+        lambda **o: Patterns(str(tmp_path / "b"), ("{class}/{n}.png",), **o),
+    ):
         with pytest.raises(DataError, match="differ only in case"):
             kind().table()
         assert known(kind(classes=("normal", "x")).table().labels).tolist() == [0, 0]

@@ -303,37 +303,64 @@ CASES: dict[str, Case] = {
     # Pictures and masks
     "mask in transparency only": Case(masks(in_alpha), refusal="differs in transparency only", kind=Pairs),
     "mask with colors in its palette": Case(masks(palette), refusal="is a color picture, not a mask", kind=Pairs),
-    "mask with grays in its palette": Case(masks(lambda p, i: palette(p, i, (0, 0, 0, 255, 255, 255))), lambda s: None, kind=Pairs),
-    "transparent pictures": Case(class_folders(see_through), noted("transparency is left out"), kind=F, warns="transparency is left out"),
+    "mask with grays in its palette": Case(
+        masks(lambda p, i: palette(p, i, (0, 0, 0, 255, 255, 255))), lambda s: None, kind=Pairs
+    ),
+    "transparent pictures": Case(
+        class_folders(see_through), noted("transparency is left out"), kind=F, warns="transparency is left out"
+    ),
     "colors for printing": Case(class_folders(printing), noted("for printing (CMYK)"), kind=F, warns="for printing"),
     "16 bits, white is zero": Case(class_folders(white_is_zero), inverted, kind=F),
     "TIFF with an orientation": Case(class_folders(turned), upright, kind=F),
     "animated PNG": Case(class_folders(animated), refusal="holds 2 pages", kind=F),
-    "names with two extensions": Case(class_folders(lambda p, i: picture(p.with_suffix(".jpg.png"), i)), twelve, kind=F),
+    "names with two extensions": Case(
+        class_folders(lambda p, i: picture(p.with_suffix(".jpg.png"), i)), twelve, kind=F
+    ),
     "truncated and empty files": Case(damaged, refusal="is not a sound PNG|is empty", kind=F),
     # Folders
     "a loop of links": Case(endless, twelve, kind=F, warns="links to folders are not followed"),
     "leftovers of other systems": Case(leftovers, twelve, kind=F),
-    "folders in two Unicode forms": Case(class_folders(picture, ("b", unicodedata.normalize("NFC", "é"), "b", unicodedata.normalize("NFD", "é"))), twelve, kind=F),
+    "folders in two Unicode forms": Case(
+        class_folders(picture, ("b", unicodedata.normalize("NFC", "é"), "b", unicodedata.normalize("NFD", "é"))),
+        twelve,
+        kind=F,
+    ),
     "equal names at two sites": Case(two_sites, equal_names, kind=F, options={"levels": ("site", "class")}),
-    "a folder called unknown": Case(class_folders(picture, ("a", "unknown")), refusal="may mean a missing value", kind=F),
+    "a folder called unknown": Case(
+        class_folders(picture, ("a", "unknown")), refusal="may mean a missing value", kind=F
+    ),
     # Volumes
-    "volumes over time": Case(volumes((6, 5, 4, 3)), noted("3 volumes (a fourth dimension)"), kind=F, warns="read as channels"),
+    "volumes over time": Case(
+        volumes((6, 5, 4, 3)), noted("3 volumes (a fourth dimension)"), kind=F, warns="read as channels"
+    ),
     "one volume over time": Case(volumes((6, 5, 4, 1)), twelve, kind=F),
     "an affine of zeros": Case(volumes((6, 5, 4), no_affine), refusal="its affine is singular", kind=F),
     "sform and qform 50 mm apart": Case(
         volumes((6, 5, 4), qform=np.array([[1.0, 0, 0, 50], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])),
-        noted("place the voxels differently"), kind=F, warns="place the voxels differently",
+        noted("place the voxels differently"),
+        kind=F,
+        warns="place the voxels differently",
     ),
     "sform and qform of other voxel sizes": Case(
-        volumes((6, 5, 4), qform=np.diag([2.0, 2, 2, 1])), noted("place the voxels differently"), kind=F, warns="disagree"
+        volumes((6, 5, 4), qform=np.diag([2.0, 2, 2, 1])),
+        noted("place the voxels differently"),
+        kind=F,
+        warns="disagree",
     ),
-    "a plain file called .nii.gz": Case(volumes((6, 5, 4), lambda p: p.rename(p.with_suffix(".nii.gz"))), twelve, kind=F),
+    "a plain file called .nii.gz": Case(
+        volumes((6, 5, 4), lambda p: p.rename(p.with_suffix(".nii.gz"))), twelve, kind=F
+    ),
     # DICOM
     "a tilted gantry": Case(tilted, refusal=r"sheared by 1\d.* degrees"),
-    "spacing that differs within a series": Case(other_steps, refusal="differ in orientation or pixel spacing|contains 2 series"),
-    "radiographs of both polarities": Case(radiographs, lambda s: values(s) == [10.0, 4085.0, 10.0, 4085.0] or pytest.fail(str(values(s)))),
-    "signed values with a slope": Case(signed, lambda s: values(s) == [-224.0, -226.0, -228.0, -230.0] or pytest.fail(str(values(s)))),
+    "spacing that differs within a series": Case(
+        other_steps, refusal="differ in orientation or pixel spacing|contains 2 series"
+    ),
+    "radiographs of both polarities": Case(
+        radiographs, lambda s: values(s) == [10.0, 4085.0, 10.0, 4085.0] or pytest.fail(str(values(s)))
+    ),
+    "signed values with a slope": Case(
+        signed, lambda s: values(s) == [-224.0, -226.0, -228.0, -230.0] or pytest.fail(str(values(s)))
+    ),
     # Tables
     "backslashes in paths": Case(manifest("path,label\nimg\\{i}.png,{label}"), twelve),
     "a table of composed letters for decomposed names": Case(
@@ -341,30 +368,62 @@ CASES: dict[str, Case] = {
     ),
     "names in another case": Case(manifest("path,label\nimg/{i}.png,{label}", "IMG/{}.PNG".format), twelve),
     "names that fit two files": Case(twins, refusal="fit several files that differ in case"),
-    "paths of another machine": Case(manifest("path,label\nC:\\data\\{i}.png,{label}"), refusal="a file that does not exist"),
-    "patients by case": Case(lambda p: replaced(manifest("path,label,patient\nimg/{i}.png,{label},P{half}")(p), "b,P", "b,p"), six_patients, warns="spelled in several ways"),
-    "patients by leading zeros": Case(lambda p: replaced(manifest("path,label,patient\nimg/{i}.png,{label},{half}")(p), "b,", "b,00"), six_patients, warns="spelled in several ways"),
+    "paths of another machine": Case(
+        manifest("path,label\nC:\\data\\{i}.png,{label}"), refusal="a file that does not exist"
+    ),
+    "patients by case": Case(
+        lambda p: replaced(manifest("path,label,patient\nimg/{i}.png,{label},P{half}")(p), "b,P", "b,p"),
+        six_patients,
+        warns="spelled in several ways",
+    ),
+    "patients by leading zeros": Case(
+        lambda p: replaced(manifest("path,label,patient\nimg/{i}.png,{label},{half}")(p), "b,", "b,00"),
+        six_patients,
+        warns="spelled in several ways",
+    ),
     "patients as decimal numbers": Case(decimals, six_patients, warns="spelled in several ways"),
-    "patients by an invisible character": Case(lambda p: replaced(manifest("path,label,patient\nimg/{i}.png,{label},p{half}")(p), "b,p", "b,\u200bp"), six_patients, warns="spelled in several ways"),
-    "patients that a spreadsheet rounded": Case(manifest("path,label,patient\nimg/{i}.png,{label},1.{half}E+11"), six_patients, warns="a spreadsheet has rounded"),
+    "patients by an invisible character": Case(
+        lambda p: replaced(manifest("path,label,patient\nimg/{i}.png,{label},p{half}")(p), "b,p", "b,\u200bp"),
+        six_patients,
+        warns="spelled in several ways",
+    ),
+    "patients that a spreadsheet rounded": Case(
+        manifest("path,label,patient\nimg/{i}.png,{label},1.{half}E+11"),
+        six_patients,
+        warns="a spreadsheet has rounded",
+    ),
     "patients numbered by each site": Case(
         lambda p: replaced(manifest("path,label,patient,hospital\nimg/{i}.png,{label},{half},x")(p), "b,0,x", "b,0,y"),
-        six_patients, warns="1 patient at several sites",
+        six_patients,
+        warns="1 patient at several sites",
     ),
-    "classes by an invisible character": Case(lambda p: replaced(manifest("path,label\nimg/{i}.png,{label}")(p), "3.png,b", "3.png,b\u200b"), twelve),
-    "a dash as a class": Case(lambda p: replaced(manifest("path,label\nimg/{i}.png,{label}")(p), "3.png,b", "3.png,-"), refusal=r"'-' \(1\), which may mean a missing value"),
-    "unknown as a class": Case(lambda p: replaced(manifest("path,label\nimg/{i}.png,{label}")(p), "3.png,b", "3.png,Not reported"), refusal="may mean a missing value"),
+    "classes by an invisible character": Case(
+        lambda p: replaced(manifest("path,label\nimg/{i}.png,{label}")(p), "3.png,b", "3.png,b\u200b"), twelve
+    ),
+    "a dash as a class": Case(
+        lambda p: replaced(manifest("path,label\nimg/{i}.png,{label}")(p), "3.png,b", "3.png,-"),
+        refusal=r"'-' \(1\), which may mean a missing value",
+    ),
+    "unknown as a class": Case(
+        lambda p: replaced(manifest("path,label\nimg/{i}.png,{label}")(p), "3.png,b", "3.png,Not reported"),
+        refusal="may mean a missing value",
+    ),
     "unknown as a declared class": Case(
         lambda p: replaced(manifest("path,label\nimg/{i}.png,{label}")(p), "3.png,b", "3.png,unknown"),
-        lambda s: s.info.classes == ("a", "b", "unknown") or pytest.fail(str(s.info.classes)), options={"classes": ("a", "b", "unknown")},
+        lambda s: s.info.classes == ("a", "b", "unknown") or pytest.fail(str(s.info.classes)),
+        options={"classes": ("a", "b", "unknown")},
     ),
-    "plus and minus are classes": Case(lambda p: replaced(replaced(manifest("path,label\nimg/{i}.png,{label}")(p), ",a", ",+"), ",b", ",-"), twelve),
+    "plus and minus are classes": Case(
+        lambda p: replaced(replaced(manifest("path,label\nimg/{i}.png,{label}")(p), ",a", ",+"), ",b", ",-"), twelve
+    ),
     "decimal commas": Case(
-        manifest("path;age\nimg/{i}.png;{i},5"), refusal="write numbers with a decimal point", options={"label": "age", "regression": True}
+        manifest("path;age\nimg/{i}.png;{i},5"),
+        refusal="write numbers with a decimal point",
+        options={"label": "age", "regression": True},
     ),
     "a byte order mark and semicolons": Case(manifest("path;label\nimg/{i}.png;{label}", encoding="utf-8-sig"), twelve),
     "a column that occurs twice": Case(manifest("path,label,label\nimg/{i}.png,{label},x"), refusal="occurs twice"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -394,11 +453,22 @@ def test_values_are_right_or_refused_and_the_check_says_the_same(tmp_path: Path,
 @pytest.mark.parametrize(
     ("one", "other", "equal"),
     [
-        ("P1", "p1", True), ("P 2", "P-2", True), ("P_2", "P/2", True), ("007", "7", True), ("12.0", "12", True), ("P03", "P3", True),
-        ("é", "e\u0301", True), ("p1\ufeff", "p1", True),
-        ("1-12", "11-2", False), ("12", "1.2", False), ("P10", "P1", False), ("P2", "P20", False), ("a1", "b1", False), ("-1", "1", False),
+        ("P1", "p1", True),
+        ("P 2", "P-2", True),
+        ("P_2", "P/2", True),
+        ("007", "7", True),
+        ("12.0", "12", True),
+        ("P03", "P3", True),
+        ("é", "e\u0301", True),
+        ("p1\ufeff", "p1", True),
+        ("1-12", "11-2", False),
+        ("12", "1.2", False),
+        ("P10", "P1", False),
+        ("P2", "P20", False),
+        ("a1", "b1", False),
+        ("-1", "1", False),
     ],
-)  # fmt: skip
+)
 def test_spellings_of_one_patient(one: str, other: str, equal: bool) -> None:
     patients, notes = same_patients([one, other, "someone else"])
     assert (patients[0] == patients[1]) is equal

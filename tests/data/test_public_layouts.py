@@ -177,10 +177,10 @@ def adni(root: Path) -> Path:
     for i in range(60):
         who = i // 2
         rows.append(
-            f'{who + 2},ADNI1,{10 + who % 3:03d}_S_{who:04d},{10 + who % 3},{("bl", "m06")[i % 2]},2005-09-{who % 28 + 1:02d},'
-            f'{60 + who % 20}.3,{("Male", "Female")[who % 2]},{who % 3},{(">1700", "741.5", "")[who % 3]},{20 + who % 10},'
-            f'{"" if i % 7 == 0 else 7000 + i},{("CN", "MCI", "Dementia", "")[i % 4]},2022-08-22 04:54:{i:02d}.0'
-        )  # fmt: skip
+            f"{who + 2},ADNI1,{10 + who % 3:03d}_S_{who:04d},{10 + who % 3},{('bl', 'm06')[i % 2]},2005-09-{who % 28 + 1:02d},"
+            f"{60 + who % 20}.3,{('Male', 'Female')[who % 2]},{who % 3},{('>1700', '741.5', '')[who % 3]},{20 + who % 10},"
+            f"{'' if i % 7 == 0 else 7000 + i},{('CN', 'MCI', 'Dementia', '')[i % 4]},2022-08-22 04:54:{i:02d}.0"
+        )
     table(root / "ADNIMERGE.csv", head, rows)
     return root
 
@@ -236,27 +236,68 @@ SETS: dict[str, Public] = {
     "ISIC 2018 (segmentation)": Public(isic_segmentation, "segmentation", 12, None),
     "ISIC 2019 (classification)": Public(isic_classification, "multilabel", 24, None),
     "CheXpert": Public(chexpert, "multilabel", 24, 12, options={"patient_pattern": r"(patient\d+)"}),
-    "NIH ChestX-ray14": Public(nih, "multilabel", 24, 12, options={"images": ["*/images/{Image Index}"], "patient": "Patient ID"}),
-    "HAM10000": Public(ham10000, "classification", 24, 12, options={"images": ["*/{image_id}.jpg"], "patient": "lesion_id"}),
-    "Camelyon17 (WILDS)": Public(camelyon17, "classification", 48, 12, sites=3, options={
-        "images": ["patches/patient_{patient}_node_{node}/patch_patient_{patient}_node_{node}_x_{x_coord}_y_{y_coord}.png"],
-        "label": "tumor",
-    }),
-    "BraTS 2021": Public(brats, "segmentation", 12, 12, options={
-        "images": [f"{{patient}}/{{case}}_{c}.nii.gz" for c in ("flair", "t1", "t1ce", "t2")], "mask": "{patient}/{case}_seg.nii.gz"
-    }),
-    "KiTS19": Public(kits, "segmentation", 12, 12, options={
-        "images": ["data/{patient}/imaging.nii.gz"], "mask": "data/{patient}/segmentation.nii.gz", "missing_labels": "drop"
-    }),
-    "ADNI": Public(adni, "classification", 45, 30, sites=3, options={
-        "label": "DX", "patient": "PTID", "leave_out": ["RID", "EXAMDATE", "update_stamp"],
-    }),
+    "NIH ChestX-ray14": Public(
+        nih, "multilabel", 24, 12, options={"images": ["*/images/{Image Index}"], "patient": "Patient ID"}
+    ),
+    "HAM10000": Public(
+        ham10000, "classification", 24, 12, options={"images": ["*/{image_id}.jpg"], "patient": "lesion_id"}
+    ),
+    "Camelyon17 (WILDS)": Public(
+        camelyon17,
+        "classification",
+        48,
+        12,
+        sites=3,
+        options={
+            "images": [
+                "patches/patient_{patient}_node_{node}/patch_patient_{patient}_node_{node}_x_{x_coord}_y_{y_coord}.png"
+            ],
+            "label": "tumor",
+        },
+    ),
+    "BraTS 2021": Public(
+        brats,
+        "segmentation",
+        12,
+        12,
+        options={
+            "images": [f"{{patient}}/{{case}}_{c}.nii.gz" for c in ("flair", "t1", "t1ce", "t2")],
+            "mask": "{patient}/{case}_seg.nii.gz",
+        },
+    ),
+    "KiTS19": Public(
+        kits,
+        "segmentation",
+        12,
+        12,
+        options={
+            "images": ["data/{patient}/imaging.nii.gz"],
+            "mask": "data/{patient}/segmentation.nii.gz",
+            "missing_labels": "drop",
+        },
+    ),
+    "ADNI": Public(
+        adni,
+        "classification",
+        45,
+        30,
+        sites=3,
+        options={
+            "label": "DX",
+            "patient": "PTID",
+            "leave_out": ["RID", "EXAMDATE", "update_stamp"],
+        },
+    ),
     "OASIS-1 (table)": Public(oasis_table, "classification", 30, 30, options={"label": "CDR", "patient": "ID"}),
     "OASIS (slices by class)": Public(oasis_slices, "classification", 24, 12, options={"patient": r"(OAS1_\d+)"}),
-    "OASIS-1 (volumes)": Public(oasis_volumes, "classification", 12, 12, options={
-        "images": ["*/{ID}/PROCESSED/MPRAGE/T88_111/{ID}_mpr_n4_anon_111_t88_gfc.hdr"], "label": "CDR"
-    }),
-}  # fmt: skip
+    "OASIS-1 (volumes)": Public(
+        oasis_volumes,
+        "classification",
+        12,
+        12,
+        options={"images": ["*/{ID}/PROCESSED/MPRAGE/T88_111/{ID}_mpr_n4_anon_111_t88_gfc.hdr"], "label": "CDR"},
+    ),
+}
 
 
 def study_of(root: Path) -> tuple[str, Study]:

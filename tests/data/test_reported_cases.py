@@ -171,19 +171,25 @@ class Situation:
 S = Situation
 ONE_HOT = np.stack([1 - LESION, LESION], -1)
 CASES: dict[str, Situation] = {
-    "A1 mask with identity affine": S(lambda p: nnunet(p, mask_affine=np.eye(4)), refusal="another grid than its image"),
+    "A1 mask with identity affine": S(
+        lambda p: nnunet(p, mask_affine=np.eye(4)), refusal="another grid than its image"
+    ),
     "A1c channels on another grid": S(lambda p: nnunet(p, second=np.eye(4)), refusal="the channel is on another grid"),
     "A1d mask in another axis order": S(lambda p: nnunet(p, lambda i: LESION[::-1, ::-1], MIRRORED), overlaps),
-    "A2 one-hot mask": S(lambda p: nnunet(p, lambda i: ONE_HOT), refusal=r"2 channels that hold one-hot.*regions = \[0, 1\]"),
+    "A2 one-hot mask": S(
+        lambda p: nnunet(p, lambda i: ONE_HOT), refusal=r"2 channels that hold one-hot.*regions = \[0, 1\]"
+    ),
     "A2 one-hot mask, declared": S(lambda p: nnunet(p, lambda i: ONE_HOT), overlaps, options={"regions": (0, 1)}),
     "A4 slope of NaN": S(slope_nan, overlaps),
     "A5 masks of 0/1 and 0/255": S(
-        lambda p: nnunet(p, lambda i: LESION * np.uint8(1 + 254 * (i % 2))), refusal=r"1 \(in 2 of 4 masks\), 255 \(in 2\)"
+        lambda p: nnunet(p, lambda i: LESION * np.uint8(1 + 254 * (i % 2))),
+        refusal=r"1 \(in 2 of 4 masks\), 255 \(in 2\)",
     ),
     "A5 masks of 0/255 only": S(lambda p: nnunet(p, lambda i: LESION * np.uint8(255)), overlaps),
     "A10 detached headers": S(lambda p: nrrd(p, detached=True), overlaps),
     "A11 labels beyond dataset.json": S(
-        lambda p: nnunet(p, lambda i: LESION * 2, labels={"background": 0, "tumor": 1}), refusal=r"2 \(in 4 of 4 masks\)"
+        lambda p: nnunet(p, lambda i: LESION * 2, labels={"background": 0, "tumor": 1}),
+        refusal=r"2 \(in 4 of 4 masks\)",
     ),
     "A11 a number that dataset.json leaves out": S(
         lambda p: nnunet(p, lambda i: LESION * (1 + i % 2), labels={"background": 0, "tumor": 2}),
@@ -194,12 +200,18 @@ CASES: dict[str, Situation] = {
         lambda p: nnunet(p, mask_affine=np.eye(4), affine=None), refusal="its image states none"
     ),
     "E2 big-endian 16-bit TIFF": S(lambda p: class_folders(p, big_endian), twelve_bits, kind=Folders),
-    "E2d NaN in a TIFF": S(lambda p: class_folders(p, with_nan), refusal="2 of .*|1 of 480 voxels are not finite", kind=Folders),
+    "E2d NaN in a TIFF": S(
+        lambda p: class_folders(p, with_nan), refusal="2 of .*|1 of 480 voxels are not finite", kind=Folders
+    ),
     "E9b EXIF of the image only": S(lambda p: pictures(p, exif=3), refusal="EXIF orientation 3"),
     "E12 JPEG masks": S(lambda p: pictures(p, jpeg=True), refusal="its compression loses detail"),
-    "E14 real numbers among PNG": S(lambda p: class_folders(p, float_beside_png), refusal="signed or real numbers", kind=Folders),
-    "E14 twelve bits among eight": S(lambda p: class_folders(p, twelve_beside_eight), refusal="set bits = 12", kind=Folders),
-}  # fmt: skip
+    "E14 real numbers among PNG": S(
+        lambda p: class_folders(p, float_beside_png), refusal="signed or real numbers", kind=Folders
+    ),
+    "E14 twelve bits among eight": S(
+        lambda p: class_folders(p, twelve_beside_eight), refusal="set bits = 12", kind=Folders
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -77,7 +77,14 @@ def test_every_nth_frame_is_an_example_of_its_video(tmp_path: Path) -> None:
     found = (examples[torch.arange(18)][0].mean((1, 2, 3)) * 255).round().tolist()
     numbers = [int(name.split("/v")[1][0]) * 10 + int(name[-2:]) for name in table.ids]
     assert found == pytest.approx(numbers, abs=1.5)
-    spec = data_spec(path=str(tmp_path), kind="folders", frames={"every": 4}, min_patients=1, video="video", sites={"partition": "iid", "count": 1})  # fmt: skip
+    spec = data_spec(
+        path=str(tmp_path),
+        kind="folders",
+        frames={"every": 4},
+        min_patients=1,
+        video="video",
+        sites={"partition": "iid", "count": 1},
+    )
     roles = federate(spec).sites["site-1"]
     patients = [set(part.patients) for part in roles.values()]
     assert sum(map(len, patients)) == len(set.union(*patients)) == 6

@@ -174,7 +174,15 @@ def test_tiles_of_a_slide_are_one_patient_and_share_its_label(tmp_path: Path) ->
         assert name.startswith(f"{slide}#x")
     assert len(by_slide) == 6
     assert len(table) == 6 * 6
-    roles = federate(data_spec(path=str(tmp_path), kind="folders", tiles={"size": 64, "level": 0}, min_patients=1, sites={"partition": "iid", "count": 1}))  # fmt: skip
+    roles = federate(
+        data_spec(
+            path=str(tmp_path),
+            kind="folders",
+            tiles={"size": 64, "level": 0},
+            min_patients=1,
+            sites={"partition": "iid", "count": 1},
+        )
+    )
     parts = [set(examples.patients) for examples in roles.sites["site-1"].values()]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 6
 
@@ -251,7 +259,13 @@ def test_a_manifest_names_slides_patients_and_sites(tmp_path: Path) -> None:
         save_slide(tmp_path / f"s/{i}.svs", slide_pixels((256, 320), i))
         rows.append(f"s/{i}.svs,{i % 2},p{i // 2},{'north' if i < 4 else 'south'}")
     (tmp_path / "m.csv").write_text("\n".join(rows))
-    spec = data_spec(path=str(tmp_path / "m.csv"), kind="manifest", tiles={"size": 64, "mpp": 0.5, "count": 3}, min_patients=1, split=[0.5, 0.0, 0.5])  # fmt: skip
+    spec = data_spec(
+        path=str(tmp_path / "m.csv"),
+        kind="manifest",
+        tiles={"size": 64, "mpp": 0.5, "count": 3},
+        min_patients=1,
+        split=[0.5, 0.0, 0.5],
+    )
     table = spec.source().table()
     assert len(table) == 24
     assert set(table.patients) == {"p0", "p1", "p2", "p3"}

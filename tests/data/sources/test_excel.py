@@ -85,12 +85,18 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "formula without value": (lambda s: s.__setitem__("B2", "=1+1"), r"formulas without a stored value \(B2\)"),
     "merged": (lambda s: s.merge_cells("A2:A3"), r"merged cells \(A2:A3\): split them"),
     "hidden row": (lambda s: setattr(s.row_dimensions[3], "hidden", True), r"hidden rows or columns \(row 3\)"),
-    "hidden column": (lambda s: setattr(s.column_dimensions["B"], "hidden", True), r"hidden rows or columns \(column B\)"),
+    "hidden column": (
+        lambda s: setattr(s.column_dimensions["B"], "hidden", True),
+        r"hidden rows or columns \(column B\)",
+    ),
     "long number": (lambda s: s.__setitem__("A2", 1234567890123456), r"more than 15 digits \(A2\)"),
-    "date among words": (lambda s: s.__setitem__("C2", date(2026, 2, 1)), r"some cells are dates and others are not \(C2\)"),
+    "date among words": (
+        lambda s: s.__setitem__("C2", date(2026, 2, 1)),
+        r"some cells are dates and others are not \(C2\)",
+    ),
     "title above": (lambda s: s.insert_rows(1), "column 1 has no name"),
     "two names": (lambda s: s.__setitem__("B1", "label"), "'label' occurs twice"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -158,10 +164,18 @@ HOSTILE: dict[str, tuple[Callable[[str], str], str]] = {
     "a row far away": (lambda s: s.replace('<row r="3"', '<row r="999999999"'), "outside of the rows"),
     "entities": (lambda s: '<!DOCTYPE a [<!ENTITY b "cc">]>' + s.partition("?>")[2], "declares a document type"),
     "cut XML": (lambda s: s[: len(s) // 2], "not a sound Excel workbook"),
-    "merged everything": (lambda s: s.replace("</sheetData>", '</sheetData><mergeCells><mergeCell ref="A1:XFD1048576"/></mergeCells>'), "merged cells"),
-    "linked everything": (lambda s: s.replace("</sheetData>", '</sheetData><hyperlinks><hyperlink ref="A1:XFD1048576" location="x"/></hyperlinks>'), ""),
+    "merged everything": (
+        lambda s: s.replace("</sheetData>", '</sheetData><mergeCells><mergeCell ref="A1:XFD1048576"/></mergeCells>'),
+        "merged cells",
+    ),
+    "linked everything": (
+        lambda s: s.replace(
+            "</sheetData>", '</sheetData><hyperlinks><hyperlink ref="A1:XFD1048576" location="x"/></hyperlinks>'
+        ),
+        "",
+    ),
     "no such text": (lambda s: s.replace('t="n"', 't="s"').replace("<v>61<", "<v>999<"), "not a sound Excel workbook"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

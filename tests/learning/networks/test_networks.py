@@ -216,8 +216,13 @@ def test_any_module_is_a_network() -> None:
     assert network == Network.of(Own, (1, 8, 8), 2)
     names = list(Classification(network).first())
     assert {n for n in names if network.in_head(n)} == {
-        "z.2.weight", "z.2.bias", "z.3.weight", "z.3.bias", "z.3.running_mean", "z.3.running_var",
-    }  # fmt: skip
+        "z.2.weight",
+        "z.2.bias",
+        "z.3.weight",
+        "z.3.bias",
+        "z.3.running_mean",
+        "z.3.running_var",
+    }
     assert network.parts.entrance == "z.2"
     assert latent.head_width(network) == 5
     plainly = Network.of(plain, (1, 8, 8), 2)

@@ -85,10 +85,15 @@ def with_values(**values: Any) -> Callable[[Dataset], Dataset]:
 
 TWICE = [0.0, 3.0, 6.0, 0.0, 3.0, 6.0]
 STRANGE: dict[str, tuple[Callable[[], Dataset], str]] = {
-    "a frame without a position": (lambda: without_position(mr_frames(np.eye(3))), "states the position of 5 of its 6 frames"),
+    "a frame without a position": (
+        lambda: without_position(mr_frames(np.eye(3))),
+        "states the position of 5 of its 6 frames",
+    ),
     "two stacks": (lambda: two_stacks(mr_frames(np.eye(3))), "contains 2 images, distinguished by StackID"),
     "two time points": (
-        lambda: marked(mr_frames(np.eye(3), TWICE), "FrameContentSequence", "TemporalPositionIndex", [1, 1, 1, 2, 2, 2]),
+        lambda: marked(
+            mr_frames(np.eye(3), TWICE), "FrameContentSequence", "TemporalPositionIndex", [1, 1, 1, 2, 2, 2]
+        ),
         "contains 2 images, distinguished by TemporalPositionIndex",
     ),
     "two echoes": (
@@ -96,10 +101,15 @@ STRANGE: dict[str, tuple[Callable[[], Dataset], str]] = {
         "contains 2 images, distinguished by EffectiveEchoTime",
     ),
     "b-values": (
-        lambda: marked(mr_frames(np.eye(3), TWICE), "MRDiffusionSequence", "DiffusionBValue", [0.0, 0, 0, 800, 800, 800]),
+        lambda: marked(
+            mr_frames(np.eye(3), TWICE), "MRDiffusionSequence", "DiffusionBValue", [0.0, 0, 0, 800, 800, 800]
+        ),
         "contains 2 images, distinguished by DiffusionBValue",
     ),
-    "positions that repeat without a reason": (lambda: mr_frames(np.eye(3), TWICE), "slices have the position of another"),
+    "positions that repeat without a reason": (
+        lambda: mr_frames(np.eye(3), TWICE),
+        "slices have the position of another",
+    ),
     "missing frames": (lambda: mr_frames(np.eye(3), [0.0, 3, 6, 12, 15, 18]), "1 slices are missing"),
     "a concatenation": (
         lambda: with_values(InConcatenationNumber=1, InConcatenationTotalNumber=3)(mr_frames(np.eye(3))),
@@ -117,7 +127,7 @@ STRANGE: dict[str, tuple[Callable[[], Dataset], str]] = {
         lambda: with_values(PerFrameFunctionalGroupsSequence=Items([Dataset()] * 5))(mr_frames(np.eye(3))),
         "describes 5 frames",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", STRANGE)

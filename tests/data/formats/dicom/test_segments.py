@@ -185,7 +185,7 @@ STRANGE: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "unknown type": (lambda d: with_values(d, SegmentationType="X"), "none of the standard's"),
     "cut": (lambda d: with_values(d, PixelData=d.PixelData[:4]), "truncated"),
     "far away": (lambda d: moved(d, 1e30), "outside of its image"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", STRANGE)
@@ -284,8 +284,11 @@ WRONG: dict[str, tuple[Dataset, str]] = {
     "open": (structures([(1, contour(np.eye(3), OUTER, 1))], kind="OPEN_PLANAR"), "not closed and planar"),
     "two points": (structures([(1, contour(np.eye(3), OUTER[:2], 1))]), "not 3 to 39 points"),
     "too many points": (structures([(1, contour(np.eye(3), OUTER * 10, 1))]), "not 3 to 39 points"),
-    "nothing enclosed": (structures([(1, contour(np.eye(3), [(1.1, 1.1), (1.2, 1.1), (1.1, 1.2)], 1))]), "enclose no voxel"),
-}  # fmt: skip
+    "nothing enclosed": (
+        structures([(1, contour(np.eye(3), [(1.1, 1.1), (1.2, 1.1), (1.1, 1.2)], 1))]),
+        "enclose no voxel",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

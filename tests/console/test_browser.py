@@ -186,7 +186,7 @@ def test_a_study_is_started_followed_and_its_report_opened(studies: Path, tabs: 
 def test_a_run_stops_and_resumes_from_the_page_to_the_same_bits(studies: Path, tabs: Callable[..., Tab]) -> None:
     import hashlib
 
-    (studies / "study.toml").write_text(STUDY.replace("rounds = 3", "rounds = 200"))
+    (studies / "study.toml").write_text(STUDY.replace("rounds = 3", "rounds = 3000"))
     models = {}
     with console("console", str(studies / "runs"), "--studies", str(studies), "--port", "0", cwd=studies) as running:
         tab = tabs(running)

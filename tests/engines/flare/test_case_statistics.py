@@ -156,6 +156,16 @@ def test_a_cascade_between_hospitals_has_the_bits_of_one_process(
     assert "case0" not in (tmp_path / "full.plan.toml").read_text()
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [None, 5, "zscore", [5], [None, "zscore"], [["models"]], [{"models": 5}], [{"models": "ab"}], [{"step": "x"}]],
+)
+def test_steps_of_another_form_name_no_models(steps: Any) -> None:
+    """A server may send anything; the form of the steps is checked where they are read."""
+    assert data_restrictions.stage_models({"steps": steps}) == []
+    assert data_restrictions.stage_models({"steps": [5, {"models": ["a", 7]}]}) == ["a", "7"]
+
+
 def _check_without_models(
     root: Path, checkpoint: Path, homes: dict[str, SiteFolder], stage: PreviousStage
 ) -> list[str]:

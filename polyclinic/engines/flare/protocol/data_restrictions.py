@@ -50,7 +50,8 @@ def refused(table: Mapping[str, Any]) -> list[str]:
 def stage_models(table: Mapping[str, Any]) -> list[str]:
     """Return the hashes of the models that the study's preprocessing applies (of a cascade's previous stage)."""
     steps = table.get("steps")
-    named = [step["models"] for step in steps if "models" in step] if isinstance(steps, list | tuple) else []
+    tables = [step for step in steps if isinstance(step, Mapping)] if isinstance(steps, list | tuple) else []
+    named = [models for step in tables if isinstance(models := step.get("models"), list | tuple)]
     return [str(model) for models in named for model in models]
 
 

@@ -13,6 +13,7 @@ from polyclinic.core.metering import Noise, Spend, Use, audited, metered
 from polyclinic.core.method import Method, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,12 @@ def observed(
         return stand_in_for(use, (*key, len(uses)), scale)
 
     site = replace(site, entropy=Repeated(*key))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order
     try:
-        with audited(stand_in), metered() as spent:
+        with one_thread(), audited(stand_in), metered() as spent:
             reply, state = execute(method, request, memory, site)
         return Seen(reply, "", state, tuple(spent), tuple(uses))
     except Exception as error:
         return Seen(None, f"{type(error).__name__}: {error}", memory, (), tuple(uses))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def stand_in_for(use: Use, key: tuple[object, ...], scale: float = 1.0) -> Tree:

@@ -150,6 +150,12 @@ class Reply:
         """Return the weighted mean named ``part``."""
         return self._get(part, WeightedMean)
 
+    def applied(self, part: str, params: Tree) -> Tree:
+        """Return ``params`` plus the mean ``part``. They do not change if no site sent it, or all weights are 0."""
+        if part not in self.parts or not (mean := self.mean(part)).weight:
+            return params
+        return mean.apply_to(params)
+
     def leaf_mean(self, part: str) -> ElementwiseMean:
         """Return the elementwise mean named ``part``."""
         return self._get(part, ElementwiseMean)

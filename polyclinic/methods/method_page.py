@@ -16,8 +16,8 @@ USUAL = {
     "bound": "Updates longer than this multiple of the median length are first scaled down to it; 0 for no bound.",
 }
 """Meanings of common options, used if a method's own docstrings do not describe them."""
-FEDAVG = ("lr", "uniform")
-"""Options that most methods have from FedAvg: an example shows others, if there are any."""
+FROM_FEDAVG = ("lr", "uniform")
+"""Options that most methods share with FedAvg. An example shows others, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Page:
             lines += ["| option | default | meaning |", "|---|---|---|"]
             lines += [f"| `{name}` | `{value!r}` | {text} |" for name, (value, text) in self.options.items()]
             lines += [""]
-        shown = [name for name in self.options if name not in FEDAVG] or list(self.options)
+        shown = [name for name in self.options if name not in FROM_FEDAVG] or list(self.options)
         given = "".join(f"{n} = {text}\n" for n in shown[:2] if (text := _toml(self.options[n][0])))
         lines += ["```toml", "[[methods]]", f'name = "{e.name}"', given + "```"]
         return "\n".join(lines) + "\n"

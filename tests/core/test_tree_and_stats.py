@@ -90,6 +90,15 @@ def test_a_mean_is_the_weighted_mean() -> None:
         _ = WeightedMean({}, 0.0).value
 
 
+def test_a_mean_is_applied_if_there_is_one() -> None:
+    params, change = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, -1.0])}
+    assert close(
+        Reply({"update": WeightedMean.of(change, 3.0)}).applied("update", params), {"w": torch.tensor([1.5, 1.0])}
+    )
+    assert Reply().applied("update", params) is params
+    assert Reply({"update": WeightedMean.of(change, 0.0)}).applied("update", params) is params
+
+
 def test_a_discount_counts_less() -> None:
     a, b = Reply({"m": WeightedMean.of(some_tree(0))}), Reply({"m": WeightedMean.of(some_tree(1))})
     assert close((a * 3 + b).mean("m").value, (a + a + a + b).mean("m").value)

@@ -8,7 +8,7 @@ from pydantic import PlainSerializer, PlainValidator, ValidationError
 
 from polyclinic.data import config_parsing
 from polyclinic.data.preprocessing.nnunet_steps import CropNonzero, Normalize, ResampleNnunet, Transpose
-from polyclinic.data.preprocessing.previous_stage import PreviousStage, require_last
+from polyclinic.data.preprocessing.previous_stage import PreviousStage
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import (
     Channels,
@@ -23,7 +23,7 @@ from polyclinic.data.preprocessing.transforms import (
     ZScore,
 )
 from polyclinic.data.source import digest
-from polyclinic.errors import ConfigError, DataError
+from polyclinic.errors import ConfigError
 
 STEPS: dict[str, type[Any]] = {
     s.name: s
@@ -86,10 +86,8 @@ def parsed(value: Any) -> tuple[Step, ...]:
             steps.append(step)
         except ValidationError as error:
             lines += [config_parsing.again(line, line["loc"]) for line in error.errors(include_url=False)]
-    try:
-        require_last(steps)
-    except DataError as error:
-        lines.append(config_parsing.problem((), str(error), value))
+    if any(isinstance(step, PreviousStage) for step in steps[:-1]):
+        lines.append(config_parsing.problem((), f"the step {PreviousStage.name} must be the last one", value))
     if lines:
         raise config_parsing.problems(lines)
     return tuple(steps)

@@ -8,8 +8,7 @@ trained on it, if there is one.
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -17,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from polyclinic.data.preprocessing.sample import Picture, Step
+from polyclinic.core.serialization import bytes_of
+from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.preprocessing.transforms import Resample
 from polyclinic.data.source import digest
 from polyclinic.errors import ConfigError, DataError, PolyclinicError
@@ -25,6 +25,7 @@ from polyclinic.learning.networks.architectures import ARCHITECTURES
 from polyclinic.learning.networks.model_tree import load
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.segmentation import Segmentation, own_labels
+from polyclinic.learning.threads import one_thread
 from polyclinic.learning.weights import store
 
 DIGITS = 16
@@ -156,7 +157,7 @@ class PreviousStage:
 
     def _scores(self, pixels: Tensor, models: Sequence[str]) -> Tensor:
         """Return the mean class scores of ``models`` for an image [C, *grid]: [outputs, *grid]."""
-        with _ONE_AT_A_TIME, _one_thread(), torch.inference_mode():
+        with _ONE_AT_A_TIME, one_thread(), torch.inference_mode():
             total = torch.zeros(self.outputs, *pixels.shape[1:])
             for sha256 in models:
                 total += self.task.predict(self._model(sha256), pixels[None].float(), tuple(self.inputs[1:]))[0]
@@ -183,29 +184,7 @@ def _keys(text: str) -> frozenset[str]:
 
 def image_key(picture: Picture) -> str:
     """Return the digits by which an image is known, from its voxels before all steps."""
-    data: Any = picture.pixels.float().contiguous().view(-1).numpy()
-    return digest("image", tuple(picture.pixels.shape), data.data)[:DIGITS]
-
-
-def require_last(steps: Sequence[Step]) -> None:
-    """Require that a previous stage is the last step, and the only one.
-
-    Raises:
-        DataError: If it is not.
-    """
-    if any(isinstance(step, PreviousStage) for step in steps[:-1]):
-        raise DataError(f"the step {PreviousStage.name} must be the last one")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread, so that sums have one order on every machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return digest("image", tuple(picture.pixels.shape), bytes_of(picture.pixels.float()))[:DIGITS]
 
 
 def _hashable(value: Any) -> Any:

@@ -31,6 +31,7 @@ from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at
 from polyclinic.learning.networks.model_tree import cached_model, live_batch_norms, params_of
 from polyclinic.learning.networks.model_tree import trainable as trainable_of
+from polyclinic.learning.threads import one_thread
 from polyclinic.learning.training.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
 from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable
 from polyclinic.learning.training.minibatches import Sampler
@@ -187,10 +188,10 @@ class DPSGD(LocalTraining):
         if problems := self.validate(task, model):
             return problems
         batch = data[torch.arange(min(2, len(data)))]
-        params, threads = {name: p.detach() for name, p in trainable_of(model).items()}, torch.get_num_threads()
-        torch.set_num_threads(1)  # a process that has used OpenMP's threads cannot fork workers that use them
+        params = {name: p.detach() for name, p in trainable_of(model).items()}
         try:
-            per_example_gradients(model, params, task.loss, batch, torch.arange(len(batch[0])))
+            with one_thread():  # a process that has used OpenMP's threads cannot fork workers that use them
+                per_example_gradients(model, params, task.loss, batch, torch.arange(len(batch[0])))
         except UnknownRandomness as error:
             return [str(error)]
         except RuntimeError as error:
@@ -199,8 +200,6 @@ class DPSGD(LocalTraining):
                 f"DPSGD: the gradients of single examples cannot be computed for this network and loss ({reason}): "
                 "choose another network, or send replies through clip and gaussian instead of training privately"
             ]
-        finally:
-            torch.set_num_threads(threads)
         return []
 
     def spend(self, data: Any) -> Spend:

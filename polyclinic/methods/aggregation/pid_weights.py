@@ -97,9 +97,7 @@ class PIDWeights(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.sums:
             return state._replace(sums=reply.mean("amounts").total)
-        if "update" not in reply.parts:  # only sites answered that were lost before they sent their numbers
-            return State(state.round + 1, state.params, {})
-        return State(state.round + 1, reply.mean("update").apply_to(state.params), {})
+        return State(state.round + 1, reply.applied("update", state.params), {})
 
     def amounts(self, examples: int, losses: list[float]) -> Tree:
         """Return s, k and m of a site with these losses, the newest at the end."""

@@ -102,11 +102,7 @@ class FedMix(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.totals:
             return state._replace(totals=reply.mean("tally").total)
-        if "update" not in reply.parts:  # only sites answered that were lost before they sent their numbers
-            return State(state.round + 1, state.twins, {})
-        update = reply.mean("update")
-        twins = update.apply_to(state.twins) if update.weight else state.twins  # no site could use any example
-        return State(state.round + 1, twins, {})
+        return State(state.round + 1, reply.applied("update", state.twins), {})
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return tree.under("first", request.trees["twins"])

@@ -3,7 +3,7 @@
 What counts is the anonymous memory of a new process (Linux), against that before the data were read; a small data set
 of the same kind was read before, so that modules do not count. One JSON line for each kind.
 
-    python benchmarks/data_memory.py [table] [large-table] [npz] [folders]
+    python benchmarks/data_memory.py [table] [large-table] [wide-table] [npz] [folders]
 """
 
 import gc
@@ -13,15 +13,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-COUNTS = {"table": (200, 20_000), "large-table": (200, 200_000), "npz": (60, 3_000), "folders": (60, 3_000)}
+COUNTS = {
+    "table": (200, 20_000),
+    "large-table": (200, 200_000),
+    "wide-table": (200, 4_000),
+    "npz": (60, 3_000),
+    "folders": (60, 3_000),
+}
 """Rows or images of the small and of the large data set, by kind."""
+FEATURES = {"wide-table": 3_000}
+"""Features of a table, by kind; 60 if it is not listed."""
 
 
-def write_table(folder: Path, rows: int, features: int = 60) -> dict[str, object]:
+def write_table(features: int, folder: Path, rows: int) -> dict[str, object]:
     """Write a table of three hospitals."""
     rng = np.random.default_rng(0)
     path = folder / f"table-{rows}.csv"
@@ -63,21 +72,21 @@ def anonymous() -> int:
 def measure(kind: str, little: dict[str, object], large: dict[str, object]) -> None:
     """Read both data sets, and print what the second one takes."""
     from polyclinic.data.config import DataSpec
-    from polyclinic.data.federation import federate
-    from polyclinic.data.source import release
+    from polyclinic.data.federation import Federated, federate
+    from polyclinic.data.source import Source, release
 
-    def read(given: dict[str, object]) -> object:
+    def read(given: dict[str, object]) -> tuple[Federated, Source]:
         spec = DataSpec.model_validate(given)
         source = spec.source()
         data = federate(spec, source=source)
         release(source)
-        return data
+        return data, source  # a run keeps both
 
-    first = read(little)
-    del first
+    kept = read(little)
+    del kept
     gc.collect()
     before, begun = anonymous(), time.process_time()
-    data = read(large)
+    data, _source = read(large)
     spent = time.process_time() - begun
     gc.collect()
     after = anonymous()
@@ -94,6 +103,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         for kind in sys.argv[1:] or COUNTS:
-            write = {"npz": write_npz, "folders": write_folder}.get(kind, write_table)
+            write = {"npz": write_npz, "folders": write_folder}.get(kind, partial(write_table, FEATURES.get(kind, 60)))
             pair = [json.dumps(write(place, count)) for count in COUNTS[kind]]
             subprocess.run([sys.executable, __file__, "--measure", kind, *pair], check=True)

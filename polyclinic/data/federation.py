@@ -1,10 +1,11 @@
 """Construction of a federation, sites with training, validation and test examples, from a ``[data]`` table."""
 
 import dataclasses
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from polyclinic.data.cases.cases import Cases
@@ -31,6 +32,7 @@ from polyclinic.data.splits import (
     without_test,
 )
 from polyclinic.data.summary import RoleSummary, SiteSummary, summarize
+from polyclinic.data.texts import joined, taken
 
 __all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "federate", "fingerprint_of"]
 
@@ -112,11 +114,8 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
     if fold is not None and held_out:
         named = _without(named, fold, titles)
     outside = named.external + named.public
-    roles = _roles(table, spec, seed, outside, named.weak, fold)
+    places = _places(table, _roles(table, spec, seed, outside, named.weak, fold))
     sites: dict[str, dict[str, Dataset]] = {}
-    places: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name, site, patient in zip(table.ids, table.columns["site"], table.patients, strict=True):
-        places[site, roles[patient]].append(name)
     readers: Mapping[str, Source] = dict.fromkeys(titles, source)
     statistics = dict[str, Statistics]()
     if isinstance(source, FittedSource):
@@ -127,8 +126,8 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
             if isinstance(fit := getattr(one, "statistics", None), Statistics)
         }
     for site in titles:
-        order = [role for role in (*ROLES, "unlabeled") if places[site, role]]
-        sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
+        order = [role for role in (*ROLES, "unlabeled") if (site, role) in places]
+        sites[site] = {role: readers[site].examples(places[site, role]) for role in order}
         if "unlabeled" in sites[site]:
             sites[site]["unlabeled"] = sites[site]["unlabeled"].unlabeled()
     alike: tuple[Duplicate, ...] = ()
@@ -260,22 +259,23 @@ def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[s
         raise DataError(f'sites = "{column}": the data {no_column(table.columns, column)}')
     column, values = known, list(table.columns[known])
     if missing := missing_at(values):
-        values = ["" if i in set(missing) else value for i, value in enumerate(values)]
+        gone = set(missing)
+        values = ["" if i in gone else value for i, value in enumerate(values)]
         notes.append(f"Left out: {len(missing)} examples whose {column} is missing.")
     titles: dict[str, str] = {}
     name_of = {value: slug(value) for value in sorted({*values}) if value.strip()}
     for value, name in name_of.items():
         if titles.setdefault(name, value) != value:
             raise DataError(f"two sites would have the name {name}: {titles[name]!r} and {value!r}")
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for patient, value in zip(table.patients, values, strict=True):
-        if value in name_of:
-            counts[patient][name_of[value]] += 1
-    home = {patient: min(sites, key=lambda s, n=sites: (-n[s], s)) for patient, sites in counts.items()}  # type: ignore[misc]
-    places = zip(table.patients, map(name_of.get, values), strict=True)
-    rows = [i for i, (patient, name) in enumerate(places) if name is not None and name == home[patient]]
-    if several := sum(len(sites) > 1 for sites in counts.values()):
-        away = len(table) - len(missing) - len(rows)
+    names = [name_of.get(value) for value in values]
+    home = _homes(table.patients, names)
+    rows = [
+        i for i, (patient, name) in enumerate(zip(table.patients, names, strict=True)) if name and name == home[patient]
+    ]
+    if away := len(table) - names.count(None) - len(rows):
+        several = len(
+            {patient for patient, name in zip(table.patients, names, strict=True) if name and name != home[patient]}
+        )
         notes.append(
             f"{several} patients were seen at several sites; each is kept where most examples are, and {away} examples "
             "at other sites are left out."
@@ -283,16 +283,41 @@ def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[s
     return table.take(rows), [name_of[values[i]] for i in rows], titles
 
 
+def _homes(patients: Sequence[str], sites: Sequence[str | None]) -> dict[str, str]:
+    """Return the site where each patient has most rows, and the first in alphabetical order of several such sites."""
+    home: dict[str, str] = {}
+    several = set[str]()
+    for patient, site in zip(patients, sites, strict=True):
+        if site is not None and home.setdefault(patient, site) != site:
+            several.add(patient)
+    counts: dict[str, Counter[str]] = {patient: Counter() for patient in several}
+    for patient, site in zip(patients, sites, strict=True) if several else ():
+        if site is not None and patient in counts:
+            counts[patient][site] += 1
+    return home | {patient: min(found, key=lambda s, n=found: (-n[s], s)) for patient, found in counts.items()}  # type: ignore[misc]
+
+
+def _places(table: Table, roles: Mapping[str, str]) -> dict[tuple[str, str], Sequence[str]]:
+    """Return the names of the examples of each site and role, in alphabetical order, given each patient's role."""
+    numbers: dict[tuple[str, str], int] = {}
+    keys = zip(table.columns["site"], map(roles.__getitem__, table.patients), strict=True)
+    groups = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(table))
+    names = list(table.ids)
+    order = np.array(sorted(range(len(names)), key=names.__getitem__))
+    del names
+    order = order[np.argsort(groups[order], kind="stable")]
+    parts = np.split(order, np.cumsum(np.bincount(groups, minlength=len(numbers)))[:-1])
+    return {key: taken(table.ids, part) for key, part in zip(numbers, parts, strict=True)}
+
+
 def _fitted_rows(
     places: Mapping[tuple[str, str], Sequence[str]], titles: Mapping[str, str], external: tuple[str, ...]
 ) -> Mapping[str, Sequence[str]]:
     """Return the examples of each site from which statistics are computed: of training, or all of an external site."""
     return {
-        site: [
-            name
-            for role in (("test",) if site in external else ("train", "unlabeled"))
-            for name in places.get((site, role), ())
-        ]
+        site: joined(
+            [places.get((site, role), ()) for role in (("test",) if site in external else ("train", "unlabeled"))]
+        )
         for site in titles
     }
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from polyclinic.data.examples import DataError, Dataset
-from polyclinic.data.texts import taken
+from polyclinic.data.texts import Positions, taken
 
 HIDDEN = {"hidden": True}
 """Metadata of a source's field that a study file cannot set."""
@@ -99,9 +99,16 @@ class Table:
         return len(self.ids)
 
     @cached_property
-    def row(self) -> Mapping[str, int]:
-        """The row number of each id."""
-        return {name: i for i, name in enumerate(self.ids)}
+    def _positions(self) -> Positions:
+        return Positions(self.ids)
+
+    def rows(self, ids: Sequence[str]) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """Return the row numbers of ``ids``.
+
+        Raises:
+            KeyError: If one is not in the table.
+        """
+        return self._positions.of(ids)
 
     def take(self, rows: Sequence[int]) -> "Table":
         """Return the table of the given row numbers, in that order."""
@@ -197,7 +204,7 @@ class ReleasableSource(Protocol):
     """Source that keeps in memory what it has read, such as all images of an archive."""
 
     def release(self) -> None:
-        """Free what was read. The description and the table remain; ``examples`` reads the file again.
+        """Free what was read. The description remains; what else is asked for is read from the file again.
 
         The fingerprint is computed again when it is asked for, which shows whether the file has changed since.
         """

@@ -4,12 +4,17 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 MISSING = frozenset(
     {"", "na", "n/a", "#n/a", "#na", "#n/a n/a", "<na>", "nan", "-nan", "nat", "null", "none", "?"}
     | {"#null!", "#value!", "#ref!", "#div/0!", "#num!", "#name?", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"}
 )
 """Words that mean a missing value, in lower case, as pandas, R, Excel and databases write them."""
+BLOCK = 1024
+"""Words that are in memory as separate objects while numbers are read."""
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -51,11 +56,15 @@ def is_number(word: str) -> bool:
     return _NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
 
 
-def numbers_of(words: Sequence[str]) -> list[float] | None:
+def numbers_of(words: Sequence[str]) -> "np.ndarray[Any, np.dtype[np.float64]] | None":
     """Return the numbers that ``words`` are; None if one of them is not a finite number."""
-    if all(map(_NUMBER.fullmatch, words)) and all(map(math.isfinite, numbers := list(map(float, words)))):
-        return numbers
-    return None
+    numbers = np.empty(len(words))
+    for start in range(0, len(words), BLOCK):
+        block = words[start : start + BLOCK]
+        if not all(map(_NUMBER.fullmatch, block)):
+            return None
+        numbers[start : start + BLOCK] = list(map(float, block))
+    return numbers if np.isfinite(numbers).all() else None
 
 
 def similar(word: str) -> str:

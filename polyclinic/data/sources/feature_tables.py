@@ -147,7 +147,7 @@ class FeatureTable:
         if idle := sorted(self._apart - set(self._features) - {*self._use.columns, *self.leave_out, "split"}):
             notes.append(f"Not used as features, by their names: {', '.join(idle)}; list them in features to use them.")
         if self._use.patient:
-            notes += same_patients(self._words(self._use.patient))[1]
+            notes += self._patients[1]
         if not self._use.patient:
             notes.append(UNKNOWN_PATIENTS.replace("image", "row"))
         stem = Path(self.path).name.partition(".")[0]
@@ -177,10 +177,8 @@ class FeatureTable:
 
     @cached_property
     def _table(self) -> Table:
-        raw, rows = self._raw, self._kept
-        ids = Texts(f"row {i + 2}" for i in rows)
-        use = self._use
-        patients = Texts(same_patients(self._words(use.patient))[0]) if use.patient else ids
+        raw, ids, use = self._raw, self._ids, self._use
+        patients = self._patients[0] if use.patient else ids
         if use.patient and (lost := [ids[i] for i in missing_at(patients)]):
             raise DataError(f"{Path(self.path).name}: {len(lost)} rows have no {use.patient} ({', '.join(lost[:5])})")
         apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {
@@ -189,7 +187,7 @@ class FeatureTable:
             use.event,
         }
         others = [c for c in raw if c not in apart]
-        columns = {c: Texts(self._words(c)) for c in others}
+        columns = {c: self._words(c) for c in others}
         return Table(ids, patients, self._targets[0], columns, (use.site,) if use.site else (), bool(use.event))
 
     def examples(self, ids: Sequence[str]) -> Examples:
@@ -197,11 +195,10 @@ class FeatureTable:
         return self._examples(ids, lambda values: values)
 
     def release(self) -> None:
-        """Free the cells and the inputs. The rows remain; ``examples`` reads the file again."""
-        _ = self.info, self._table
-        for name in ("_raw", "inputs", "fingerprint"):
+        """Free what was read. The description remains; ``table`` and ``examples`` read the file again."""
+        _ = self.info
+        for name in ("_raw", "_kept", "_ids", "_patients", "_targets", "_table", "inputs", "fingerprint"):
             vars(self).pop(name, None)  # how a cached property is cleared
-        vars(self._table).pop("row", None)
 
     def fitted(self, rows: Mapping[str, Sequence[str]], external: Sequence[str] = ()) -> Mapping[str, "FittedTable"]:
         """Return for each site the same table filled and scaled.
@@ -213,7 +210,7 @@ class FeatureTable:
         if self._declared is not None:
             return {site: FittedTable(self, self._declared) for site in rows}
         values, names, amounts = self.inputs
-        own = {site: values[[self._table.row[name] for name in ids]] for site, ids in rows.items()}
+        own = {site: values[self._table.rows(ids)] for site, ids in rows.items()}
         pooled = np.concatenate([own[site] for site in sorted(own) if site not in external])
         used = {site: pooled if self.statistics == "federation" else mine for site, mine in own.items()}
         return {
@@ -277,7 +274,7 @@ class FeatureTable:
             word = self._raw[column][row]
             return "" if self._is_missing(word) else repr(float(word)) if is_number(word) else plain(word)
 
-        rows = [self._kept[self._table.row[name]] for name in ids]
+        rows = self._kept[self._table.rows(ids)].tolist()
         labels = (*self._use.labels, *([self._use.event] if self._use.event else []))
         return [
             (repr([text(c, row) for c in self._features]), ", ".join(text(label, row) for label in labels))
@@ -286,7 +283,7 @@ class FeatureTable:
 
     def _examples(self, ids: Sequence[str], fitted: Callable[[Array], Array]) -> Examples:
         """Return the named rows, whose inputs [n, F] ``fitted`` fills and scales."""
-        table, rows = self._table, [self._table.row[name] for name in ids]
+        table, rows = self._table, self._table.rows(ids)
         assert table.labels is not None
         x = torch.from_numpy(fitted(self.inputs[0][rows]).astype(np.float32))
         return Examples(x, torch.from_numpy(table.labels[rows]), taken(table.patients, rows), Texts(ids))
@@ -329,7 +326,8 @@ class FeatureTable:
         return self.features or tuple(c for c in self._raw if c not in self._apart or c in self.categories)
 
     @cached_property
-    def _kept(self) -> list[int]:
+    def _kept(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """The row numbers of the file that are kept."""
         columns = {label: self._raw[label] for label in self._use.labels}
         rows = len(self._raw[self._use.labels[0]])
         if self.event:
@@ -338,12 +336,25 @@ class FeatureTable:
             lost = set(self._reading.unlabeled(columns))
         if len(lost) == rows:
             raise DataError(f"{Path(self.path).name}: {self._named} is missing in every row")
-        return [i for i in range(rows) if self.missing_labels == "refuse" or i not in lost]
+        if self.missing_labels == "refuse" or not lost:
+            return np.arange(rows)
+        return np.delete(np.arange(rows), sorted(lost))
 
-    def _words(self, column: str) -> list[str]:
+    @cached_property
+    def _ids(self) -> Texts:
+        """The names of the rows that are kept."""
+        return Texts(f"row {i + 2}" for i in self._kept)
+
+    @cached_property
+    def _patients(self) -> tuple[Texts, list[str]]:
+        """The patient of each row, under one spelling, and notes."""
+        patients, notes = same_patients(self._words(self._use.patient))
+        return Texts(patients), notes
+
+    def _words(self, column: str) -> Sequence[str]:
         """Return the cells of a column in the rows that are kept."""
-        cells = list(self._raw[column])
-        return [cells[i] for i in self._kept]
+        cells = self._raw[column]
+        return cells if len(self._kept) == len(cells) else taken(cells, self._kept)
 
     @property
     def _named(self) -> str:
@@ -374,7 +385,7 @@ class FeatureTable:
         """The label of each retained row (float32 [n, L] of several), and the classes."""
         columns = {label: self._words(label) for label in self._use.labels}
         label, words = next(iter(columns.items()))
-        places, problems = [f"row {i + 2}" for i in self._kept], list[str]()
+        places, problems = self._ids, list[str]()
         if self.event:
             events = self._words(self._use.event)
             pairs = self._survival.read((label, words), (self._use.event, events), problems, places)
@@ -413,19 +424,17 @@ class FeatureTable:
         for name in self._features:
             words = self._words(name)
             plainly = None if self.missing or name in self.categories else numbers_of(words)
-            gone = np.zeros(len(words), bool) if plainly else np.array([self._is_missing(w) for w in words])
+            if plainly is None:
+                gone = np.array([self._is_missing(w) for w in words])
             if name in self.categories:
                 words = [plain(w) for w in words]
                 for value in sorted({w for w, no in zip(words, gone, strict=True) if not no}):
                     columns[f"{name} = {value}"] = np.array([float(w == value) for w in words])
             else:
-                numbers = np.array(
-                    plainly
-                    or [
-                        np.nan if no else self._number(w, name, i)
-                        for w, no, i in zip(words, gone, self._kept, strict=True)
-                    ]
-                )
+                numbers = plainly
+                if numbers is None:
+                    cells = zip(words, gone, self._kept, strict=True)
+                    numbers = np.array([np.nan if no else self._number(w, name, i) for w, no, i in cells])
                 if name in self.zero_is_missing:
                     numbers[numbers == 0] = np.nan
                 gone = np.isnan(numbers)

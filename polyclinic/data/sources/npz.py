@@ -112,7 +112,7 @@ class Npz:
     def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named images: uint8 as stored, or float32 if steps are declared or the file contains floats."""
         arrays, table = self._arrays, self._table
-        rows = np.array([table.row[name] for name in ids], dtype=np.int64)
+        rows = table.rows(ids)
         images = _channels_first(arrays["images"], self._masks and arrays["target"].ndim)
         targets = torch.from_numpy(arrays["target"][rows])
         inputs = torch.from_numpy(images[rows])

@@ -19,7 +19,7 @@ TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", *EXCEL, *PARQUET)
 """Suffixes of tables."""
 SEPARATORS = ",;\t|"
 GZIP = 31
-CHUNK = 256
+CHUNK = 64
 """Rows that are in memory as separate cells while a table is read."""
 csv.field_size_limit(2**20)
 

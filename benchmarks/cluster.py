@@ -37,10 +37,10 @@ from polyclinic.engines.ray.site_actors import RaySites
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.run.scheduler import run as run_study
 
-SITES, ROWS, ROUNDS, ARMS = 20, 40, 10, 24
+SITES, ROWS, ROUNDS, ARMS, IMAGES = 20, 40, 10, 24, 1_200
 STUDY = """\
 name = "sweep"
-rounds = 40
+rounds = 30
 seeds = {seeds}
 
 [data]
@@ -107,9 +107,9 @@ def measure_arms(times: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rng = np.random.default_rng(0)
-        labels = np.arange(240) % 2
-        images = rng.normal(100, 30, (240, 28, 28)).clip(0, 255).astype(np.uint8)
-        where = np.repeat(["north", "south", "east", "west"], 60)
+        labels = np.arange(IMAGES) % 2
+        images = rng.normal(100, 30, (IMAGES, 28, 28)).clip(0, 255).astype(np.uint8)
+        where = np.repeat(["north", "south", "east", "west"], IMAGES // 4)
         np.savez(folder / "images.npz", images=images, labels=labels, site=where)
         with cluster.connected("local", 2):
             for time_ in range(times):

@@ -91,8 +91,9 @@ WORKS = {
     "cnn": Work(8, 300, (1, 28, 28), 3, _cnn),
     "cohort": Work(1000, 40, (1, 28, 28), 6, partial(_cnn, 8), asked=50),
     "large": Work(4, 16, (1, 28, 28), 6, _large),
+    "large-long": Work(4, 16, (1, 28, 28), 30, _large),
 }
-"""Many small sites; a small CNN; 50 of 1,000 sites, a smaller CNN; 11.2 million parameters and about one step a site, so that copies are all that shows."""
+"""Many small sites; a small CNN; 50 of 1,000 sites, a smaller CNN; 11.2 million parameters and about one step a site, so that copies are all that shows; the same for 30 rounds, so that memory that is touched for the first time counts less."""
 
 Orders = Mapping[tuple[str, int], Tensor]
 

@@ -6,7 +6,6 @@ this process writes the journal, which is one hash chain. If a worker or its mac
 another from its checkpoint.
 """
 
-import asyncio
 import json
 import socket
 import time
@@ -20,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from polyclinic.engines.ray.cluster import ClusterError, installation, ray, require_same_installation, slots
+from polyclinic.engines.ray.mailbox import Mailbox, Outbox
 from polyclinic.errors import PolyclinicError
 from polyclinic.studies.run.events import Event, Job
 from polyclinic.studies.run.executors import DEATHS, Ended, Work, ended, event_of
@@ -32,35 +32,6 @@ SHARED = "machines"
 
 Make: TypeAlias = Callable[[str], tuple[Work, dict[str, Job]]]
 """Builds, from the recipe, the function that executes a method run, and all method runs by name."""
-
-
-class Mailbox:
-    """Messages from the workers to the process of the run: an actor of Ray."""
-
-    def __init__(self) -> None:
-        self._messages: asyncio.Queue[str] = asyncio.Queue()
-        self._answers: dict[int, asyncio.Future[int]] = {}
-        self._asked = 0
-
-    async def tell(self, message: str) -> None:
-        """Leave a message."""
-        await self._messages.put(message)
-
-    async def ask(self, message: str) -> int:
-        """Leave a message, and wait for the answer."""
-        self._asked += 1
-        answer = self._answers[self._asked] = asyncio.get_running_loop().create_future()
-        await self._messages.put(json.dumps({"ask": self._asked, **json.loads(message)}))
-        value: int = await answer
-        return value
-
-    async def take(self) -> list[str]:
-        """Wait for messages, and take all of them."""
-        return [await self._messages.get(), *(self._messages.get_nowait() for _ in range(self._messages.qsize()))]
-
-    async def answer(self, number: int, value: int) -> None:
-        """Answer the question ``number``."""
-        self._answers.pop(number).set_result(value)
 
 
 class Runner:
@@ -95,19 +66,20 @@ class Runner:
         Args:
             attempt: A number that no other execution has; it accompanies each event.
         """
-        package, job, events = ray(), self._jobs[name], 0
+        job, events, outbox = self._jobs[name], 0, Outbox(ray(), self._mailbox)
 
         def note(event: str, details: dict[str, Any]) -> int:
-            return int(package.get(self._mailbox.ask.remote(json.dumps({"note": [event, details]}))))
+            return outbox.ask(json.dumps({"note": [event, details]}))
 
         assert self._work is not None
         end = Ended(job, "done")
         try:
             for event in self._work(job, note):
-                package.get(self._mailbox.tell.remote(json.dumps({"attempt": attempt, "event": asdict(event)})))
+                outbox.tell(json.dumps({"attempt": attempt, "event": asdict(event)}))
                 events += 1
         except Exception as error:
             end = ended(job, error)
+        outbox.flush()
         return json.dumps([end.outcome, end.text, events])
 
 

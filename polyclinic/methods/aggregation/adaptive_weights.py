@@ -17,7 +17,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -61,6 +61,8 @@ class AdaptiveWeights(Method[State]):
     local: LocalTraining = LocalTraining()
     lam: float = 10.0
     beta: float = 1.5
+
+    capabilities = Capabilities(uniform=False)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})

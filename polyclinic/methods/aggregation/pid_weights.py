@@ -20,7 +20,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -63,6 +63,8 @@ class PIDWeights(Method[State]):
     gamma: float = 0.1
     ratio: bool = False
     since_first: bool = False
+
+    capabilities = Capabilities(uniform=False)
 
     def __post_init__(self) -> None:
         if min(self.alpha, self.beta, self.gamma) < 0 or not self.alpha:

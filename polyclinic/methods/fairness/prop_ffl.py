@@ -17,7 +17,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Capabilities, Job, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -60,9 +60,7 @@ class PropFFL(SizeWeighted[State]):
         if not self.margin > 1:
             raise ConfigError(f"margin must be above 1, so that no site's loss reaches the bound, not {self.margin}")
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Capabilities, Job, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -77,9 +77,7 @@ class FedCorr(SizeWeighted[State]):
         if min(self.first, self.second) < 0 or self.first + self.second > 1:
             raise ConfigError("fedcorr: first and second are shares of the rounds and add up to at most 1")
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     @property
     def ends(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -51,6 +51,8 @@ class Cyclic(Method[State]):
     local: LocalTraining = LocalTraining()
     order: tuple[str, ...] = ()
     shuffle: bool = False
+
+    capabilities = Capabilities(recipients=1)
 
     def __post_init__(self) -> None:
         if self.order and sorted(self.order) != sorted(self.sites):

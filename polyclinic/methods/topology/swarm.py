@@ -16,7 +16,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean, merge
-from polyclinic.core.method import Capabilities, Job, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -56,9 +56,7 @@ class Swarm(SizeWeighted[State]):
     deputies: int = 1
     uniform: bool = False
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, (), ())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply
+from polyclinic.core.aggregates import PerSite, PerSiteUniform, Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -103,7 +103,8 @@ class FLoRA(SizeWeighted[State]):
         for layer, (down, up) in factors(end).items():
             own |= {layer + DOWN: down[:rank].clone(), layer + UP: up[:, :rank].clone()}
         change = tree.select(tree.sub(end, start), lambda name: name not in layers)
-        return reply_of(site.name, change, own, self.site_weight(site)), memory
+        kind = PerSite if self.ranks else PerSiteUniform
+        return reply_of(site.name, change, own, self.site_weight(site), kind), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         sent = reply.gather("factors")

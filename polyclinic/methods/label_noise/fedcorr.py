@@ -152,7 +152,7 @@ class FedCorr(SizeWeighted[State]):
             found = reply.gather("level") if state.round < early and reply.parts else {}
             levels = {**state.levels, **{site: float(leaves["share"]) for site, leaves in found.items()}}
             return state._replace(round=state.round + (state.round < early), levels=levels, correcting=False)
-        state = state._replace(params=reply.mean("update").apply_to(state.params))
+        state = state._replace(params=reply.applied("update", state.params))
         if state.round >= early:
             again = state.round + 1 == late and bool(state.noisy)
             return state._replace(round=state.round + 1, correcting=again)

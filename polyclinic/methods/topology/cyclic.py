@@ -74,7 +74,7 @@ class Cyclic(Method[State]):
         return Reply({"update": WeightedMean.of(tree.sub(end, start))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        params = reply.mean("update").apply_to(state.params) if reply.parts else state.params
+        params = reply.applied("update", state.params)
         if state.at + 1 < len(state.order):
             return state._replace(params=params, at=state.at + 1)
         order = state.order

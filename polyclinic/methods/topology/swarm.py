@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean, merge
+from polyclinic.core.aggregates import WEIGHT, PerSiteUniform, Reply, WeightedMean, merge
 from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
@@ -80,7 +80,7 @@ class Swarm(SizeWeighted[State]):
         if request.job == "train":
             change = self.local.change(self.task, start, site, request.round)
             weight = torch.tensor(self.site_weight(site), dtype=torch.float64)
-            return Reply({"change": PerSiteUniform({site.name: {**change, "/weight": weight}})}), memory
+            return Reply({"change": PerSiteUniform({site.name: {**change, WEIGHT: weight}})}), memory
         sent = {name: t for name, t in sorted(request.trees.items()) if name.startswith("from/")}
         replies = merge(Reply({"update": _weighed(change)}) for change in sent.values())
         merged = replies.mean("update").apply_to(start)
@@ -102,4 +102,4 @@ class Swarm(SizeWeighted[State]):
 
 
 def _weighed(change: Tree) -> WeightedMean:
-    return WeightedMean.of(tree.select(change, lambda name: name != "/weight"), float(change["/weight"]))
+    return WeightedMean.of(tree.select(change, lambda name: name != WEIGHT), float(change[WEIGHT]))

@@ -36,6 +36,7 @@ from polyclinic.learning.weights.matching import StartWeights
 from polyclinic.methods.base.kept_optimizer import OWN_OPTIMIZERS, KeptOptimizer
 from polyclinic.methods.catalog import Way
 from polyclinic.methods.registry import Setting, build, entry
+from polyclinic.methods.tensor_types import precision_problem
 
 TASKS: Mapping[str, type[Task]] = {
     task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression, Survival, Reconstruction)
@@ -109,6 +110,8 @@ class Plan:
                 f"{self.method} takes the network's outputs for classes that exclude each other: leave task.regions "
                 "out, or choose another method"
             )
+        if problem := precision_problem(self.method, task):
+            raise ConfigError(problem)
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
         if isinstance(local, OwnTraining) and self.method not in own_training.METHODS:
             raise ConfigError(

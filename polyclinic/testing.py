@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from polyclinic.core import serialization as states
-from polyclinic.core.aggregates import Reply, merge
+from polyclinic.core.aggregates import PerSite, Reply, merge
 from polyclinic.core.method import Method, Request
 from polyclinic.core.pipeline import Transform, send_through
 from polyclinic.core.rounds import Federation, train
@@ -129,6 +129,11 @@ def _check_site(method: Method[Any], request: Request, memory: Trees, site: Site
     if first.reply is None:
         raise Broken(f"site_update raises nothing on good data, but it raised: {first.lost}")
     _promise(equal(given, (request, memory)), "site_update changes none of its arguments")
+    apart = [part for part, stat in first.reply.parts.items() if isinstance(stat, PerSite)]
+    _promise(
+        not apart or method.capabilities.needs_each_reply,
+        f"capabilities declares needs_each_reply if a reply has parts that stay separate by site: {apart}",
+    )
     same_ask, same_memory = portable_copy((request, memory))
     torch.randn(7)  # the global dice have moved on, which must not matter
     again = work(copy.deepcopy(method), same_ask, same_memory, site)

@@ -12,7 +12,7 @@ import torch
 
 from polyclinic.attacks.adversaries import Attack, Known
 from polyclinic.core import tree
-from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Stat, WeightedMean
+from polyclinic.core.aggregates import WEIGHT, ElementwiseMean, PerSite, Reply, Stat, WeightedMean
 from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.pipeline import transforms_of
 from polyclinic.core.serialization import savable
@@ -141,7 +141,9 @@ def _values(reply: Reply) -> Tree:
         if isinstance(stat, WeightedMean) and not stat.weight:
             continue
         leaves = next(iter(stat.items.values())) if isinstance(stat, PerSite) else stat.value
-        values |= {f"{part}/{n}": x for n, x in leaves.items() if x.is_floating_point() and not n.endswith("/")}
+        values |= {
+            f"{part}/{n}": x for n, x in leaves.items() if x.is_floating_point() and not n.endswith(("/", WEIGHT))
+        }
     return values
 
 

@@ -15,6 +15,24 @@ from typing import Self, TypeAlias, TypeVar
 from polyclinic.core import tree
 from polyclinic.core.serialization import savable
 from polyclinic.core.tree import Tree
+from polyclinic.errors import RunError
+
+WEIGHT = "/weight"
+"""The leaf of a site's contribution to a ``PerSite`` that states its weight, if it does: one number of at least 0."""
+
+
+class Weightless(RunError, ZeroDivisionError):
+    """No site has a weight above 0, so that no mean of the sites is defined."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the mean is undefined: its weights sum to 0. The weight of a site is usually its number of training "
+            "examples: at least one site needs some"
+        )
+
+    def __reduce__(self) -> tuple[type["Weightless"], tuple[()]]:
+        """Rebuild without arguments, since worker processes send errors to their parent."""
+        return type(self), ()
 
 
 @savable("core.WeightedMean", 1)
@@ -53,7 +71,7 @@ class WeightedMean:
     @property
     def _share(self) -> float:
         if self.weight == 0:
-            raise ZeroDivisionError("the mean is undefined: its weights sum to 0")
+            raise Weightless
         return 1.0 / self.weight
 
     @property
@@ -119,6 +137,10 @@ class PerSite:
         """The tensors that are transmitted."""
         return tuple(self.items.values())
 
+    def stated_weights(self) -> dict[str, float]:
+        """Return the weight of each site that states one."""
+        return {site: float(leaves[WEIGHT]) for site, leaves in self.items.items() if WEIGHT in leaves}
+
     def __add__(self, other: Self) -> Self:
         if twice := self.items.keys() & other.items.keys():
             raise ValueError(f"two contributions from the same site: {sorted(twice)}")
@@ -126,6 +148,17 @@ class PerSite:
 
     def __mul__(self, by: float) -> Self:
         return self
+
+
+def require_weight(weights: dict[str, float]) -> dict[str, float]:
+    """Return the ``weights`` of sites.
+
+    Raises:
+        Weightless: If none is above 0.
+    """
+    if not any(weight > 0 for weight in weights.values()):
+        raise Weightless
+    return weights
 
 
 @savable("core.PerSiteUniform", 1)

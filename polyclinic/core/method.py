@@ -54,6 +54,7 @@ class Capabilities:
     Attributes:
         needs_each_reply: Whether the server needs the reply of each site, so that their sum does not suffice.
         uniform: Whether all sites have equal weight.
+        recipients: The fewest sites that a request goes to, if the method chooses them; None if it goes to all.
         discount: The weight of a reply by its age, in steps of the server; None if age does not matter.
         minibatches: The number of minibatches that a round takes of a site's training data, for jobs that are requested
             once per minibatch.
@@ -61,8 +62,20 @@ class Capabilities:
 
     needs_each_reply: bool = False
     uniform: bool = True
+    recipients: int | None = None
     discount: Callable[[int], float] | None = None
     minibatches: Callable[[Any], int] | None = None
+
+
+def together(first: Capabilities, second: Capabilities) -> Capabilities:
+    """Return what a method declares that runs one method before another; all that is not listed is of ``second``."""
+    counts = [one.recipients for one in (first, second) if one.recipients is not None]
+    return replace(
+        second,
+        needs_each_reply=first.needs_each_reply or second.needs_each_reply,
+        uniform=first.uniform and second.uniform,
+        recipients=min(counts, default=None),
+    )
 
 
 class Method(ABC, Generic[State]):

@@ -18,12 +18,15 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean, merge
-from polyclinic.core.method import Method, MethodWrapper, Request, layers
+from polyclinic.core.method import Capabilities, Method, MethodWrapper, Request, layers
 from polyclinic.core.reply_packing import above, below, escaped, join, scaled, split
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
+
+SUMMED = 3
+"""The fewest sites whose replies a secure sum adds."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,10 @@ class SentState(NamedTuple):
         return params
 
 
+class UnsuitableTransforms(ConfigError):
+    """Transforms that do not go together, or not with the method. The message lists every reason."""
+
+
 @dataclass(frozen=True)
 class UplinkPipeline(MethodWrapper[SentState]):
     """A method whose replies reach the server only through ``transforms``.
@@ -128,12 +135,18 @@ class UplinkPipeline(MethodWrapper[SentState]):
 
     def __post_init__(self) -> None:
         if problems := list(_problems(self.inner, self.transforms)):
-            raise ConfigError("; ".join(problems))
+            raise UnsuitableTransforms("; ".join(problems))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Those of the method. The server needs each reply to decode it, if one of the transforms is not additive."""
+        inner = self.inner.capabilities
+        return replace(inner, needs_each_reply=inner.needs_each_reply or self.cut < len(self.transforms))
 
     @property
     def cut(self) -> int:
         """Number of transforms, from the left, that can be decoded on a sum."""
-        return next((i for i, t in enumerate(self.transforms) if not t.additive), len(self.transforms))
+        return _cut(self.transforms)
 
     def init(self, params: Tree) -> SentState:
         """Return the initial states of the method and of each transform."""
@@ -255,18 +268,9 @@ class UplinkPipeline(MethodWrapper[SentState]):
         return replace(request, trees={k.removeprefix("~"): t for k, t in trees.items()})
 
     def _check(self, reply: Reply) -> None:
-        if not any(isinstance(stat, PerSite) for stat in reply.parts.values()):
-            return
-        if any(t.secure for t in self.transforms):
-            raise ConfigError(
-                "this method needs each site's reply, and secure summation reveals only sums: remove one of them"
-            )
-        for t in self.transforms[: self.cut]:
-            if type(t).decode is not Transform.decode:
-                raise ConfigError(
-                    f"{type(t).__name__} is decoded on a sum, and this method needs each site's reply: "
-                    "remove one of them"
-                )
+        separate = any(isinstance(stat, PerSite) for stat in reply.parts.values())
+        if separate and (problems := list(_sums_alone(self.transforms))):
+            raise UnsuitableTransforms("; ".join(problems))
 
 
 def send_through(inner: Method[Any], *transforms: Transform) -> UplinkPipeline:
@@ -298,17 +302,43 @@ def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator
             f"remove {packing[0]}, or use TopK or PowerSGD with shared=True"
         )
     (*_, innermost) = layers(inner)
-    if secure and inner.capabilities.needs_each_reply:
-        yield f"{type(inner).__name__} needs each site's reply, and {secure[0]} reveals only sums: remove one of them"
-    if uniform and not inner.capabilities.uniform:
+    declared = inner.capabilities
+    if declared.needs_each_reply:
+        yield from _sums_alone(transforms)
+    elif secure and declared.recipients is not None and declared.recipients < SUMMED:
         yield (
-            f"{uniform[0]} needs equal site weights, because the number of examples of a site is private: "
-            f"set uniform = true, or write {type(innermost).__name__}(..., uniform=True)"
+            f"some requests of this method go to {declared.recipients} of the sites, and {secure[0]} sums the replies "
+            f"of at least {SUMMED}: remove {secure[0]} from the uplink, or choose another method"
         )
+    if uniform and not declared.uniform:
+        remedy = f"remove {uniform[0]} from the uplink, or choose another method"
+        if getattr(innermost, "uniform", True) is False:
+            remedy = f"set uniform = true, or write {type(innermost).__name__}(..., uniform=True)"
+        yield f"{uniform[0]} needs equal site weights, because the number of examples of a site is private: {remedy}"
     for i, t in enumerate(transforms):
         yield from t.validate(transforms[:i], transforms[i + 1 :])
         if t.private and (late := [type(b).__name__ for b in transforms[:i] if not b.additive]):
             yield f"{names[i]} must come before {late[0]}: it protects the values, not their encoding"
+
+
+def _cut(transforms: tuple[Transform, ...]) -> int:
+    """Return the number of transforms, from the left, that can be decoded on a sum."""
+    return next((i for i, t in enumerate(transforms) if not t.additive), len(transforms))
+
+
+def _sums_alone(transforms: tuple[Transform, ...]) -> Iterator[str]:
+    """Yield why replies that stay separate by site cannot pass ``transforms``."""
+    for i, t in enumerate(transforms):
+        name, why = type(t).__name__, ""
+        if t.secure:
+            why = "reveals only sums to the server"
+        elif i < _cut(transforms) and type(t).decode is not Transform.decode:
+            why = "is decoded on a sum"
+        if why:
+            yield (
+                f"this method needs each site's reply, and {name} {why}: remove {name} from the uplink, or choose a "
+                "method that needs sums alone"
+            )
 
 
 def _without(key: str, trees: Trees) -> dict[str, Tree]:

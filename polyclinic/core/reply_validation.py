@@ -10,7 +10,17 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import ElementwiseMean, Form, PerSite, Reply, RunningSum, Stat, WeightedMean, merge
+from polyclinic.core.aggregates import (
+    WEIGHT,
+    ElementwiseMean,
+    Form,
+    PerSite,
+    Reply,
+    RunningSum,
+    Stat,
+    WeightedMean,
+    merge,
+)
 from polyclinic.core.method import Request
 from polyclinic.core.tree import Tree
 
@@ -123,6 +133,9 @@ class ReplyValidator:
                 sizes[part] = Size(stat.weight, size)
             elif isinstance(stat, ElementwiseMean):
                 sizes[part] = Size(_mean_weight(stat), math.nan)
+            elif isinstance(stat, PerSite):
+                for weight in stat.stated_weights().values():  # one, or none
+                    sizes |= {part: Size(weight, math.nan)} if weight > 0 else {}
         return sizes
 
     def _compared(self, site: str, everyone: Mapping[str, Figures]) -> str | None:
@@ -157,6 +170,10 @@ class ReplyValidator:
         match stat:
             case PerSite(items) if list(items) != [site]:
                 return f"contains values of {sorted(items)}, not of {site} alone"
+            case PerSite(items) if WEIGHT in items[site]:
+                if items[site][WEIGHT].numel() != 1:
+                    return f"the weight is a tensor of {items[site][WEIGHT].numel()} numbers, not one number"
+                return self._weight(float(items[site][WEIGHT]))
             case ElementwiseMean(total, weight) if total.keys() != weight.keys() or any(
                 total[name].shape != weight[name].shape for name in total
             ):
@@ -164,12 +181,20 @@ class ReplyValidator:
             case ElementwiseMean(_, weight) if any(bool((leaf < 0).any()) for leaf in weight.values()):
                 return "a weight is negative"
             case WeightedMean(total, weight):
-                if not math.isfinite(weight) or weight < 0:
-                    return f"weight {weight} is not a finite number of at least 0"
-                if self.max_weight is not None and weight > self.max_weight:
-                    return f"weight {weight:g} exceeds max_weight = {self.max_weight:g}"
+                if reason := self._weight(weight):
+                    return reason
+                if not weight and any(bool(leaf.any()) for leaf in total.values()):
+                    return "the weight is 0, and the values are not"
                 if self.max_norm is not None and weight and (norm := tree.norm(total) / weight) > self.max_norm:
                     return f"norm {norm:.3g} exceeds max_norm = {self.max_norm:g}"
+        return None
+
+    def _weight(self, weight: float) -> str | None:
+        """Return why a reply with this weight must not be merged, or None."""
+        if not math.isfinite(weight) or weight < 0:
+            return f"weight {weight} is not a finite number of at least 0"
+        if self.max_weight is not None and weight > self.max_weight:
+            return f"weight {weight:g} exceeds max_weight = {self.max_weight:g}"
         return None
 
 

@@ -14,7 +14,7 @@ from polyclinic.compression.downlink import received_through
 from polyclinic.compression.transform_table import build as build_transform
 from polyclinic.compression.transform_table import entry as transform_entry
 from polyclinic.core.method import Method
-from polyclinic.core.pipeline import send_through
+from polyclinic.core.pipeline import SUMMED, Transform, UnsuitableTransforms, send_through
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.adapters import LowRank
 from polyclinic.learning.networks.fine_tuning import ALL, FineTuned
@@ -36,6 +36,7 @@ from polyclinic.learning.weights.matching import StartWeights
 from polyclinic.methods.base.kept_optimizer import OWN_OPTIMIZERS, KeptOptimizer
 from polyclinic.methods.catalog import Way
 from polyclinic.methods.registry import Setting, build, entry
+from polyclinic.methods.tensor_types import precision_problem
 
 TASKS: Mapping[str, type[Task]] = {
     task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression, Survival, Reconstruction)
@@ -109,6 +110,8 @@ class Plan:
                 f"{self.method} takes the network's outputs for classes that exclude each other: leave task.regions "
                 "out, or choose another method"
             )
+        if problem := precision_problem(self.method, task):
+            raise ConfigError(problem)
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
         if isinstance(local, OwnTraining) and self.method not in own_training.METHODS:
             raise ConfigError(
@@ -124,9 +127,25 @@ class Plan:
             inner = KeptOptimizer(inner)
         if self.uplink:
             inner = send_through(inner, *(build_transform(item) for item in self.uplink))
+            self._require_summands(inner.transforms)
         if self.downlink:
             inner = received_through(inner, task.first(0), *(build_transform(item) for item in self.downlink))
         return Evaluated(inner, task)
+
+    def _require_summands(self, transforms: tuple[Transform, ...]) -> None:
+        """Require that as many sites train as a secure sum adds.
+
+        Raises:
+            UnsuitableTransforms: If there are fewer.
+        """
+        for t in transforms:
+            least = max(SUMMED, getattr(t, "threshold", None) or 0)
+            if t.secure and len(self.sites) < least:
+                name = type(t).__name__
+                raise UnsuitableTransforms(
+                    f"{name} sums the replies of at least {least} sites, and {len(self.sites)} "
+                    f"{'trains' if len(self.sites) == 1 else 'train'}: remove {name} from the uplink, or add sites"
+                )
 
     def to_json(self) -> str:
         """Return the plan as canonical JSON."""

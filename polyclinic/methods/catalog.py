@@ -42,6 +42,8 @@ class Entry:
         private: The ways in which everything that leaves is covered by an ε: "dp-sgd" if sites train with it,
             "gaussian" if replies pass a clip and noise (or the sparse vector technique).
             ``tests/attacks/test_release_audit.py`` verifies this for every method by the release audit.
+        secure_sums: Whether its replies can be summed securely, with the default options: the server needs sums alone,
+            and each is over several sites. ``tests/laws/test_sums_alone.py`` verifies this for every method.
         exposes: What DP-SGD does not cover, or why it cannot be used; empty if it covers everything.
         network: The network that it is for; any if empty.
         exclusive: Whether it takes the outputs of a segmentation for classes that exclude each other, so that it cannot
@@ -66,6 +68,7 @@ class Entry:
     fidelity: str = UNCHECKED
     uplink: tuple[str, ...] = ()
     private: tuple[Way, ...] = ()
+    secure_sums: bool = True
     exposes: str = ""
     network: str = ""
     exclusive: bool = False
@@ -113,6 +116,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unseen=NOTHING,
             private=("dp-sgd",),
+            secure_sums=False,
         ),
         Entry(
             "pooled",
@@ -124,6 +128,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             pooled=True,
             private=("dp-sgd",),
             fixed={"lr": 1.0, "uniform": False},
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -412,6 +417,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             SEEN,
             private=("dp-sgd",),
             unseen="the model of the largest cluster",
+            secure_sums=False,
             fidelity="departs: divides clusters by complete linkage, as official code does, instead of by the least cosine across",
         ),
         Entry(
@@ -421,6 +427,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Liu et al. 2021 (CVPR)",
             "low-frequency amplitude spectra of some images, once, separate by site and shown to the other sites; then the change of the model",
             exposes="it sends amplitude spectra of single images",
+            secure_sums=False,
             fidelity="departs: the window is a share of the spectrum; the boundary contrast compares rims alone",
         ),
         Entry(
@@ -431,6 +438,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the global model and of the selector, and its moments; the personal model, separate by site",
             exposes="it sends a selector that was trained without privacy",
             unseen="for each image the model that the selector chooses",
+            secure_sums=False,
             fidelity="departs: a small selector instead of VGG-11; it and its moments of Adam are averaged with equal weights",
         ),
         Entry(
@@ -443,6 +451,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("dp-sgd",),
             unseen="a mixture of all models, adapted to its images",
+            secure_sums=False,
             fidelity="departs: routing weights have sum 1; no rotations; predictions after the last pass",
             exclusive=True,
         ),
@@ -489,6 +498,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("segmentation",),
             stateful=True,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity="departs: the second head is trained in every round; a softmax over classes instead of sigmoids",
             exclusive=True,
         ),
@@ -649,6 +659,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model, which the server sees site by site, and, once, the loss of each class",
             tasks=("classification",),
             exposes="it sends exact losses by class",
+            secure_sums=False,
             fidelity="departs: the mixture starts from one division of the sites instead of nine random ones",
         ),
         Entry(
@@ -660,6 +671,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification",),
             stateful=True,
             exposes="it sends exact numbers that follow from predictions for all training patients",
+            secure_sums=False,
             fidelity="departs: mixtures start from one division; all sites of a round train from the same model",
         ),
         Entry(
@@ -670,6 +682,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model, which the server sees site by site, and, once, losses at the edges of masks",
             tasks=("segmentation",),
             exposes="it sends exact losses at the edges of masks",
+            secure_sums=False,
             fidelity="departs: the mixture starts from one division; the weight of quality grows by layers instead of blocks",
             exclusive=True,
         ),
@@ -722,6 +735,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Bai et al. 2024 (NeurIPS)",
             "the change of the head; the adapters, which the server sees site by site",
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity="departs: all sites have the same rank; both factors get the square roots of the singular values",
         ),
         Entry(
@@ -731,6 +745,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Wang et al. 2024 (NeurIPS)",
             "the change of the head; the adapters, which the server sees site by site",
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=EXACT,
         ),
     ),
@@ -743,6 +758,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model; noisy features of some examples, and a discriminator, each separate by site",
             stateful=True,
             exposes=OWN_STEPS,
+            secure_sums=False,
             fidelity="departs: sites exchange features and discriminators once per round instead of training in lockstep",
         ),
         Entry(
@@ -761,6 +777,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Dinsdale et al. 2022",
             "the change of the model and of a domain classifier; mean and deviation of features, separate by site",
             exposes=OWN_STEPS,
+            secure_sums=False,
             fidelity="departs: no Gaussians in the first round, where the published code has zeros; as many features of others as of its own",
         ),
         Entry(
@@ -771,6 +788,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model; from the target, latent features of some examples, separate by site",
             stateful=True,
             exposes="it takes individual training steps, and sends latent features of single examples",
+            secure_sums=False,
             fidelity="departs: features are averaged over space before the discriminator",
         ),
     ),
@@ -814,6 +832,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the variation of the site's images and, from one site, generated images, separate by site; then the change of the model",
             stateful=True,
             exposes="it sends the exact variation of the images, and generated images",
+            secure_sums=False,
             fidelity=ABSTRACT,
             stacks=True,
         ),
@@ -845,6 +864,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes="it sends exact statistics of the images",
             unseen="the global model, with statistics of its own images",
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -863,6 +883,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Huang and Belongie 2017 (ICCV)",
             "mean and deviation of some images, once, separate by site and shown to the other sites; then the change of the model",
             exposes="it sends exact statistics of single images",
+            secure_sums=False,
             fidelity="departs: applied to images instead of features of a trained network",
         ),
         Entry(
@@ -872,6 +893,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Yang and Soatto 2020 (CVPR)",
             "low-frequency amplitudes of some images, once, separate by site and shown to the other sites; then the change of the model",
             exposes="it sends exact amplitudes of single images",
+            secure_sums=False,
             fidelity="departs: on images with unequal sides, the window is as large a share of the longer axis",
         ),
         Entry(
@@ -895,6 +917,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unlabeled=True,
             exposes=OWN_EXAMPLES,
+            secure_sums=False,
             fidelity=ABSTRACT,
         ),
         Entry(
@@ -916,6 +939,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unlabeled=True,
             exposes=OWN_EXAMPLES,
+            secure_sums=False,
             fidelity=ABSTRACT,
         ),
     ),
@@ -979,6 +1003,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification", "segmentation"),
             unlabeled=True,
             exposes=NOT_BY_EXAMPLE,
+            secure_sums=False,
             fidelity="departs: descriptors without accuracy on images of the server; pseudo-labels averaged over all images",
             exclusive=True,
         ),
@@ -1082,6 +1107,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Lin et al. 2020",
             "the model, which the server sees site by site",
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity="departs: distills for a fixed number of epochs instead of selecting by validation",
             exclusive=True,
         ),
@@ -1115,6 +1141,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification",),
             stateful=True,
             exposes="it sends a generator that was trained without privacy, and class counts",
+            secure_sums=False,
             fidelity=ABSTRACT,
         ),
         Entry(
@@ -1145,6 +1172,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Stripelis et al. 2022",
             "the change of the model, and the seconds of an epoch",
             exposes="it sends the duration of an epoch, without noise",
+            secure_sums=False,
         ),
         Entry(
             "partial-work",
@@ -1182,6 +1210,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Yeganeh et al. 2020",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1194,6 +1223,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes="scores on all training patients select the loss",
             unseen=NOTHING,
+            secure_sums=False,
             fidelity="departs: the direction of distillation is decided once per round",
         ),
         Entry(
@@ -1205,6 +1235,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("dp-sgd",),
             unseen=NOTHING,
+            secure_sums=False,
             fidelity="departs: the low-frequency window is symmetric",
         ),
         Entry(
@@ -1214,6 +1245,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Xia et al. 2021",
             "the change of the model, which the server sees site by site, and gradients",
             exposes="it sends exact gradients of the validation loss",
+            secure_sums=False,
             fidelity="departs: gradients are computed at the server, with batch statistics in place of running ones",
         ),
         Entry(
@@ -1232,6 +1264,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Jiang et al. 2023 (CVPR)",
             "the change of the model, which the server sees site by site, and the training loss",
             exposes=EXACT_LOSS,
+            secure_sums=False,
             fidelity="departs: the error of the model without a site is a loss on training data",
         ),
         Entry(
@@ -1258,6 +1291,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "whether training improved the model and, if so, the change of the model",
             stateful=True,
             exposes="whether a site sends its model depends on its validation loss",
+            secure_sums=False,
             fidelity="departs: decides by the validation loss instead of accuracy",
         ),
         Entry(
@@ -1301,6 +1335,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Shi et al. 2025 (CVPR)",
             "the change of the model, which the server sees site by site, and the number of examples",
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1310,6 +1345,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Shi et al. 2025 (ICLR)",
             "the change of the model, which the server sees site by site, and the number of examples",
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity="departs: a layer is a module; running statistics are not shrunk",
         ),
     ),
@@ -1330,6 +1366,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Mohri et al. 2019",
             "the change of the model, and the training loss",
             exposes=EXACT_LOSS,
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1339,6 +1376,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Hosseini et al. 2023",
             "the change of the model, the training loss and the number of examples",
             exposes=EXACT_LOSS,
+            secure_sums=False,
             fidelity=ABSTRACT,
         ),
         Entry(
@@ -1348,6 +1386,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Fan et al., in Guan et al. 2024",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=ABSTRACT,
         ),
         Entry(
@@ -1368,6 +1407,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model, which the server sees site by site, and a difference of validation losses",
             stateful=True,
             exposes="it sends exact differences of the validation loss",
+            secure_sums=False,
             fidelity="departs: the gap is sent with the next update; the step is divided by the number of sites instead of 3",
         ),
         Entry(
@@ -1377,6 +1417,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Wu et al. 2024 (IJCAI)",
             "the change of the model, which the server sees site by site, and the sharpness of the training loss",
             exposes="it sends the exact sharpness of the training loss",
+            secure_sums=False,
             fidelity="departs: the loss is the study's instead of a balanced softmax",
         ),
     ),
@@ -1388,6 +1429,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Iglewicz and Hoaglin 1993",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
         ),
         Entry(
             "krum",
@@ -1396,6 +1438,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Blanchard et al. 2017",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1405,6 +1448,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Blanchard et al. 2017",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1414,6 +1458,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "El Mhamdi et al. 2018",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1423,6 +1468,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Yin et al. 2018",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1432,6 +1478,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Yin et al. 2018",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1441,6 +1488,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Pillutla et al. 2022",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1450,6 +1498,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Karimireddy et al. 2021",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity="departs: sites send updates instead of momentum",
         ),
         Entry(
@@ -1460,6 +1509,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             SEEN,
             private=("dp-sgd",),
             defaults={"root": ""},
+            secure_sums=False,
         ),
         Entry(
             "dos",
@@ -1468,6 +1518,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Alkhunaizi et al. 2022",
             SEEN,
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity="departs: compares updates instead of models",
         ),
     ),
@@ -1479,6 +1530,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Warnat-Herresthal et al. 2021",
             "the change of the model, which the elected site sees site by site",
             exposes="the elected site sends the merged model without noise of its own",
+            secure_sums=False,
             fidelity="departs: a random generator elects the merging site instead of a blockchain",
         ),
         Entry(
@@ -1489,6 +1541,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the model, which neighbors see",
             stateful=True,
             private=("dp-sgd",),
+            secure_sums=False,
         ),
         Entry(
             "cyclic",
@@ -1497,6 +1550,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Chang et al. 2018",
             "the change of the model, which the next site sees",
             private=BOTH,
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1509,6 +1563,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes=OWN_STEPS,
             fixed={"u_shaped": False},
+            secure_sums=False,
             fidelity=EXACT,
         ),
         Entry(
@@ -1521,6 +1576,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes=OWN_STEPS,
             fixed={"u_shaped": True},
+            secure_sums=False,
             fidelity=EXACT,
         ),
     ),
@@ -1544,6 +1600,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unseen=NOTHING,
             exposes="it sends exact counts of shared images",
+            secure_sums=False,
             fidelity=EXACT,
         ),
     ),
@@ -1555,6 +1612,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Tian et al. 2024",
             "the change of the model and its statistics, once, which the server sees site by site",
             private=("dp-sgd",),
+            secure_sums=False,
             fidelity=ABSTRACT,
         ),
         Entry(

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from polyclinic.methods.catalog import METHODS, Entry, canonical, family_of
+from polyclinic.methods.catalog import METHODS, NOTHING, Entry, canonical, family_of
 from polyclinic.methods.method_source import source_of
 
 USUAL = {
@@ -44,6 +44,7 @@ class Page:
         ways = " and ".join(covered[way] for way in e.private)
         why = f"Not with private training: {e.exposes}." if e.exposes else ""
         lines += [f"**Differential privacy is available with:** {ways or 'nothing'}. {why}".rstrip(), ""]
+        lines += [f"**Secure sums:** {secure_sums(e)}.", ""]
         if e.fixed:
             lines += [f"**Fixed:** {', '.join(f'`{name} = {value!r}`' for name, value in e.fixed.items())}.", ""]
         if e.uplink:
@@ -75,11 +76,19 @@ class Page:
             "summary": e.summary,
             "paper": e.paper,
             "leaves": e.leaves,
+            "secure_sums": secure_sums(e),
             "unseen": e.unseen,
             "fidelity": e.fidelity,
             "about": list(self.about),
             "options": {k: {"default": v, "meaning": m} for k, (v, m) in self.options.items()},
         }
+
+
+def secure_sums(entry: Entry) -> str:
+    """Return whether a method's replies can be summed securely, in words."""
+    if entry.leaves == NOTHING:
+        return "not needed, because nothing leaves a site"
+    return "available" if entry.secure_sums else "not available, because the server sees the replies of single sites"
 
 
 def page(name: str) -> Page:

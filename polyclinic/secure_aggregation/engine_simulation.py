@@ -13,7 +13,10 @@ from polyclinic.secure_aggregation import terms
 
 
 def secured(request: Request | None, asked: Sequence[str], arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
-    """Return ``arrivals`` unchanged if ``request`` is not secure; else one arrival with the sum, and the lost sites."""
+    """Return ``arrivals`` unchanged if ``request`` is not secure; else one arrival with the sum, and the lost sites.
+
+    A reply without parts contains nothing to sum. It arrives as it is.
+    """
     return _secure_sum(request, asked, arrivals) if request is not None and request.secure else arrivals
 
 
@@ -22,12 +25,15 @@ def _secure_sum(request: Request, asked: Sequence[str], arrivals: Iterator[Arriv
     from polyclinic.secure_aggregation.in_memory import secure_merge  # imports a library of cryptography
     from polyclinic.secure_aggregation.session_keys import ProtocolError, least_threshold
 
-    answered: dict[str, Arrival] = {}
+    answered, empty = dict[str, Arrival](), False
     for arrival in arrivals:
-        if arrival.reply is None:
+        if arrival.reply is None or not arrival.reply.parts:
+            empty |= arrival.reply is not None
             yield arrival
         else:
             answered[arrival.site] = arrival
+    if empty and not answered:
+        return
     replies: dict[str, Reply] = {site: a.reply for site, a in sorted(answered.items()) if a.reply is not None}
     wanted = terms(request)
     least = least_threshold(len(replies), wanted.threshold if wanted else None, len(asked))

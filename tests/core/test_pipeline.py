@@ -12,7 +12,14 @@ from polyclinic.core import tree
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, WeightedMean, merge
 from polyclinic.core.execution import execute
 from polyclinic.core.method import Method, MethodWrapper, Request
-from polyclinic.core.pipeline import Packed, SentState, Transform, UplinkPipeline, send_through
+from polyclinic.core.pipeline import (
+    Packed,
+    SentState,
+    Transform,
+    UnsuitableTransforms,
+    UplinkPipeline,
+    send_through,
+)
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -174,9 +181,9 @@ def test_memories_do_not_collide_and_reach_the_model() -> None:
 
 
 def test_pipelines_stand_inside_one_another() -> None:
-    inside = UplinkPipeline(UplinkPipeline(Told(SENDS, WEIGHTS), (Doubled(), Squared())), (Doubled(),))
-    with pytest.raises(ValueError, match="each site's reply"):  # Packed inside, decoded on a sum outside
-        run(inside, 1)
+    inside = UplinkPipeline(Told(SENDS, WEIGHTS), (Doubled(), Squared()))
+    with pytest.raises(UnsuitableTransforms, match="each site's reply, and Doubled is decoded on a sum"):
+        UplinkPipeline(inside, (Doubled(),))  # packed inside, decoded on a sum outside
     nested, _, _ = run(UplinkPipeline(UplinkPipeline(Told(SENDS, WEIGHTS), (Doubled(),)), (Doubled(), Squared())), 3)
     flat, _, _ = run(send_through(Told(SENDS, WEIGHTS), Doubled(), Doubled(), Squared()), 3)
     assert torch.allclose(nested.params["w"], flat.params["w"])
@@ -197,7 +204,7 @@ def test_wrong_combinations_are_refused_at_once_with_every_reason() -> None:
 
 
 def test_a_sum_shows_no_single_site() -> None:
-    with pytest.raises(ValueError, match="secure summation reveals only sums"):
+    with pytest.raises(ValueError, match="needs each site's reply, and OnlySums reveals only sums"):
         run(send_through(Told(SENDS, WEIGHTS, ("mean", "gather")), OnlySums()))
 
 

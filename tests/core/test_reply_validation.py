@@ -104,9 +104,8 @@ def test_a_mean_weighs_a_number_of_0_or_more(weight: float) -> None:
 @pytest.mark.parametrize("gate", [ReplyValidator(), ReplyValidator(max_norm=1.0, max_weight=1.0)])
 def test_a_mean_may_weigh_nothing_or_less_than_one(gate: ReplyValidator) -> None:
     assert refused(Reply({"update": WeightedMean(tensors(0.0), 0.0)}), gate) is None
-    assert refused(Reply({"update": WeightedMean(tensors(9.0), 0.0)}), gate) is None, (
-        "no mean comes of it, so it has no norm"
-    )
+    said = refused(Reply({"update": WeightedMean(tensors(9.0), 0.0)}), gate)
+    assert said == "update: the weight is 0, and the values are not", "they would be added to the sum of all"
     assert refused(Reply({"update": WeightedMean(tensors(0.1), 0.25)}), gate) is None
 
 

@@ -14,7 +14,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Capabilities, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -46,9 +46,7 @@ class FlexLoRA(SizeWeighted[State]):
     local: LocalTraining = LocalTraining()
     uniform: bool = False
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     def init(self, params: Tree) -> State:
         return State(0, params, 0.0)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Capabilities, Request
+from polyclinic.core.aggregates import PerSite, PerSiteUniform, Reply
+from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError, ProtocolError
@@ -78,9 +78,7 @@ class FLoRA(SizeWeighted[State]):
         if wrong := [rank for rank in self.ranks if not 1 <= rank <= most]:
             raise ConfigError(f"flora: ranks must be from 1 to lora.rank = {most}, not {wrong[0]}")
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     @property
     def _adapters(self) -> LowRank:
@@ -105,7 +103,8 @@ class FLoRA(SizeWeighted[State]):
         for layer, (down, up) in factors(end).items():
             own |= {layer + DOWN: down[:rank].clone(), layer + UP: up[:, :rank].clone()}
         change = tree.select(tree.sub(end, start), lambda name: name not in layers)
-        return reply_of(site.name, change, own, self.site_weight(site)), memory
+        kind = PerSite if self.ranks else PerSiteUniform
+        return reply_of(site.name, change, own, self.site_weight(site), kind), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         sent = reply.gather("factors")

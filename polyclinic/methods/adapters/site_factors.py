@@ -5,15 +5,12 @@ from collections.abc import Mapping
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.aggregates import WEIGHT, PerSite, PerSiteUniform, Reply, WeightedMean, require_weight
 from polyclinic.core.tree import Tree
-from polyclinic.errors import ProtocolError
 from polyclinic.learning.networks.adapters import is_factor
 
-WEIGHT = "weight"
 
-
-def reply_of(site: str, change: Tree, factors: Tree, weight: float) -> Reply:
+def reply_of(site: str, change: Tree, factors: Tree, weight: float, kind: type[PerSite] = PerSiteUniform) -> Reply:
     """Return the reply of a site.
 
     Args:
@@ -21,27 +18,20 @@ def reply_of(site: str, change: Tree, factors: Tree, weight: float) -> Reply:
         change: The change of the trained tensors; that of the factors of adapters is left out.
         factors: The factors.
         weight: The site's weight.
+        kind: ``PerSite`` if the factors of sites have different ranks.
     """
     others = tree.select(change, lambda name: not is_factor(name))
     own = {**factors, WEIGHT: torch.tensor(weight, dtype=torch.float64)}
-    return Reply({"update": WeightedMean.of(others, weight), "factors": PerSite({site: own})})
+    return Reply({"update": WeightedMean.of(others, weight), "factors": kind({site: own})})
 
 
 def shares_of(sites: Mapping[str, Tree], uniform: bool) -> dict[str, float]:
-    """Return the share of each site in the mean, in name order.
+    """Return the share of each site in the mean, in name order. A site of weight 0 has none.
 
     Raises:
-        ProtocolError: If a weight is not a positive finite number.
+        Weightless: If no site has a weight above 0.
     """
-    weights = {name: _weight(name, sites[name]) for name in sorted(sites)}
-    if uniform:
-        weights = dict.fromkeys(weights, 1.0)
+    stated = require_weight(PerSite(sites).stated_weights())
+    weights = {name: 1.0 if uniform else stated[name] for name in sorted(sites) if stated.get(name, 0.0) > 0}
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
-
-
-def _weight(site: str, own: Tree) -> float:
-    weight = float(own[WEIGHT]) if WEIGHT in own and own[WEIGHT].numel() == 1 else 0.0
-    if not 0 < weight < float("inf"):
-        raise ProtocolError(f"{site} sent the weight {weight}, which is not a positive finite number")
-    return weight

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
+from polyclinic.core.aggregates import WEIGHT, PerSite, PerSiteUniform, Reply, WeightedMean, require_weight
 from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
@@ -90,7 +90,7 @@ class AutoFedAvg(Method[State]):
             return Reply({"gradient": gradient}), memory
         change = self.local.change(self.task, start, site, request.round)
         size = torch.tensor(float(len(site.data["train"])), dtype=torch.float64)
-        return Reply({"change": PerSiteUniform({site.name: {**change, "/size": size}})}), memory
+        return Reply({"change": PerSiteUniform({site.name: {**change, WEIGHT: size}})}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.left:
@@ -99,8 +99,9 @@ class AutoFedAvg(Method[State]):
                 beta = climbed(state.changes, state.beta, gradient.value, self.rate)
             return self._mixed(state._replace(beta=beta, left=state.left - 1))
         sent = reply.gather("change")
-        beta = {s: state.beta.get(s, float(leaves["/size"].log())) for s, leaves in sent.items()}  # first α = n_k / n
-        changes = {s: tree.select(leaves, lambda name: name != "/size") for s, leaves in sent.items()}
+        require_weight(PerSite(sent).stated_weights())
+        beta = {s: state.beta.get(s, float(leaves[WEIGHT].log())) for s, leaves in sent.items()}  # first α = n_k / n
+        changes = {s: tree.select(leaves, lambda name: name != WEIGHT) for s, leaves in sent.items()}
         left = self.steps if state.round % self.interval == 0 else 0
         return self._mixed(state._replace(start=state.params, changes=changes, beta={**state.beta, **beta}, left=left))
 

@@ -14,7 +14,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Capabilities, Job, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -50,9 +50,7 @@ class DynamicFusion(SizeWeighted[State]):
     margin: float = 0.0
     uniform: bool = False
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     def init(self, params: Tree) -> State:
         return State(0, params, ())

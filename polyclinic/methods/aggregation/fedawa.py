@@ -60,7 +60,7 @@ class FedAWA(VisibleUpdates[State]):
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         changes, sizes = self.received(reply)
-        shares = (sizes / (float(sizes.sum()) or 1.0)).tolist()
+        shares = (sizes / sizes.sum()).tolist()
         known = {site: state.logits.get(site, share) for site, share in zip(changes, shares, strict=True)}
         learned = trained(self.task).__contains__
         moved = {site: tree.select(change, learned) for site, change in changes.items()}

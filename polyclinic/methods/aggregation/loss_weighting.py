@@ -13,7 +13,7 @@ from typing import Literal
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Request
+from polyclinic.core.method import Capabilities, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.tasks.risk import risk
@@ -34,6 +34,8 @@ class LossWeighted(FedAvg):
 
     uniform: bool = True
     form: Literal["exp", "inverse"] = "exp"
+
+    capabilities = Capabilities(uniform=False)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]

@@ -7,42 +7,24 @@ https://arxiv.org/abs/2304.12117; Mächler, Grimberg, Ezhov, Nickel, Shit, Nacca
 Method for Federated Learning", 2024, https://arxiv.org/abs/2411.02152, of which the abstract was available: in place of
 a sum of losses, the decrease since the first round. The loss is that of the site's trained model on its examples.
 
-Each term is divided by a sum over sites. As in ``fedmix-weights``, sites therefore first send numbers, which are
-summed, and then their weighted changes, so that those of a single site remain hidden under secure summation.
-Departures: an increase of the loss counts as no decrease, since a weight cannot be negative; a term whose sum is 0 is
-omitted, as in the first round; FedPIDAvg's choice of sites by a Poisson distribution is left to the sampling of sites.
+Each term is divided by a sum over sites, so that the numbers of a single site remain hidden under secure summation
+(``base.relative_weights``). Departures: an increase of the loss counts as no decrease, since a weight cannot be
+negative; a term whose sum is 0 is omitted, as in the first round; FedPIDAvg's choice of sites by a Poisson distribution
+is left to the sampling of sites.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
-
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
-from polyclinic.core.serialization import savable
-from polyclinic.core.site import Site
-from polyclinic.core.tree import Tree, Trees
+from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.risk import risk
-from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.relative_weights import RelativeWeights, numbers
 
 WINDOW = 6
 
 
-@savable("pid-weights.State", 1)
-class State(NamedTuple):
-    """The model and, between the two requests of a round, the sums over sites."""
-
-    round: int
-    params: Tree
-    sums: Tree
-
-
 @dataclass(frozen=True)
-class PIDWeights(Method[State]):
+class PIDWeights(RelativeWeights):
     """FedAvg with weights ``α s_i / Σ s + β k_i / Σ k + γ m_i / Σ m``.
 
     s is the number of examples, k the decrease of the loss since the last round (a ratio in FedCostWAvg, a difference
@@ -56,8 +38,6 @@ class PIDWeights(Method[State]):
         since_first: Whether m is the decrease since the first round.
     """
 
-    task: Task
-    local: LocalTraining = LocalTraining()
     alpha: float = 0.45
     beta: float = 0.45
     gamma: float = 0.1
@@ -68,44 +48,16 @@ class PIDWeights(Method[State]):
         if min(self.alpha, self.beta, self.gamma) < 0 or not self.alpha:
             raise ConfigError("alpha must be above 0, and beta and gamma at least 0")
 
-    def init(self, params: Tree) -> State:
-        return State(0, params, {})
-
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return Job("train"), Job("send", at_start=False)
-
-    def request(self, state: State) -> Request:
-        return Request(state.round, {"params": state.params, "sums": state.sums}, "send" if state.sums else "train")
-
-    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        start = request.trees["params"]
-        if request.job == "send" and "change" not in memory:
-            return Reply(), memory  # the site was lost before it sent its numbers
-        if request.job == "send":
-            share = self.weight(memory["amounts"], request.trees["sums"])
-            kept = {name: leaves for name, leaves in memory.items() if name not in ("change", "amounts")}
-            return Reply({"update": WeightedMean.of(memory["change"], share)}), kept
-        end = self.local.fit(self.task, start, site, request.round)
-        past = memory["losses"]["last"].tolist() if "losses" in memory else []
-        losses = [*past, risk(self.task, end, site, request.round)]
-        amounts = self.amounts(len(site.data["train"]), losses)
-        last = losses[:1] + losses[1:][-1:] if self.since_first else losses[-WINDOW:]
-        kept = {"amounts": amounts, "change": tree.sub(end, start), "losses": {"last": torch.tensor(last).double()}}
-        return Reply({"amounts": WeightedMean(amounts, 1.0)}), {**memory, **kept}
-
-    def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        if not state.sums:
-            return state._replace(sums=reply.mean("amounts").total)
-        return State(state.round + 1, reply.applied("update", state.params), {})
-
-    def amounts(self, examples: int, losses: list[float]) -> Tree:
+    def amounts(self, examples: int, losses: Sequence[float]) -> Tree:
         """Return s, k and m of a site with these losses, the newest at the end."""
         now, before = losses[-1], losses[-2] if len(losses) > 1 else None
         drop = 0.0 if before is None else before / max(now, 1e-12) if self.ratio else max(before - now, 0.0)
         total = max(losses[0] - now, 0.0) if self.since_first else sum(losses[-WINDOW:])
-        found = {"size": float(examples), "drop": drop, "sum": total}
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+        return numbers(size=float(examples), drop=drop, sum=total)
+
+    def kept(self, losses: Sequence[float]) -> Sequence[float]:
+        """Return the last six losses, or the first and the last."""
+        return [*losses[:1], *losses[1:][-1:]] if self.since_first else losses[-WINDOW:]
 
     def weight(self, own: Tree, sums: Tree) -> float:
         """Return a site's weight. The mean divides by the sum of all weights."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import shifted, within
-from polyclinic.core.method import Capabilities, Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request, together
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -54,8 +54,7 @@ class Then(Method[State]):
 
     @property
     def capabilities(self) -> Capabilities:
-        first, second = self.first.capabilities, self.second.capabilities
-        return Capabilities(first.needs_each_reply or second.needs_each_reply, first.uniform and second.uniform)
+        return together(self.first.capabilities, self.second.capabilities)
 
     def init(self, params: Tree) -> State:
         return State(self.first.init(params), False) if self.rounds else State(self.second.init(params), True)

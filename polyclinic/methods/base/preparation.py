@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Job, Method, MethodWrapper, Request
+from polyclinic.core.method import Capabilities, Job, Method, MethodWrapper, Request, together
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -19,6 +19,8 @@ class Finds(Protocol):
     def init(self, params: Tree) -> Any: ...
     @property
     def jobs(self) -> tuple[Job, ...]: ...
+    @property
+    def capabilities(self) -> Capabilities: ...
     def request(self, state: Any) -> Request | None: ...
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]: ...
     def server_update(self, state: Any, reply: Reply, server: Site) -> Any: ...
@@ -62,6 +64,10 @@ class Prepared(MethodWrapper[State]):
     def jobs(self) -> tuple[Job, ...]:
         first = tuple(replace(job, name=FIRST + job.name, last=0) for job in self.first.jobs)
         return first + self.inner.jobs
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return together(self.first.capabilities, self.inner.capabilities)
 
     def request(self, state: State) -> Request | None:
         request = self.first.request(state.found)

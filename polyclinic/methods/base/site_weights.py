@@ -21,9 +21,14 @@ class SizeWeighted(Method[State]):
     uniform: bool
 
     @property
+    def needs_each_reply(self) -> bool:
+        """Whether the server needs the reply of each site, so that their sum does not suffice."""
+        return False
+
+    @property
     def capabilities(self) -> Capabilities:
-        """Whether all sites have equal weight."""
-        return Capabilities(uniform=self.uniform)
+        """Whether the server needs each reply, and whether all sites have equal weight."""
+        return Capabilities(needs_each_reply=self.needs_each_reply, uniform=self.uniform)
 
     def site_weight(self, site: Site) -> float:
         """Return the weight of ``site`` in a mean."""

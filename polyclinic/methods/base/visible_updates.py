@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSiteUniform, Reply
+from polyclinic.core.aggregates import WEIGHT, PerSite, PerSiteUniform, Reply, require_weight
 from polyclinic.core.method import Capabilities, Method
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 
 State = TypeVar("State")
-EXAMPLES = "/examples"
 
 
 class VisibleUpdates(Method[State]):
@@ -22,11 +21,16 @@ class VisibleUpdates(Method[State]):
 
     def visible(self, change: Tree, site: Site) -> Reply:
         """Return the reply of ``site`` with its ``change``."""
-        examples = {EXAMPLES: torch.tensor(float(len(site.data["train"])))}
-        return Reply({"update": PerSiteUniform({site.name: {**change, **examples}})})
+        examples = torch.tensor(float(len(site.data["train"])))
+        return Reply({"update": PerSiteUniform({site.name: {**change, WEIGHT: examples}})})
 
     def received(self, reply: Reply) -> tuple[Trees, Tensor]:
-        """Return the changes by site, in the order of their names, and the numbers of examples: float64 [K]."""
+        """Return the changes by site, in the order of their names, and the numbers of examples: float64 [K].
+
+        Raises:
+            Weightless: If no site has an example.
+        """
         sent = reply.gather("update")
-        changes = {site: tree.select(sent[site], lambda name: name != EXAMPLES) for site in sorted(sent)}
-        return changes, torch.tensor([float(sent[site][EXAMPLES]) for site in changes], dtype=torch.float64)
+        changes = {site: tree.select(sent[site], lambda name: name != WEIGHT) for site in sorted(sent)}
+        sizes = require_weight(PerSite(sent).stated_weights())
+        return changes, torch.tensor([sizes[site] for site in changes], dtype=torch.float64)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core.aggregates import ElementwiseMean, Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.batch import Batch, chunks, targets_of
@@ -51,6 +51,8 @@ class FedAD(Method[State]):
     attention: float = 1.0
     levels: int = 100
     noise: float = 0.0
+
+    capabilities = Capabilities(uniform=False)
 
     @property
     def whole(self) -> LocalTraining:

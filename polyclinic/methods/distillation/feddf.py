@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.aggregates import WEIGHT, PerSite, Reply, WeightedMean
 from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -57,7 +57,7 @@ class FedDF(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         end = self.local.fit(self.task, request.trees["params"], site, request.round)
         n = torch.tensor(float(len(site.data["train"])))
-        return Reply({"model": PerSite({site.name: {**tree.prefixed("model", end), "examples": n}})}), memory
+        return Reply({"model": PerSite({site.name: {**tree.prefixed("model", end), WEIGHT: n}})}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         images = public(server.data, "the server", "feddf")
@@ -65,7 +65,7 @@ class FedDF(Method[State]):
         sent = reply.gather("model")
         for leaves in sent.values():
             model = tree.under("model", leaves)
-            mean = mean + WeightedMean.of(model, float(leaves["examples"]))
+            mean = mean + WeightedMean.of(model, float(leaves[WEIGHT]))
             logits = logits + answers(self.task, model, images, server.device)[0] / len(sent)
         loss = Matching(self.task.kind, logits, self.temperature)  # KL( σ(mean_k f(x; w_k)) ‖ σ(f(x; w)) )
         params = self.distil.fit(self.task, mean.value, server, state.round, data=images, loss=loss)

@@ -61,6 +61,8 @@ class FedAlign(SizeWeighted[State]):
     weight: float = 0.1
     uniform: bool = True
 
+    needs_each_reply = True
+
     @property
     def judge(self) -> Discriminator:
         """The discriminator of each site: F → 4 → 1, as in the paper."""

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -65,6 +65,8 @@ class FedHarmony(Method[State]):
     mu: float = 0.1
     domain: float = 1.0
     unlearn: float = 1.0
+
+    capabilities = Capabilities(needs_each_reply=True)
 
     @property
     def judge(self) -> Discriminator:

@@ -15,7 +15,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -57,6 +57,8 @@ class MRCM(Method[State]):
     target: str = ""
     adversarial: float = 1.0
     share: int = 64
+
+    capabilities = Capabilities(needs_each_reply=True)
 
     def __post_init__(self) -> None:
         if self.aligned_to not in self.sites or len(self.sites) < 2:

@@ -48,7 +48,7 @@ class AFL(Method[State]):
     rate: float = 0.1
     lr: float = 1.0
 
-    capabilities = Capabilities(needs_each_reply=True)
+    capabilities = Capabilities(needs_each_reply=True, uniform=False)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {name: 1 / len(self.sites) for name in sorted(self.sites)})

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Capabilities, Job, Request
+from polyclinic.core.aggregates import WEIGHT, PerSite, PerSiteUniform, Reply, WeightedMean, require_weight
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -60,9 +60,7 @@ class PropFFL(SizeWeighted[State]):
         if not self.margin > 1:
             raise ConfigError(f"margin must be above 1, so that no site's loss reaches the bound, not {self.margin}")
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
@@ -80,15 +78,17 @@ class PropFFL(SizeWeighted[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, size = request.trees["params"], self.site_weight(site)
         if request.job == "loss":
-            sent = torch.tensor([risk(self.task, start, site, request.round), size], dtype=torch.float64)
-            return Reply({"loss": PerSiteUniform({site.name: {"F, n": sent}})}), memory
+            numbers = {"F": risk(self.task, start, site, request.round), WEIGHT: size}
+            sent = {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}
+            return Reply({"loss": PerSiteUniform({site.name: sent})}), memory
         end = self.local.fit(self.task, start, site, request.round)
         return Reply({"update": WeightedMean.of(tree.sub(end, start), float(request.trees["share"]["a"]))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.shares:
-            sent = {name: leaves["F, n"].tolist() for name, leaves in reply.gather("loss").items()}
-            losses, sizes = ({name: x[i] for name, x in sent.items()} for i in (0, 1))
+            sent = reply.gather("loss")
+            losses, sizes = {name: float(leaves["F"]) for name, leaves in sent.items()}, PerSite(sent).stated_weights()
+            require_weight(sizes)
             return state._replace(shares=proportional(losses, sizes, self.margin))
         change = tree.scale(reply.mean("update").value, self.lr)
         return State(state.round + 1, tree.shift(state.params, change), {})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Request
+from polyclinic.core.method import Capabilities, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.tasks.risk import risk, trained
@@ -27,6 +27,8 @@ class QFFL(FedAvg):
 
     uniform: bool = True
     q: float = 1.0
+
+    capabilities = Capabilities(uniform=False)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, learned = request.trees["params"], trained(self.task)

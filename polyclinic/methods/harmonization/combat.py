@@ -19,7 +19,7 @@ from torch import Tensor
 
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -60,6 +60,8 @@ class ComBat:
     covariates: tuple[int, ...] = ()
     shrink: bool = True
 
+    capabilities = Capabilities()
+
     def __post_init__(self) -> None:
         if self.covariates and len(self.task.network.inputs) > 1:
             raise ConfigError("combat's covariates are columns of a table; images have none: leave covariates empty")
@@ -97,7 +99,7 @@ class ComBat:
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.sigma:
             return state._replace(sent=True)
-        sums = reply.mean("sums").total
+        sums = {name: leaf.double() for name, leaf in reply.mean("sums").total.items()}  # secure sums are float32
         if state.fit:  # σ² = RSS / n; a feature that never varies keeps its scale
             sigma = (sums["square"] / state.fit["n"]).sqrt()
             return state._replace(sigma={"sigma": torch.where(sigma > 1e-12, sigma, 1.0)})

@@ -15,7 +15,7 @@ from torch import Tensor
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Capabilities, Job, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -54,9 +54,7 @@ class FedRDN(SizeWeighted[State]):
         if len(self.task.network.inputs) < 3:
             raise ConfigError(f"fedrdn standardizes images or volumes, not inputs of shape {self.task.network.inputs}")
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     @property
     def prediction_task(self) -> Task:

@@ -13,7 +13,7 @@ import torch
 
 from polyclinic.core.aggregates import Reply
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -48,6 +48,8 @@ class Reference:
 
     fingerprint: Fingerprint
     knots: int = 17
+
+    capabilities = Capabilities(uniform=False)
 
     def init(self, params: Tree) -> State:
         return State(self.fingerprint.init(params), False)

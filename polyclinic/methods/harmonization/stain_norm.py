@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -64,6 +64,8 @@ class OneStyle:
     structure: float = 10.0
     width: int = 16
     batch_size: int = 16
+
+    capabilities = Capabilities(uniform=False)
 
     @property
     def stain(self) -> Stain:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyclinic.core.aggregates import PerSite, Reply
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Capabilities, Job, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -64,9 +64,7 @@ class StyleExchange(SizeWeighted[State]):
         """Return the images ``x`` [b, C, *spatial] in the styles ``style`` [b, C, ...]."""
         raise NotImplementedError
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})

@@ -22,7 +22,7 @@ from torch import Tensor
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -72,6 +72,8 @@ class CommonStyle:
     width: int = 16
     cycle: float = 1.0
     batch_size: int = 16
+
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State({}, {}, False)

@@ -12,7 +12,7 @@ import torch
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -43,6 +43,8 @@ class ZScore:
 
     task: Task
     by_site: bool = False
+
+    capabilities = Capabilities(uniform=False)
 
     def init(self, params: Tree) -> State:
         return State({})

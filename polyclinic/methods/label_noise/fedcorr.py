@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Capabilities, Job, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -77,9 +77,7 @@ class FedCorr(SizeWeighted[State]):
         if min(self.first, self.second) < 0 or self.first + self.second > 1:
             raise ConfigError("fedcorr: first and second are shares of the rounds and add up to at most 1")
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -154,7 +152,7 @@ class FedCorr(SizeWeighted[State]):
             found = reply.gather("level") if state.round < early and reply.parts else {}
             levels = {**state.levels, **{site: float(leaves["share"]) for site, leaves in found.items()}}
             return state._replace(round=state.round + (state.round < early), levels=levels, correcting=False)
-        state = state._replace(params=reply.mean("update").apply_to(state.params))
+        state = state._replace(params=reply.applied("update", state.params))
         if state.round >= early:
             again = state.round + 1 == late and bool(state.noisy)
             return state._replace(round=state.round + 1, correcting=again)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -66,6 +66,8 @@ class DataVectors(Method[State]):
     by_layer: bool = False
     tune: int = 0
     dare: float = 0.0
+
+    capabilities = Capabilities(needs_each_reply=True)
 
     def __post_init__(self) -> None:
         _ = self.merging  # refuses impossible options

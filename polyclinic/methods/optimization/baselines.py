@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from polyclinic.core.aggregates import PerSite, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -85,6 +85,8 @@ class Cross(Method[Exchanged]):
 
     task: Task
     local: LocalTraining = LocalTraining()
+
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> Exchanged:
         return Exchanged(0, params, {})

@@ -72,6 +72,8 @@ class FedDG(SizeWeighted[State]):
     temperature: float = 0.05
     uniform: bool = False
 
+    needs_each_reply = True
+
     def __post_init__(self) -> None:
         AmplitudeNormalizer(self.task.network.inputs, self.window)  # refuses tables and impossible windows
 

@@ -58,6 +58,10 @@ class Contrasted(SizeWeighted[State]):
     others: bool = False
     uniform: bool = True
 
+    @property
+    def needs_each_reply(self) -> bool:
+        return self.others
+
     def init(self, params: Tree) -> State:
         return State(0, params, {})
 

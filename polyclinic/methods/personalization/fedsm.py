@@ -73,6 +73,8 @@ class FedSM(SizeWeighted[State]):
     selector_lr: float = 0.01
     uniform: bool = False
 
+    needs_each_reply = True
+
     @property
     def selecting(self) -> Classification:
         """The selector's task: the site that an image is from."""

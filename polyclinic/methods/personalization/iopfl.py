@@ -55,6 +55,8 @@ class IOPFL(SizeWeighted[State]):
     noise: float = 0.5
     uniform: bool = False
 
+    needs_each_reply = True
+
     @property
     def prediction_task(self) -> Task:
         return self.task.with_network(Routed(self.task.network, len(self.sites) + 1))

@@ -55,6 +55,8 @@ class LCFed(SizeWeighted[State]):
     head_steps: int = 10
     uniform: bool = True
 
+    needs_each_reply = True
+
     def __post_init__(self) -> None:
         inputs = tuple(self.task.network.inputs)
         if (entering := head_input(self.task.network)[1:]) != inputs[1:]:

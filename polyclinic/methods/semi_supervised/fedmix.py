@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -60,6 +60,8 @@ class FedMix(Method[State]):
     inside: float = 0.5
     by_loss: float = 10.0
     power: float = 1.5
+
+    capabilities = Capabilities(uniform=False)
 
     @property
     def mixed(self) -> MixedSegmentation:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.aggregates import WEIGHT, PerSite, Reply, WeightedMean
 from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
@@ -139,12 +139,12 @@ class FedPerl(Method[State]):
         wait = request.round < self._wait
         end, labels, free = fit_both(self.local, self.task, start, site, request.round, known, alone, wait=wait)
         n = torch.tensor(float(labels + free))
-        return Reply({"model": PerSite({site.name: {**tree.prefixed("model", end), "examples": n}})}), memory
+        return Reply({"model": PerSite({site.name: {**tree.prefixed("model", end), WEIGHT: n}})}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         sent, mean = reply.gather("model"), WeightedMean(tree.zeros(state.params), 0.0)
         models = {name: tree.under("model", leaves) for name, leaves in sent.items()}
         for name, model in models.items():
-            mean = mean + WeightedMean.of(model, float(sent[name]["examples"]))
-        useful = {name: model for name, model in models.items() if sent[name]["examples"]}
+            mean = mean + WeightedMean.of(model, float(sent[name][WEIGHT]))
+        useful = {name: model for name, model in models.items() if sent[name][WEIGHT]}
         return State(state.round + 1, mean.value, dict(sorted({**state.models, **useful}.items())))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -47,6 +47,8 @@ class CaseStatistics(Method[State]):
 
     task: Task
     intensities: bool = True
+
+    capabilities = Capabilities(uniform=False)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})

@@ -17,7 +17,7 @@ from torch import Tensor
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -56,6 +56,10 @@ class Fingerprint(Method[State]):
     reach: float = 5.0
     role: str = "train"
     by_site: bool = False
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs_each_reply=self.by_site, uniform=False)
 
     def init(self, params: Tree) -> State:
         return State({}, {})

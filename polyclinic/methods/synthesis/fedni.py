@@ -58,6 +58,7 @@ class FedNI(FedAvg):
             data, learner = all_inputs(site.data), Inpainting(task, self.hidden)
             end = self.local.fit(learner, start, site, request.round, data=data, trainable=in_generator)
             moved = {name: end[name] if in_generator(name) else leaf for name, leaf in start.items()}
-            return Reply({"update": WeightedMean.of(tree.sub(moved, start), float(len(data)))}), memory
+            weight = 1.0 if self.uniform else float(len(data))
+            return Reply({"update": WeightedMean.of(tree.sub(moved, start), weight)}), memory
         end = self.local.fit(task, start, site, request.round, trainable=lambda name: not in_generator(name))
         return Reply({"update": self.update(end, start, site)}), memory

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.batch import Batch
@@ -50,6 +50,8 @@ class FedReplay(Method[State]):
     lr: float = 2e-3
     latent: int = 16
     width: int = 16
+
+    capabilities = Capabilities(needs_each_reply=True)
 
     @property
     def replay(self) -> Replay:

@@ -15,7 +15,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -52,6 +52,8 @@ class Cyclic(Method[State]):
     order: tuple[str, ...] = ()
     shuffle: bool = False
 
+    capabilities = Capabilities(recipients=1)
+
     def __post_init__(self) -> None:
         if self.order and sorted(self.order) != sorted(self.sites):
             raise ConfigError(f"order must name every site once: {', '.join(self.sites)}; not {', '.join(self.order)}")
@@ -72,7 +74,7 @@ class Cyclic(Method[State]):
         return Reply({"update": WeightedMean.of(tree.sub(end, start))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        params = reply.mean("update").apply_to(state.params) if reply.parts else state.params
+        params = reply.applied("update", state.params)
         if state.at + 1 < len(state.order):
             return state._replace(params=params, at=state.at + 1)
         order = state.order

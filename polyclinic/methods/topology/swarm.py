@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean, merge
-from polyclinic.core.method import Capabilities, Job, Request
+from polyclinic.core.aggregates import WEIGHT, PerSiteUniform, Reply, WeightedMean, merge
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -56,9 +56,7 @@ class Swarm(SizeWeighted[State]):
     deputies: int = 1
     uniform: bool = False
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(needs_each_reply=True, uniform=self.uniform)
+    needs_each_reply = True
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, (), ())
@@ -82,7 +80,7 @@ class Swarm(SizeWeighted[State]):
         if request.job == "train":
             change = self.local.change(self.task, start, site, request.round)
             weight = torch.tensor(self.site_weight(site), dtype=torch.float64)
-            return Reply({"change": PerSiteUniform({site.name: {**change, "/weight": weight}})}), memory
+            return Reply({"change": PerSiteUniform({site.name: {**change, WEIGHT: weight}})}), memory
         sent = {name: t for name, t in sorted(request.trees.items()) if name.startswith("from/")}
         replies = merge(Reply({"update": _weighed(change)}) for change in sent.values())
         merged = replies.mean("update").apply_to(start)
@@ -104,4 +102,4 @@ class Swarm(SizeWeighted[State]):
 
 
 def _weighed(change: Tree) -> WeightedMean:
-    return WeightedMean.of(tree.select(change, lambda name: name != "/weight"), float(change["/weight"]))
+    return WeightedMean.of(tree.select(change, lambda name: name != WEIGHT), float(change[WEIGHT]))

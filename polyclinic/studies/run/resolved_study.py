@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from polyclinic.core.config_problems import Problem
+from polyclinic.core.pipeline import UnsuitableTransforms, transforms_of
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, federate
 from polyclinic.data.source import Source
@@ -28,6 +29,7 @@ from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.methods import registry
 from polyclinic.methods.frozen_networks import frozen_problem
+from polyclinic.secure_aggregation import SecureSum
 from polyclinic.studies.config import simulation_schema
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.method_plan import plan_of
@@ -229,6 +231,8 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
             plan = methods[first.name].plan
             if reason := _no_patches(plan, data):
                 problems.append(Problem(("training",), reason))
+            if reason := _too_heavy(plan, methods[first.name].method, data):
+                problems.append(Problem(("methods", i, "uplink"), reason))
             task = methods[first.name].method.task
             reason = _stacked(plan.method, data) or frozen_problem(plan.method, task)
             if reason or (plan.private and (reason := uncovered(plan))):
@@ -240,7 +244,8 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
                 ]
                 problems += [Problem(("methods", i), refusal) for refusal in refusals]
         except (TypeError, ValueError) as error:
-            problems.append(Problem(("methods", i), str(error)))
+            key = ("uplink",) if isinstance(error, UnsuitableTransforms) else ()
+            problems.append(Problem(("methods", i, *key), str(error)))
     for site in sorted((study.machines.sites if study.machines else {}).keys() - data.sites.keys()):
         problems.append(Problem(("machines", "sites", site), f"no such site. The sites are {', '.join(data.sites)}"))
     if problems:
@@ -256,6 +261,22 @@ def _no_patches(plan: Plan, data: Federated) -> str | None:
     if plan.training.get("foreground") and not all(hasattr(one, "draw") for one in examples):
         return "foreground is for random patches, and these images are used whole: set patch in [data], or remove it"
     return None
+
+
+def _too_heavy(plan: Plan, method: Evaluated[Any], data: Federated) -> str:
+    """Return why a secure sum refuses the weight of the largest site, its number of examples; empty if it does not."""
+    uniform = registry.options(registry.entry(plan.method)).get("uniform")
+    if uniform is None or plan.options.get("uniform", uniform.default):
+        return ""
+    counts = {site: len(data.sites[site].get("train", ())) for site in plan.sites}
+    largest = max(counts, key=lambda site: counts[site], default="")
+    for t in transforms_of(method):
+        if isinstance(t, SecureSum) and t.heaviest < counts.get(largest, 0):
+            return (
+                f"SecureSum(heaviest={t.heaviest:g}): {largest} has weight {counts[largest]}, its number of examples. "
+                f"Set heaviest = {counts[largest]}, or uniform = true"
+            )
+    return ""
 
 
 def _place(key: str) -> tuple[str, ...]:

@@ -48,6 +48,17 @@ def test_the_same_bits_as_a_secure_sum_in_one_process(tmp_path: Path) -> None:
     assert equal(reference(an, little_sites(count=5))[0], state_of(tmp_path, an))
 
 
+@pytest.mark.parametrize("method", ["histogram-match", "local"])
+def test_replies_without_parts_arrive_although_there_is_nothing_to_sum(method: str, tmp_path: Path) -> None:
+    from tests.conftest import little_sites
+
+    plan: dict[str, Any] = {"method": method, "uplink": [{**SUM, "limit": 2.0**14, "bits": 14, "heaviest": 64.0}]}
+    plan |= {"options": {"uniform": True}} if method != "local" else {"options": {}}
+    homes, an = setting(tmp_path, count=3, rounds=2, plan=plan)
+    assert run(tmp_path, an, homes) == ("finished", {})
+    assert equal(reference(an, little_sites(count=3))[0], state_of(tmp_path, an))
+
+
 def test_no_number_leaves_but_under_masks(tmp_path: Path) -> None:
     """Nothing that the server received holds a site's vector, and what it received of numbers looks like noise."""
     import torch

@@ -13,6 +13,7 @@ from polyclinic.compression.powersgd import PowerSGD
 from polyclinic.compression.quantization import Int8, Sign
 from polyclinic.compression.topk import TopK
 from polyclinic.core import tree
+from polyclinic.core.aggregates import WEIGHT, Reply, WeightedMean, Weightless
 from polyclinic.core.method import Method
 from polyclinic.core.pipeline import send_through
 from polyclinic.core.rounds import train
@@ -41,7 +42,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.fedprox import FedProx
 from polyclinic.methods.registry import Setting, build
 from polyclinic.privacy.gaussian import Clip, Gaussian
-from polyclinic.testing import check_method
+from polyclinic.testing import check_method, equal
 from tests.conftest import blobs, little_sites
 from tests.support.start_weights import weights_of
 
@@ -306,15 +307,25 @@ def test_flora_without_trained_layers_is_refused_before_the_first_round() -> Non
 
 
 @pytest.mark.parametrize("kind", [FlexLoRA, FLoRA])
-def test_a_weight_that_is_none_is_refused(kind: Any) -> None:
+def test_a_site_of_weight_0_is_left_out_of_the_mean(kind: Any) -> None:
+    """``tests/laws/test_hostile_weights.py`` has the weights that are none, of all methods."""
     task, sites = adapted(train=WITH_LAYERS), little_sites()
     method = kind(task, LOCAL)
     state = method.init(task.first(0))
     sent = replies(method, state, sites)
-    merged = sent["site-0"] + sent["site-1"]
-    merged.parts["factors"].items["site-0"]["weight"].fill_(float("nan"))  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="site-0 sent the weight nan"):
-        method.server_update(state, merged, Site("server"))
+    update, factors = sent["site-2"].mean("update"), sent["site-2"].gather("factors")["site-2"]
+    empty = Reply(
+        {
+            "update": WeightedMean(tree.zeros(update.total), 0.0),
+            "factors": type(sent["site-2"].parts["factors"])(
+                {"site-2": {**factors, WEIGHT: torch.tensor(0.0, dtype=torch.float64)}}
+            ),
+        }
+    )
+    both = method.server_update(state, sent["site-0"] + sent["site-1"], Site("server"))
+    assert equal(method.server_update(state, sent["site-0"] + sent["site-1"] + empty, Site("server")), both)
+    with pytest.raises(Weightless, match="its weights sum to 0"):
+        method.server_update(state, empty, Site("server"))
 
 
 @pytest.mark.parametrize("private_head", [True, False])

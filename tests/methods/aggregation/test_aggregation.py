@@ -15,7 +15,7 @@ from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.risk import risk, trained
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.aggregation.adaptive_weights import AdaptiveWeights, amounts, weight
+from polyclinic.methods.aggregation.adaptive_weights import AdaptiveWeights
 from polyclinic.methods.aggregation.auto_fedavg import AutoFedAvg, climbed
 from polyclinic.methods.aggregation.dynamic_fusion import DynamicFusion
 from polyclinic.methods.aggregation.fedbuff import FedBuff
@@ -281,9 +281,10 @@ def test_fedmix_weights_by_hand(task: Classification, local: LocalTraining, site
         atol=1e-5,
     )
     assert w.sum() == pytest.approx(11)
-    own, sums = amounts(10, 4.0, 0.5), {"size": torch.tensor(40.0), "loss": torch.tensor(8.0)}
-    assert weight(own, sums, 3.0) == pytest.approx(10 / 40 + 3 * 2 / 8)
-    assert math.isfinite(weight(amounts(1, 0.0), {"size": torch.tensor(1.0), "loss": torch.tensor(0.0)}))
+    method, sums = AdaptiveWeights(task, local, 3.0, 0.5), {"size": torch.tensor(40.0), "loss": torch.tensor(8.0)}
+    assert method.weight(method.amounts(10, [9.0, 4.0]), sums) == pytest.approx(10 / 40 + 3 * 2 / 8)
+    none = {"size": torch.tensor(1.0), "loss": torch.tensor(0.0)}
+    assert math.isfinite(method.weight(method.amounts(1, [0.0]), none))
 
 
 def test_fedmix_weights_without_the_loss_are_fedavg(

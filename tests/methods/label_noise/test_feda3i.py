@@ -9,14 +9,13 @@ from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_ed
 from torch.nn import functional as F
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSiteUniform, Reply
+from polyclinic.core.aggregates import WEIGHT, PerSiteUniform, Reply
 from polyclinic.core.site import Site
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.distillation_loss import answers
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.base.visible_updates import EXAMPLES
 from polyclinic.methods.label_noise.boundary_losses import boundary_losses
 from polyclinic.methods.label_noise.feda3i import FedA3I, quality
 from tests.conftest import Rows, segmentation_sites
@@ -67,7 +66,7 @@ def test_weights_change_from_size_to_quality_from_layer_to_layer() -> None:
     state = method.init(start)._replace(round=3, quality=known)
     rng = torch.Generator().manual_seed(0)
     changes = {s: {n: torch.randn(x.shape, generator=rng) for n, x in start.items()} for s in known}
-    sent = {s: {**c, EXAMPLES: torch.tensor(sizes[s])} for s, c in changes.items()}
+    sent = {s: {**c, WEIGHT: torch.tensor(sizes[s])} for s, c in changes.items()}
     found = method.server_update(state, Reply({"update": PerSiteUniform(sent)}), Site("server"))
     places = list(dict.fromkeys(n.rpartition(".")[0] for n in start))
     expected = {}

@@ -103,8 +103,8 @@ def test_a_sites_loss_is_the_published_one(kind: str, noisy: bool) -> None:
         optimizer.zero_grad()
         (share * kl + (1 - share) * F.nll_loss(log, y)).backward()
         optimizer.step()
-    agree({n: leaf for n, leaf in reply.items() if n != "/examples"}, change(model, task.first()))
-    assert float(reply["/examples"]) == len(site.data["train"])
+    agree({n: leaf for n, leaf in reply.items() if n != "/weight"}, change(model, task.first()))
+    assert float(reply["/weight"]) == len(site.data["train"])
 
 
 def test_the_warm_up_is_federated_training_with_a_balanced_softmax(

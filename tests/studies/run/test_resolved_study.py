@@ -1,6 +1,7 @@
 """What validation builds is what runs: each object once."""
 
 import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,58 @@ def test_every_method_that_cannot_be_built_is_shown_at_its_place(
     assert (first, negative) == ("methods[2]", "mu must be at least 0, not -1")
     assert second.startswith("methods[3].name")
     assert untrained.startswith("fedbn needs trained normalization layers")
+
+
+def uplinked(folder: Path, method: str, uplink: str, *more: str) -> str:
+    """A study of one method with a transform."""
+    lines = ["[[methods]]", f'name = "{method}"', f"uplink = [{{ {uplink} }}]", *more]
+    return small(folder).split("[[methods]]")[0] + "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "uplink", "says"),
+    [
+        ("fedsm", 'name = "secure-sum", heaviest = 99', "needs each site's reply, and SecureSum reveals only sums"),
+        (
+            "fedsm",
+            'name = "adaptive-clip", start = 1.0',
+            "needs each site's reply, and AdaptiveClip is decoded on a sum",
+        ),
+        ("cyclic", 'name = "secure-sum"', "requests of this method go to 1 of the sites"),
+        ("fedmix-weights", 'name = "clip", bound = 1.0', "remove Clip from the uplink, or choose another method"),
+        ("fedavg", 'name = "clip", bound = 1.0', "set uniform = true, or write FedAvg(..., uniform=True)"),
+        ("pooled", 'name = "secure-sum"', "at least 3 sites, and 1 trains"),
+        ("fedavg", 'name = "secure-sum"', "number of examples. Set heaviest = 24, or uniform = true"),
+    ],
+)
+def test_what_a_method_cannot_be_sent_through_is_refused_at_its_place(
+    tmp_path: Path, method: str, uplink: str, says: str
+) -> None:
+    text = uplinked(tmp_path, method, uplink)
+    with pytest.raises(BadStudy) as caught:
+        resolve(parse(text), text)
+    ((line, place, said),) = caught.value.lines
+    assert place == "methods[1].uplink"
+    assert text.splitlines()[line - 1].startswith("uplink = ")
+    assert says in said
+
+
+def test_the_weight_of_the_largest_site_is_what_a_secure_sum_needs(tmp_path: Path) -> None:
+    """With the weight that the message names the study runs; with one less it is refused."""
+    text = uplinked(tmp_path, "fedavg", 'name = "secure-sum", heaviest = 23')
+    with pytest.raises(BadStudy, match="Set heaviest = 24"):
+        resolve(parse(text), text)
+    for given in ("heaviest = 24", "limit = 8.0"):
+        uniform = ["uniform = true"] if given.startswith("limit") else []
+        text = uplinked(tmp_path, "fedavg", f'name = "secure-sum", bits = 20, {given}', *uniform)
+        resolve(parse(text), text)
+    text = uplinked(tmp_path, "fedavg", 'name = "secure-sum", bits = 20, heaviest = 24').replace(
+        "rounds = 4", "rounds = 1"
+    )
+    finished = list(run(parse(text), text, tmp_path / "run"))
+    assert finished
+    records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert not [record for record in records if record.get("lost")]
 
 
 def test_what_the_network_warns_of_is_told_with_the_data(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.rounds import Arrival
 from polyclinic.core.serialization import Corrupt
@@ -74,16 +75,24 @@ class _Sum:
 
 
 def secure_sum(exchange: Exchange, request: Request, asked: Sequence[str], deadline: float | None) -> Iterator[Arrival]:
-    """Yield the sites that were lost, and one arrival with the sum over the sites that completed the protocol."""
-    sum_ = _Sum(exchange, request, deadline)
+    """Yield the sites that were lost, and one arrival with the sum over the sites that completed the protocol.
+
+    A reply without parts contains nothing to sum. It arrives as it is.
+    """
+    sum_, empty, arrival = _Sum(exchange, request, deadline), list[str](), None
     try:
         layouts = sum_.layouts()
-        arrival = _run(sum_, layouts, asked)
+        empty = sorted(site for site, layout in layouts.items() if not layout)
+        if len(empty) < len(layouts) or not layouts:
+            arrival = _run(sum_, {site: layout for site, layout in layouts.items() if layout}, asked)
     except (ProtocolError, ValueError) as error:
-        arrival = None
         for site in asked:
-            sum_.lost.setdefault(site, f"no sum was computed: {error}")
+            if site not in empty:
+                sum_.lost.setdefault(site, f"no sum was computed: {error}")
     among = arrival.among if arrival else ()
+    for site in empty:
+        yield Arrival(site, request.round, Reply(), "", sum_.seconds.get(site, 0.0))
+    exchange.counts(exchange.count.number, empty)
     for site, reason in sorted(sum_.lost.items()):
         if site not in among:
             exchange.journal.write(
@@ -127,14 +136,10 @@ def _run(sum_: _Sum, layouts: Mapping[str, Any], asked: Sequence[str]) -> Arriva
 
 
 def _is_layout(value: Any) -> bool:
-    """Return whether ``value`` is a layout: empty tensors by part and name."""
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(
-            isinstance(tags, Mapping) and all(isinstance(t, Tensor) and t.ndim and not t.numel() for t in tags.values())
-            for tags in value.values()
-        )
+    """Return whether ``value`` is a layout: empty tensors by part and name. It may have no parts."""
+    return isinstance(value, Mapping) and all(
+        isinstance(tags, Mapping) and all(isinstance(t, Tensor) and t.ndim and not t.numel() for t in tags.values())
+        for tags in value.values()
     )
 
 

@@ -172,7 +172,7 @@ def test_every_tag_is_independent_of_the_module_that_defines_it() -> None:
         "teacher-student",
         "dataset-fingerprint",
         "fedopt",
-        "pid-weights",
+        "relative-weights",
         "style-exchange",
     }
     assert heads - shared <= METHODS.keys()

@@ -145,6 +145,7 @@ def test_parameters_are_listed_in_one_place_only() -> None:
         "learning/networks/network_parts.py",  # all tensors, to find head and encoder
         "attacks/inversion.py",  # the control network of the attack
         "learning/objectives/style_translation.py",  # the generator's own layers
+        "methods/tensor_types.py",  # the element types of all layers, trained or not
     }
     folder = Path(polyclinic.__file__).parent
     found = {

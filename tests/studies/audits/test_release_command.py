@@ -121,8 +121,10 @@ def test_a_site_refuses_what_noise_does_not_cover() -> None:
         for name in ("mime-lite", "fedsm", "q-ffl"):
             [problem] = policy.refusals(typical(name, "dp-sgd"))
             assert f"does not cover what {name} sends" in problem
-        [problem] = policy.refusals(replace(typical("ida", "dp-sgd"), uplink=typical("fedavg", "gaussian").uplink))
-        assert "noise on its replies does not cover what ida sends" in problem
+        [problem] = policy.refusals(typical("ccvr", "gaussian"))
+        assert "noise on its replies does not cover what ccvr sends" in problem
+        with pytest.raises(ValueError, match="needs each site's reply, and Gaussian is decoded on a sum"):
+            policy.refusals(replace(typical("ida", "dp-sgd"), uplink=typical("fedavg", "gaussian").uplink))
         assert policy.refusals(typical("fedavg", "dp-sgd")) == []
         assert policy.refusals(typical("fedavg", "gaussian")) == []
     open_ = replace(typical("mime-lite", "dp-sgd"), training={"lr": 0.1})

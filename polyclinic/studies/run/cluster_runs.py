@@ -129,7 +129,10 @@ class ClusterWorkers:
         mark = f"{socket.gethostname()} {self._ray.get_runtime_context().get_job_id()}"
         self._shared.write_text(mark, encoding="ascii")
         self._remote = self._ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Runner)
-        self._mailbox = self._ray.remote(num_cpus=0, max_concurrency=1000)(Mailbox).remote()
+        here = self._ray.get_runtime_context().get_node_id()
+        strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
+        mailbox = self._ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=strategy)(Mailbox)
+        self._mailbox = mailbox.remote()  # on this machine, so that another one may fail
         self._given, self._mark = (make, recipe, str(folder), self._mailbox), mark
         self._letters = self._mailbox.take.remote()
         self._arrived = Counter[int]()  # events, by attempt

@@ -302,7 +302,7 @@ def test_workers_serve_one_run_after_the_other_and_keep_nothing(two_nodes: Any) 
 @pytest.mark.slow
 @pytest.mark.deploy
 def test_killed_workers_change_nothing(two_nodes: Any) -> None:
-    described = plan("fedbn", epochs=20)
+    described = plan("fedbn", epochs=150)
     expected = run(described, InProcess(described.build_method(), small_sites()), 6)[0]
     killed = list[int]()
     with RaySites(build_method, described.to_json(), small_sites(), workers=2) as engine:
@@ -328,7 +328,7 @@ def test_killed_workers_change_nothing(two_nodes: Any) -> None:
 @pytest.mark.deploy
 def test_a_node_that_dies_costs_time_only(two_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     node = two_nodes.add_node(num_cpus=1)
-    described = plan("scaffold", epochs=40)
+    described = plan("scaffold", epochs=400)
     expected = run(described, InProcess(described.build_method(), small_sites()), 4)[0]
     with RaySites(build_method, described.to_json(), small_sites(), workers=3) as engine:
         assert len(engine._workers) == 3
@@ -459,6 +459,35 @@ def test_a_killed_worker_continues_its_method_run_from_the_checkpoint(two_nodes:
             os.kill(worker_pids("Runner")[0], signal.SIGKILL)
             killed += 1
     assert killed == 2
+    assert equal(tensors(path), tensors(on_one_machine / "in-process"))
+
+
+@pytest.mark.slow
+@pytest.mark.deploy
+def test_a_node_that_dies_costs_whole_method_runs_time_only(
+    two_nodes: Any, on_one_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that receives the events is on the machine of the run, whatever room other machines have."""
+    from ray.util import scheduling_strategies
+
+    pinned, original = list[str](), scheduling_strategies.NodeAffinitySchedulingStrategy
+
+    def recorded(node_id: str, soft: bool) -> Any:
+        pinned.append(node_id)
+        return original(node_id, soft)
+
+    monkeypatch.setattr(scheduling_strategies, "NodeAffinitySchedulingStrategy", recorded)
+    node = two_nodes.add_node(num_cpus=1)
+    text, path, alive = (
+        on_ray(on_one_machine, "arms").replace("workers = 2", "workers = 3"),
+        on_one_machine / "node",
+        True,
+    )
+    for event in run_study(parse(text), text, path):
+        if event.what == "round" and alive:
+            two_nodes.remove_node(node, allow_graceful=False)
+            alive = False
+    assert pinned == [two_nodes.head_node.node_id]
     assert equal(tensors(path), tensors(on_one_machine / "in-process"))
 
 

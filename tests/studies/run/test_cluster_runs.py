@@ -37,6 +37,9 @@ class Threads:
     """What ``cluster_runs`` uses of Ray. An actor with coroutines has an event loop, any other one thread."""
 
     exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+    util = SimpleNamespace(
+        scheduling_strategies=SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft))
+    )
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -61,7 +64,7 @@ class Threads:
             actor.pool.shutdown(wait=False)
 
     def get_runtime_context(self) -> Any:
-        return SimpleNamespace(get_job_id=lambda: "job-1")
+        return SimpleNamespace(get_job_id=lambda: "job-1", get_node_id=lambda: "this node")
 
     def remote(self, **options: Any) -> Callable[[type], Any]:
         self.options.append(options)
@@ -197,7 +200,9 @@ def test_there_are_no_more_workers_than_runs_or_places(
     cluster.go(count, given, gpus=0.5)
     assert cluster.workers == started
     assert {"num_cpus": 1, "num_gpus": 0.5, "max_restarts": 0} in cluster.ray.options
-    assert all(options["num_cpus"] == 0 for options in cluster.ray.options if "num_gpus" not in options)
+    (mailbox,) = (options for options in cluster.ray.options if "num_gpus" not in options)
+    assert mailbox["num_cpus"] == 0
+    assert mailbox["scheduling_strategy"] == ("this node", False)  # another machine may die
 
 
 @pytest.mark.parametrize(

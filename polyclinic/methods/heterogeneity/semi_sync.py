@@ -7,7 +7,8 @@ slowest site's epoch, and site k takes ``t_max / t_k`` steps, t_k being its seco
 
 Seconds are given, not measured: a method has no clock, so that runs are bit-identical. They can be measured once, as
 the ``seconds`` that a run records divided by its minibatches. ``engines.local.virtual_time`` simulates the duration of
-a study with such machines.
+a study with such machines. Departure: a site trains at most ``MOST`` epochs of its own data in a round, so that a site
+that reports a false time cannot give the others work without end.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.heterogeneity.fednova import FedNova
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.fedavg import State as Averaged
+
+MOST = 100
+"""The most epochs of its own data that a site trains in a round."""
 
 
 @savable("semi-sync.State", 1)
@@ -80,12 +84,15 @@ class SemiSync(MethodWrapper[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         each = dict(self.seconds).get(site.name, 1.0)
         if request.job == "epoch-time":
-            epoch = replace(self.inner.local, epochs=1, steps=None).count(site.data["train"]) * each
+            epoch = self._epoch(site) * each
             return Reply({"seconds": PerSite({site.name: {"epoch": torch.tensor(epoch, dtype=torch.float64)}})}), memory
         steps = max(1, int(float(request.trees["pace"]["t_max"]) / each + 1e-9))  # s_k = t_max / t_k
-        if not len(site.data["train"]):
-            steps = 0
+        steps = min(steps, MOST * self._epoch(site))  # none without examples
         return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(request, memory, site)
+
+    def _epoch(self, site: Site) -> int:
+        """Return the number of minibatches in an epoch of a site."""
+        return replace(self.inner.local, epochs=1, steps=None).count(site.data["train"])
 
     def evaluation_request(self, state: State) -> Request:
         return self.request(state) or self.inner.evaluation_request(state.inner)
@@ -121,6 +128,10 @@ def semi_sync(
         )
     if any(not s > 0 for s in seconds):
         raise ConfigError(f"semi-sync: seconds per minibatch must be more than 0, not {min(seconds)}")
+    if not 0 < share <= MOST:
+        raise ConfigError(
+            f"semi-sync: share must be above 0 and at most {MOST} epochs of the slowest site, not {share:g}"
+        )
     pairs = tuple(zip(sorted(sites), seconds, strict=False))
     inner = (FedNova if normalized else FedAvg)(task, local, uniform=uniform)
     return SemiSync(inner, pairs, share)

@@ -135,6 +135,22 @@ def test_semi_sync_gives_each_site_the_steps_that_fit_the_time(task: Classificat
     assert [steps_taken(method, request, site) for site in sites.values()] == [48, 96, 12]
 
 
+def test_a_false_time_gives_no_site_of_semi_sync_work_without_end(task: Classification) -> None:
+    sites, local = little_sites(), LocalTraining(epochs=1, batch_size=4, lr=0.1)
+    method = semi_sync(task, local, tuple(sites))
+    state = method.init(task.first(0))
+    reply = merge(method.site_update(known(method.request(state)), {}, site)[0] for site in sites.values())
+    reply.gather("seconds")["site-2"]["epoch"].fill_(1e300)
+    request = known(method.request(method.server_update(state, reply, Site("server"))))
+    assert [steps_taken(method, request, site) for site in sites.values()] == [300, 400, 600]  # 100 epochs
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 101.0, float("nan")])
+def test_semi_sync_refuses_an_impossible_share(task: Classification, share: float) -> None:
+    with pytest.raises(ValueError, match="semi-sync: share must be above 0 and at most 100"):
+        semi_sync(task, LocalTraining(), ("a",), share=share)
+
+
 def test_equal_machines_and_equal_data_make_semi_sync_fedavg(task: Classification) -> None:
     site = little_sites()["site-1"]
     sites = {name: replace(site, name=name) for name in ("a", "b")}

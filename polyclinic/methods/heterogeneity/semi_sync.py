@@ -86,8 +86,9 @@ class SemiSync(MethodWrapper[State]):
         if request.job == "epoch-time":
             epoch = self._epoch(site) * each
             return Reply({"seconds": PerSite({site.name: {"epoch": torch.tensor(epoch, dtype=torch.float64)}})}), memory
-        steps = max(1, int(float(request.trees["pace"]["t_max"]) / each + 1e-9))  # s_k = t_max / t_k
-        steps = min(steps, MOST * self._epoch(site))  # none without examples
+        most = MOST * self._epoch(site)  # 0 without examples
+        fitting = float(request.trees["pace"]["t_max"]) / each + 1e-9  # s_k = t_max / t_k, and infinite by a false time
+        steps = min(max(1, int(min(fitting, most))), most)
         return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(request, memory, site)
 
     def _epoch(self, site: Site) -> int:

@@ -135,12 +135,13 @@ def test_semi_sync_gives_each_site_the_steps_that_fit_the_time(task: Classificat
     assert [steps_taken(method, request, site) for site in sites.values()] == [48, 96, 12]
 
 
-def test_a_false_time_gives_no_site_of_semi_sync_work_without_end(task: Classification) -> None:
+@pytest.mark.parametrize("seconds", [1e300, 1.7e308])
+def test_a_false_time_gives_no_site_of_semi_sync_work_without_end(task: Classification, seconds: float) -> None:
     sites, local = little_sites(), LocalTraining(epochs=1, batch_size=4, lr=0.1)
-    method = semi_sync(task, local, tuple(sites))
+    method = semi_sync(task, local, tuple(sites), share=2.0)
     state = method.init(task.first(0))
     reply = merge(method.site_update(known(method.request(state)), {}, site)[0] for site in sites.values())
-    reply.gather("seconds")["site-2"]["epoch"].fill_(1e300)
+    reply.gather("seconds")["site-2"]["epoch"].fill_(seconds)
     request = known(method.request(method.server_update(state, reply, Site("server"))))
     assert [steps_taken(method, request, site) for site in sites.values()] == [300, 400, 600]  # 100 epochs
 
